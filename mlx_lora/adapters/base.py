@@ -1,0 +1,106 @@
+"""The contract of a weight method, and what every method asks of the layer it wraps.
+
+A weight method is a module that holds one frozen base layer and a few trainable arrays:
+
+    from_base(layer, config, path=…, key=…) -> module      the wrapper around `layer`, equal to it at the start
+    __call__(x)                                             base output plus the update
+    base -> layer                                           the very same layer it was given
+    adapter_params() -> names                               its own trainable arrays
+    delta() -> array                                        the update of the weight, where it is additive
+    fuse() -> layer                                         a plain layer with the update merged, or CannotFuse
+
+Adapter parameters are float32 masters; they are cast to the activations' dtype where they are used, so that a
+half-precision model stays in half precision.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.config import Adapter
+from mlx_lora.errors import AdapterError
+from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear
+from mlx_lora.models.load import plain_layer
+from mlx_lora.quant.quantize import dequantize_layer
+
+LINEARS = (nn.Linear, nn.QuantizedLinear)
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
+ADAPTABLE = LINEARS + EMBEDDINGS + EXPERTS
+
+
+class AdapterLayer(nn.Module):
+    """Base of every weight method's wrapper. `scale` is s in y = W₀x + s·Δx."""
+
+    scale: float
+    rank: int
+
+    @property
+    @abstractmethod
+    def base(self) -> nn.Module:
+        """The wrapped layer, the same object that was given."""
+
+    @abstractmethod
+    def adapter_params(self) -> tuple[str, ...]:
+        """Names of the trainable arrays of this wrapper."""
+
+    @abstractmethod
+    def delta(self) -> mx.array:
+        """The update of the weight, float32, in the weight's own (unpacked) shape."""
+
+    def fuse(self) -> nn.Module:
+        """A plain layer with weight W₀ + ΔW in float32, whether the base is packed or not."""
+        return plain_layer(self.base, dequantize_layer(self.base, mx.float32) + self.delta())
+
+    def adapter_arrays(self) -> dict[str, mx.array]:
+        """The trainable arrays by name."""
+        return {name: self[name] for name in self.adapter_params()}
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask can be drawn again: `drawn_from(key)` fixes the key of the next passes, None frees it.
+
+    Needed where a layer runs twice for one step (gradient checkpointing): MLX's global random state can't be rewound.
+    """
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self._keep = 1 - probability
+        self.__dict__["key"] = None  # not a parameter, and no part of the compiled state
+
+    def drawn_from(self, key: mx.array | None) -> None:
+        self.__dict__["key"] = key
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._keep == 1 or not self.training:
+            return x
+        return mx.random.bernoulli(self._keep, x.shape, key=self.__dict__["key"]) * x / self._keep
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The unpacked shape of a layer's weight: (out, in), (vocabulary, dim) or (experts, out, in)."""
+    *leading, columns = layer["weight"].shape
+    if "scales" in layer:
+        columns = columns * 32 // layer.bits  # this order: 32 // bits is wrong for 3, 5 and 6 bits
+    return (*leading, columns)
+
+
+def check_rank(rank: int, shape: tuple[int, ...], path: str) -> None:
+    """Raise AdapterError when a rank exceeds the smaller dimension of the weight it adapts."""
+    if rank > min(shape[-2:]):
+        raise AdapterError(
+            f"adapter.rank {rank} is above {path}'s smaller dimension {min(shape[-2:])}",
+            hint=f"choose a rank of at most {min(shape[-2:])}, or set rank_pattern for this module",
+        )
+
+
+def draw(config: Adapter, shape: tuple[int, ...], *, fan_in: int, rank: int, key: Any) -> mx.array:
+    """The random factor A: uniform ±1/√fan_in (Kaiming with a = √5), or Gaussian with deviation 1/r; float32."""
+    if config.init == "gaussian":
+        return mx.random.normal(shape, scale=1 / rank, key=key)
+    bound = fan_in**-0.5
+    return mx.random.uniform(-bound, bound, shape, key=key)

@@ -1,0 +1,87 @@
+"""The command line: parse, call, show. No logic lives here, and nothing heavy is imported before a command runs.
+
+`main` prepares the process (hub variables, BLAS, network guard) and turns errors into one line and an exit code:
+0 done, 1 the user's input or environment, 2 usage, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import nullcontext
+from types import FrameType
+
+import typer
+from typer.exceptions import TyperException
+
+from mlx_lora import device, offline, ui
+from mlx_lora.cli import adapters, base, chat, data, quickstart, train
+from mlx_lora.errors import MlxLoraError
+
+HELP = """Fine-tune language models on this machine, with files that never leave it.
+
+`mlx-lora quickstart` shows everything in a few minutes, without a network."""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+for room in (quickstart, base, data, train, chat):
+    room.register(app)
+app.add_typer(adapters.app, name="adapters")
+
+
+class Terminated(BaseException):
+    """SIGTERM, as something that unwinds the stack."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    words = [word for word in arguments if word != "--debug"]
+    may_connect = words[:1] == ["pull"]
+    if not may_connect:
+        offline.set_hub_variables()
+    device.load_blas()
+    signal.signal(signal.SIGTERM, _terminate)
+    with nullcontext() if may_connect else offline.network_guard():
+        sys.exit(_run(words, debug))
+
+
+def _run(words: list[str], debug: bool) -> int:
+    try:
+        return int(typer.main.get_command(app).main(words, prog_name="mlx-lora", standalone_mode=False) or 0)
+    except TyperException as fault:  # usage: unknown commands and options, values of the wrong type
+        _show_usage(fault)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        ui.note("interrupted")
+        return 130
+    except Terminated:
+        return 143
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except MlxLoraError as fault:
+        if debug:
+            raise
+        ui.error(fault)
+        return 1
+    except Exception as fault:
+        if debug:
+            raise
+        ui.error(MlxLoraError(f"unexpected {type(fault).__name__}: {fault}", hint="--debug shows where"))
+        return 1
+
+
+def _show_usage(fault: TyperException) -> None:
+    message = getattr(fault, "format_message", lambda: "")()
+    if "Usage:" in message or not message:  # a group called without a command: its help
+        ui.note(message)
+    else:
+        ui.error(MlxLoraError(message, hint="--help after the command shows what it takes"))
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,88 @@
+"""adapters list, show, path, rename, remove, verify."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from mlx_lora import ui
+from mlx_lora.cli.options import Json
+
+app = typer.Typer(help="The adapters in the home directory.", no_args_is_help=True, rich_markup_mode=None)
+Name = Annotated[str, typer.Argument(metavar="NAME", help="An adapter in the home.")]
+
+
+@app.command("list")
+def list_adapters(json: Json = False) -> None:
+    """List the adapters."""
+    from mlx_lora.store import registry
+
+    entries = registry.entries()
+    if json:
+        ui.as_json([asdict(entry) for entry in entries])
+    elif not entries:
+        ui.note("no adapters yet; `mlx-lora quickstart` or `mlx-lora train` makes some")
+    else:
+        rows = [(e.name, e.method, e.rank, e.base, ui.size(e.bytes), e.valid_loss, e.created[:16]) for e in entries]
+        ui.table(["name", "method", "rank", "base", "size", "valid loss", "created"], rows)
+
+
+@app.command()
+def show(name: Name, json: Json = False) -> None:
+    """Print an adapter's manifest."""
+    from mlx_lora.store import adapter, registry
+
+    values = adapter.read_manifest(registry.find(name)).model_dump()
+    if json:
+        ui.as_json(values)
+        return
+    values["modules"] = f"{len(values['modules'])} modules"
+    values["scales"] = sorted(set(values["scales"].values()))
+    for key, value in values.items():
+        ui.result(f"{key:15} {value}")
+
+
+@app.command()
+def path(name: Name) -> None:
+    """Print where an adapter lies."""
+    from mlx_lora.store import registry
+
+    ui.result(str(registry.find(name)))
+
+
+@app.command()
+def rename(
+    old: Annotated[str, typer.Argument(metavar="OLD")], new: Annotated[str, typer.Argument(metavar="NEW")]
+) -> None:
+    """Rename an adapter and its run."""
+    from mlx_lora.store import registry
+
+    ui.result(str(registry.rename(old, new)))
+
+
+@app.command()
+def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False) -> None:
+    """Delete an adapter and its run."""
+    from mlx_lora.store import registry
+
+    registry.find_by_name(name)
+    if not yes and not ui.confirm(f"remove adapter {name} and its run?"):
+        ui.note("nothing was removed; --yes removes without asking")
+        raise typer.Exit(code=1)
+    ui.result(f"removed {name}, {ui.size(registry.remove(name))} freed")
+
+
+@app.command()
+def verify(
+    name: Name, model: Annotated[str | None, typer.Option("--model", help="Also check that it fits this base.")] = None
+) -> None:
+    """Check an adapter's files, and that it fits a base."""
+    from mlx_lora.store import adapter, registry
+
+    stored = adapter.read(registry.find(name))
+    if model is not None:
+        loaded = registry.open_stored(model, [stored])
+        adapter.wrappers_for(loaded.model, stored)
+    ui.result(f"{name}: {len(stored.arrays)} tensors, all in order{f', fits {model}' if model else ''}")

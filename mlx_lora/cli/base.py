@@ -1,0 +1,112 @@
+"""pull, import-gguf, quantize and fuse: what makes model directories."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_lora import ui
+from mlx_lora.cli.options import Force, Json, Model, progress
+from mlx_lora.methods import MODES
+
+Mode = StrEnum("Mode", list(MODES))
+Dtype = StrEnum("Dtype", ["keep", "float16", "float32"])
+Bits = StrEnum("Bits", {"mixed": "mixed", "keep": "keep", "eight": "8", "sixteen": "16"})
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(pull)
+    app.command("import-gguf")(import_gguf)
+    app.command()(quantize)
+    app.command()(fuse)
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Like mlx-community/Qwen3-0.6B-4bit.")],
+    name: Annotated[str | None, typer.Option("--name", help="Its name here; the repository's own by default.")] = None,
+) -> None:
+    """Download a base model. The only command that uses the network; run it again to continue."""
+    from mlx_lora.models.pull import pull as download
+
+    ui.result(str(download(repo, name=name)))
+
+
+def import_gguf(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file of architecture llama.")],
+    out: Out,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="keep is lossless where the format allows.")] = Dtype.keep,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Make a model directory from a GGUF file on disk."""
+    from mlx_lora.models.gguf import import_gguf as convert
+
+    with ui.bar("importing", None) as advance:
+        count = lambda done, total: advance(1, f"of {total}")  # noqa: E731
+        report = convert(file, out, dtype=str(dtype), force=force, on_progress=count)
+    if json:
+        ui.as_json(report)
+    else:
+        ui.result(f"{out}: {report['architecture']}, {ui.size(report['bytes'])}")
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or name.")],
+    out: Out,
+    mode: Annotated[Mode, typer.Option("--mode", help="The number format.")] = Mode.affine,  # type: ignore[attr-defined]
+    bits: Annotated[int | None, typer.Option("--bits", help="Bits per weight; the mode's own by default.")] = None,
+    group_size: Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")] = None,
+    verify: Annotated[str | None, typer.Option("--verify", help="Compare with the source on these rows.")] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Quantize a model directory, and say what it cost."""
+    from mlx_lora.config import load_recipe
+    from mlx_lora.tasks.quantize import quantize_model
+
+    settings = {"quantize.mode": str(mode), "quantize.bits": bits, "quantize.group_size": group_size}
+    chosen = load_recipe(None, settings=settings).quantize
+    assert chosen is not None
+    with ExitStack() as stack:
+        bars = progress(stack)
+        report = quantize_model(model, out, chosen, verify=verify, force=force, warn=ui.warning, progress=bars)
+    if json:
+        ui.as_json(report)
+        return
+    ui.result(f"{out}: {report['bits_per_weight']:.2f} bits per weight, {ui.size(report['bytes'])}")
+    ui.result(f"relative error of the weights {report['relative_error']:.4f}")
+    if verify:
+        ui.result(
+            f"KL {report['kl']:.4f} nats, same top token {report['top1_agreement']:.1%}, "
+            f"perplexity {report['perplexity_before']:.3f} -> {report['perplexity_after']:.3f}"
+        )
+
+
+def fuse(
+    model: Model,
+    adapter: Annotated[str, typer.Option("--adapter", help="An adapter directory, or a name in the home.")],
+    out: Annotated[Path, typer.Option("--out", help="The directory to write.")],
+    bits: Annotated[Bits | None, typer.Option("--bits", help="mixed: touched layers at 8 bits.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Measure on these rows instead of generated text.")] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Merge an adapter into its base, and measure whether it survived."""
+    from mlx_lora.tasks.fuse import fuse_adapter
+
+    with ExitStack() as stack:
+        chosen = None if bits is None else str(bits)
+        fused = fuse_adapter(model, adapter, out, bits=chosen, data=data, force=force, progress=progress(stack))
+    if json:
+        ui.as_json(fused.as_dict())
+        return
+    ui.result(f"{fused.out}: {fused.bits}, {ui.size(fused.bytes)}")
+    ui.result(
+        f"{fused.delta_survival:.1%} of the update survived; against base and adapter: "
+        f"KL {fused.agreement.kl:.4f} nats, same top token {fused.agreement.top1_agreement:.1%}"
+    )

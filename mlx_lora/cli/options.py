@@ -1,0 +1,38 @@
+"""Options that several commands share, and how a screen listens to long work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Annotated, Any
+
+import typer
+
+from mlx_lora import ui
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value as the last line of stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+Model = Annotated[str, typer.Option("--model", help="A model directory, or a name under the home's models.")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="An adapter directory, or a name in the home.")]
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="An adapter's directory or name; repeatable.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate for an answer.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]…", help="Recipe settings, dotted keys.")]
+
+
+def progress(stack: ExitStack) -> Callable[[str, int], Callable[[], None]]:
+    """A progress listener for reading and measuring rows; each new bar takes the place of the one before."""
+
+    def start(label: str, total: int) -> Callable[[], None]:
+        stack.close()
+        advance = stack.enter_context(ui.bar(label, total))
+        return lambda: advance(1, "")
+
+    return start
+
+
+def data_settings(overrides: list[str] | None, stored: dict[str, Any] | None = None) -> Any:
+    """Data settings: the defaults, then those an adapter was trained with, then `data.key=value` overrides."""
+    from mlx_lora.config import load_recipe
+
+    kept = {f"data.{key}": value for key, value in (stored or {}).items() if key != "path"}
+    return load_recipe(None, overrides or [], settings=kept).data

@@ -1,0 +1,78 @@
+"""quickstart and doctor: what a newcomer runs first."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import typer
+
+from mlx_lora import ui
+from mlx_lora.cli.options import Json
+
+NEXT = """
+With your own files:
+  mlx-lora pull mlx-community/Qwen3-0.6B-4bit --name qwen
+  mlx-lora data check my-data/ --model qwen
+  mlx-lora train --model qwen --data my-data/ --name mine
+  mlx-lora chat --model qwen --adapter mine"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(quickstart)
+    app.command()(doctor)
+
+
+def quickstart(json: Json = False) -> None:
+    """Quantize the embedded base, train three adapters, swap them, fuse one. Minutes, no network."""
+    from mlx_lora.cli.train import listener
+    from mlx_lora.tasks.quickstart import quickstart as run
+
+    with ExitStack() as stack:
+        outcome = run(lambda task, steps: listener(stack, steps, quiet=True), ui.note)
+    if json:
+        ui.as_json(outcome.as_dict())
+        return
+    for task, question, base, adapter in outcome.samples:
+        ui.result(f"{task}\n  asked    {_line(question)}\n  base     {_line(base)}\n  adapter  {_line(adapter)}\n")
+    rows = [
+        (task["name"], f"{task['base_exact_match']:.2f}", f"{task['adapter_exact_match']:.2f}",
+         ui.size(task["adapter_bytes"]), f"{task['train_seconds']:.0f} s")
+        for task in outcome.tasks
+    ]  # fmt: skip
+    ui.table(["task", "base exact match", "adapter exact match", "adapter", "training"], rows)
+    matches = "gives the same answers" if outcome.fused_matches else "answers differently"
+    ui.result(
+        f"\none base of {ui.size(outcome.base_bytes)} in 4 bits; swapping takes {outcome.swap_milliseconds:.1f} ms; "
+        f"the fused model {matches}\n{NEXT}"
+    )
+
+
+def _line(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 200 else f"{flat[:199]}…"
+
+
+def doctor(json: Json = False) -> None:
+    """Say what this machine has and what it lacks."""
+    from mlx_lora.tasks.doctor import examine
+
+    found = examine()
+    if json:
+        ui.as_json({**found.facts, "warnings": found.warnings})
+        return
+    for name, value in found.facts.items():
+        if value is not None:
+            ui.result(f"{name.removesuffix('_bytes').replace('_', ' '):18} {_fact(name, value)}")
+    for warning in found.warnings:
+        ui.warning(warning)
+
+
+def _fact(name: str, value: Any) -> str:
+    if name.endswith("_bytes"):
+        return ui.size(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,153 @@
+"""train and eval."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_lora import ui
+from mlx_lora.cli.options import Adapters, Force, Json, MaxTokens, Model, Overrides, data_settings, progress
+
+if TYPE_CHECKING:
+    from mlx_lora.tasks.train import Listener
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(train)
+    app.command("eval")(evaluate)
+
+
+def train(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[RECIPE] [key=value]…", help="A recipe file, then its overrides.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The base: a directory or a name.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="A file, or a folder with train, valid and test.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The adapter's name; the recipe's by default.")] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Train an adapter from a recipe, from options, or from both. Ctrl-C saves what there is."""
+    from mlx_lora.config import load_recipe
+    from mlx_lora.tasks.train import train_adapter
+
+    words = list(settings or [])
+    file = Path(words.pop(0)) if words and "=" not in words[0] else None
+    given = {key: value for key, value in (("model", model), ("data.path", data), ("name", name)) if value is not None}
+    recipe = load_recipe(file, words, settings=given)
+    with ExitStack() as stack:
+        hear = listener(stack, recipe.train.iters)
+        run = train_adapter(recipe, force=force, listener=hear)
+    if json:
+        ui.as_json(run.as_dict())
+    else:
+        _show(run.as_dict())
+    if run.finished.stopped_by == "interrupted":
+        raise typer.Exit(code=hear.should_stop.code)  # type: ignore[attr-defined]
+
+
+def _show(result: dict[str, Any]) -> None:
+    losses = ", ".join(
+        f"{label} {result[key]:.4f}"
+        for label, key in (("train loss", "train_loss"), ("validation loss", "best_valid_loss"))
+        if result[key] is not None
+    )
+    ui.result(
+        f"{result['name']}: {losses}; {result['iters']} steps in {result['seconds']:.0f} s, "
+        f"{result['tokens_per_second']:.0f} trained tokens/s, peak {ui.size(result['peak_memory_bytes'])}"
+    )
+    if result["skipped_steps"]:
+        ui.warning(f"{result['skipped_steps']} steps were not finite and skipped")
+    ui.result(result["adapter"])
+
+
+class StopSignal:
+    """The first SIGINT or SIGTERM asks training to save and stop; the second ends the process at once."""
+
+    def __init__(self, stack: ExitStack):
+        self.code = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, self._ask))
+
+    def __call__(self) -> bool:
+        return self.code != 0
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.code:
+            raise SystemExit(self.code)
+        self.code = 130 if number == signal.SIGINT else 143
+        ui.note("stopping after this step, then saving; once more to leave at once")
+
+
+def listener(stack: ExitStack, steps: int | None, *, quiet: bool = False) -> Listener:
+    """A screen for one training run: bars on a terminal, plain lines elsewhere."""
+    from mlx_lora.tasks.train import Listener
+    from mlx_lora.train.events import Evaluated, Finished, Step
+
+    bars = stack.enter_context(ExitStack())
+    advance: Callable[[int, str], None] | None = None
+
+    def hear(event: Any) -> None:
+        nonlocal advance
+        if isinstance(event, Step):
+            if advance is None:
+                bars.close()
+                advance = bars.enter_context(ui.bar("training", event.steps))
+            advance(1, _step(event))
+        elif isinstance(event, Evaluated):
+            ui.note(f"step {event.step}: validation loss {event.loss:.4f}{' (best)' if event.best else ''}")
+        elif isinstance(event, Finished):
+            bars.close()
+
+    stage = (lambda text: None) if quiet else ui.note
+    return Listener(event=hear, stage=stage, progress=progress(bars), should_stop=StopSignal(stack))
+
+
+def _step(event: Any) -> str:
+    note = "  skipped, not finite" if event.skipped else ""
+    return (
+        f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  {event.tokens_per_second:.0f} tok/s  "
+        f"{ui.size(event.peak_memory)}{note}"
+    )
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", help="A file, or a folder whose test file is used.")],
+    settings: Overrides = None,
+    adapter: Adapters = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Also generate answers and count exact matches.")] = False,
+    max_tokens: MaxTokens = 256,
+    json: Json = False,
+) -> None:
+    """Loss, perplexity and exact match of the base and of each adapter, in one load."""
+    from mlx_lora.serve.engine import Engine
+    from mlx_lora.store import adapter as store
+    from mlx_lora.store import registry
+    from mlx_lora.study import evaluate as study
+
+    adapters = [store.read(registry.find(name)) for name in adapter or []]
+    recipe = adapters[0].manifest.recipe if adapters else None
+    chosen = data_settings(settings, recipe["data"] if recipe else None)
+    engine = Engine(registry.open_base(model, adapters))
+    for stored in adapters:
+        engine.add(stored.name, store.wrappers_for(engine.loaded.model, stored))
+    with ExitStack() as stack:
+        asked = study.questions(data, chosen, engine.loaded.tokenizer, exact=exact, progress=progress(stack))
+        stack.close()
+        names = [None, *engine.adapters]
+        work = len(names) * (len(asked.rows) + len(asked.prompts))
+        advance = stack.enter_context(ui.bar("evaluating", work))
+        results = list(
+            study.evaluate(engine, names, asked, max_tokens=max_tokens, on_row=lambda name, rows: advance(rows, ""))
+        )
+    if json:
+        ui.as_json({"results": [result.as_dict() for result in results]})
+        return
+    rows = [(r.adapter or "(base)", r.loss, r.perplexity, r.tokens, r.rows, r.exact_match) for r in results]
+    ui.table(["adapter", "loss", "perplexity", "tokens", "rows", "exact match"], rows)

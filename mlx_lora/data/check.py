@@ -1,0 +1,88 @@
+"""What is wrong with a data path, and what training on it would cost: every problem, sizes, duplicates, leaks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.config import Data
+from mlx_lora.data.encode import Encoded, Encoder
+from mlx_lora.data.example import Example
+from mlx_lora.data.prepare import OnFile, silent
+from mlx_lora.data.read import Source, find_splits, read
+from mlx_lora.errors import Problem
+
+
+@dataclass
+class Report:
+    """Over all files of the path. Token counts are None when no tokenizer was given."""
+
+    format: str | None = None
+    rows: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    longest: int | None = None
+    truncated_rows: int = 0
+    empty_rows: int = 0
+    duplicates: int = 0
+    leaked_rows: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check(path: str | Path, settings: Data, tokenizer: Any = None, *, progress: OnFile = silent) -> Report:
+    """Check every file of a data path. Faulty rows are reported, not raised; a missing path raises DataError."""
+    report = Report()
+    trained_on: set[str] = set()
+    formats = []
+    for name, file in find_splits(path).items():
+        source = read(file, settings)
+        formats += [source.format] if source.format else []
+        report.problems += source.problems
+        report.rows += len(source.examples)
+        keys = [repr(example) for example in source.examples]
+        report.duplicates += len(keys) - len(set(keys))
+        if name == "train":
+            trained_on = set(keys)
+        else:
+            report.leaked_rows += sum(key in trained_on for key in keys)
+        if tokenizer is not None:
+            encoded = Encoder(tokenizer, settings).encode(source, progress(f"reading {file.name}", len(keys)))
+            _count(report, encoded)
+    report.format = " and ".join(dict.fromkeys(formats)) or None
+    report.empty_rows = sum("is empty" in str(p.problem) or "no token carries" in p.problem for p in report.problems)
+    return report
+
+
+def _count(report: Report, encoded: Encoded) -> None:
+    report.problems += encoded.problems
+    report.truncated_rows += encoded.truncated
+    report.tokens = (report.tokens or 0) + sum(len(row) for row in encoded.rows)
+    report.trained_tokens = (report.trained_tokens or 0) + sum(row.trained for row in encoded.rows)
+    report.longest = max([report.longest or 0, *(len(row) for row in encoded.rows)])
+
+
+def samples(source: Source, encoder: Encoder, count: int) -> Iterator[list[tuple[str, bool]]]:
+    """The first examples as (text, carries loss) runs, for a person to look at."""
+    for example in source.examples[:count]:
+        yield _runs(example, encoder)
+
+
+def _runs(example: Example, encoder: Encoder) -> list[tuple[str, bool]]:
+    try:
+        tokens, weights = encoder.tokens(example)
+    except ValueError as error:
+        return [(f"({error})", False)]
+    runs: list[tuple[list[int], bool]] = []
+    for token, weight in zip(tokens, weights, strict=True):
+        if not runs or runs[-1][1] != bool(weight):
+            runs.append(([], bool(weight)))
+        runs[-1][0].append(token)
+    return [(encoder.tokenizer.decode(ids), learned) for ids, learned in runs]
+
+
+__all__ = ["Encoded", "Report", "check", "samples"]

@@ -1,0 +1,216 @@
+"""Examples become token ids with a loss weight each: chat template, masks, truncation, the end token.
+
+    tokens   <s> user: what is 2+2? \n assistant: 4 </s> \n          (as the template renders the whole)
+    weights   0   0    0    0  0    0      0      1  1               (mask completion; nothing after the last is kept)
+
+`weights[t]` belongs to predicting token t. The prompt is verified to be a token prefix of the whole: where a template
+renders it differently once the answer follows, the row is a problem and not a wrong mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mlx_lora.config import Data
+from mlx_lora.data.example import Example, shorten
+from mlx_lora.data.read import Source
+from mlx_lora.errors import Problem
+
+# Consecutive pieces of a split text share this fraction of the length, so that no sentence loses all its context.
+OVERLAP = 0.125
+
+
+@dataclass(frozen=True)
+class Row:
+    """`tokens` int32 (T,), `weights` float32 (T,); the first token never carries loss."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def trained(self) -> int:
+        """Tokens with loss."""
+        return int(np.count_nonzero(self.weights))
+
+
+@dataclass
+class Encoded:
+    """The rows of one file, and what encoding did to them."""
+
+    rows: list[Row] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    truncated: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer with the data settings that decide tokens and masks."""
+
+    tokenizer: Any
+    settings: Data
+
+    def encode(self, source: Source, on_row: Callable[[], None] = lambda: None) -> Encoded:
+        """Encode every example of a file; faults are collected, not raised."""
+        result = Encoded()
+        for example, line in zip(source.examples, source.lines, strict=True):
+            on_row()
+            try:
+                tokens, weights = self.tokens(example)
+                pieces = self._fit(example, tokens, weights, result)
+            except ValueError as error:
+                result.problems.append(Problem(str(source.file), line, str(error)))
+                continue
+            result.rows += pieces
+        return result
+
+    def tokens(self, example: Example) -> tuple[list[int], list[float]]:
+        """Token ids and loss weights of a whole example. Raises ValueError naming what can't be encoded."""
+        if example.text is not None:
+            if self.settings.template == "chat":
+                raise ValueError("template chat needs messages, the row is plain text")
+            return self._text(example.text)
+        if self.templated(example):
+            return self._chat(example)
+        return self._plain(example)
+
+    def prompt_tokens(self, example: Example) -> list[int]:
+        """The tokens that generation starts from: everything before the answer. Raises ValueError for plain text."""
+        if example.text is not None:
+            raise ValueError("plain text has no prompt to answer")
+        if self.templated(example):
+            return self._render(example.messages[: example.prompt_messages], example.tools, prompt=True)
+        assert example.plain is not None
+        return self._without_end(self.tokenizer.encode(example.plain[0]))
+
+    def templated(self, example: Example) -> bool:
+        """Whether an example goes through the chat template."""
+        if self.settings.template == "none":
+            if example.plain is None:
+                raise ValueError("template none needs text, or one prompt and one completion")
+            return False
+        available = bool(self.tokenizer.has_chat_template)
+        if not available and (self.settings.template == "chat" or example.plain is None):
+            raise ValueError("the tokenizer has no chat template")
+        return available
+
+    def _text(self, text: str) -> tuple[list[int], list[float]]:
+        if self.settings.mask not in ("auto", "all"):
+            raise ValueError(f"mask {self.settings.mask} needs an answer, the row is plain text")
+        tokens = self._ended(self.tokenizer.encode(text))
+        return tokens, [0.0] + [1.0] * (len(tokens) - 1)
+
+    def _plain(self, example: Example) -> tuple[list[int], list[float]]:
+        assert example.plain is not None
+        text, completion = example.plain
+        prompt = self._without_end(self.tokenizer.encode(text))
+        whole = self._without_end(self.tokenizer.encode(text + completion))
+        if whole[: len(prompt)] != prompt:  # the join merges into one token: generation will see the prompt's own
+            whole = prompt + list(self.tokenizer.encode(completion, add_special_tokens=False))
+        start = 1 if self.settings.mask == "all" else max(len(prompt), 1)
+        whole = self._ended(whole)
+        return whole, [0.0] * start + [1.0] * (len(whole) - start)
+
+    def _chat(self, example: Example) -> tuple[list[int], list[float]]:
+        whole = self._render(example.messages, example.tools)
+        weights = [0.0] * len(whole)
+        for turn in self._learned_turns(example):
+            start = self._prefix(example, turn, whole)
+            end = next((i for i in range(start, len(whole)) if whole[i] in self._ends), None)
+            if end is None and turn == len(example.messages) - 1:
+                whole.append(self.tokenizer.eos_token_id)
+                weights.append(0.0)
+                end = len(whole) - 1
+            elif end is None:
+                end = self._common(self._render(example.messages[: turn + 1], example.tools), whole) - 1
+            weights[start : end + 1] = [1.0] * (end + 1 - start)
+        if self.settings.mask == "all":
+            weights = [0.0] + [1.0] * (len(whole) - 1)
+        last = max((i for i, weight in enumerate(weights) if weight), default=-1)
+        return whole[: last + 1], weights[: last + 1]
+
+    def _learned_turns(self, example: Example) -> list[int]:
+        """Indices of the assistant messages that carry loss."""
+        turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        mask = example.mask if self.settings.mask == "auto" else self.settings.mask
+        if mask == "completion":
+            return [turn for turn in turns if turn >= example.prompt_messages]
+        return turns[-1:] if mask == "last" else turns
+
+    def _prefix(self, example: Example, turn: int, whole: list[int]) -> int:
+        """Where the answer of message `turn` starts: the length of its prompt, verified to be a token prefix."""
+        prompt = self._render(example.messages[:turn], example.tools, prompt=True)
+        if whole[: len(prompt)] != prompt:
+            same = self._common(prompt, whole)
+            raise ValueError(
+                f"the chat template renders the prompt of message {turn + 1} differently once the answer follows "
+                f"(from token {same} of {len(prompt)}); a mask there would be wrong"
+            )
+        return len(prompt)
+
+    def _render(self, messages: Iterable[dict[str, Any]], tools: Any, *, prompt: bool = False) -> list[int]:
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) or None, tokenize=True, add_generation_prompt=prompt
+            )
+        except Exception as error:  # jinja's own errors, and whatever a template raises
+            raise ValueError(f"the chat template refuses this conversation: {shorten(str(error))}") from None
+        return list(ids)
+
+    @staticmethod
+    def _common(a: list[int], b: list[int]) -> int:
+        return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+    @property
+    def _ends(self) -> set[int]:
+        return set(self.tokenizer.eos_token_ids)
+
+    def _without_end(self, tokens: Iterable[int]) -> list[int]:
+        tokens = list(tokens)
+        return tokens[:-1] if len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id else tokens
+
+    def _ended(self, tokens: Iterable[int]) -> list[int]:
+        """The end token once, whatever the tokenizer adds by itself."""
+        return [*self._without_end(tokens), self.tokenizer.eos_token_id]
+
+    def _fit(self, example: Example, tokens: list[int], weights: list[float], result: Encoded) -> list[Row]:
+        limit, choice = self.settings.max_seq_length, self.settings.too_long
+        if len(tokens) > limit:
+            if choice == "error":
+                raise ValueError(
+                    f"{len(tokens)} tokens, data.max_seq_length is {limit} (data.too_long can drop, truncate or split)"
+                )
+            if choice == "drop":
+                result.dropped += 1
+                return []
+            if choice == "split":
+                if example.text is None:
+                    raise ValueError(f"{len(tokens)} tokens, and too_long split is for plain text only")
+                return [_row(piece, [0.0] + [1.0] * (len(piece) - 1)) for piece in _pieces(tokens, limit)]
+            result.truncated += 1
+            cut = slice(-limit, None) if choice == "truncate-start" else slice(limit)
+            tokens, weights = tokens[cut], [0.0, *weights[cut][1:]]
+        if not any(weights):
+            raise ValueError("no token carries loss" + (" after truncation" if choice.startswith("trunc") else ""))
+        return [_row(tokens, weights)]
+
+
+def _row(tokens: list[int], weights: list[float]) -> Row:
+    return Row(np.array(tokens, np.int32), np.array(weights, np.float32))
+
+
+def _pieces(tokens: list[int], limit: int) -> Iterator[list[int]]:
+    step = max(1, limit - max(1, int(limit * OVERLAP)))
+    for start in range(0, len(tokens), step):
+        piece = tokens[start : start + limit]
+        if len(piece) > 1:
+            yield piece
+        if start + limit >= len(tokens):
+            return

@@ -1,0 +1,131 @@
+"""Files become examples, with every problem collected by file and line. No tokens here.
+
+A path is one file, or a folder holding train, valid and test files. Each row is checked on its own: the first row
+sets the format, and a row of another shape is a problem, not a guess.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_lora import paths
+from mlx_lora.config import Data
+from mlx_lora.data.example import Example, shorten
+from mlx_lora.data.sources import FORMATS, detect
+from mlx_lora.errors import DataError, Problem
+
+ENDINGS = (".jsonl", ".json")
+SPLITS = ("train", "valid", "test")
+HINT = "mlx-lora data check PATH shows every problem"
+
+
+@dataclass
+class Source:
+    """One file's examples; `lines[i]` is where `examples[i]` stands. `format` is None for a file without rows."""
+
+    file: Path
+    format: str | None = None
+    examples: list[Example] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def find_splits(path: str | Path) -> dict[str, Path]:
+    """The files of a data path by split name. Raises DataError when there are none."""
+    root = paths.existing(path)
+    if root is None:
+        raise DataError([Problem(str(path), 0, "no such file or folder")])
+    if root.is_file():
+        if root.suffix not in ENDINGS:
+            raise DataError([Problem(str(root), 0, f"not a {' or '.join(ENDINGS)} file")])
+        return {"train": root}
+    found = {}
+    for split in SPLITS:
+        files = [root / f"{split}{ending}" for ending in ENDINGS if (root / f"{split}{ending}").is_file()]
+        if files:
+            found[split] = files[0]
+    if not found:
+        raise DataError(
+            [Problem(str(root), 0, "has no train.jsonl, valid.jsonl or test.jsonl")], hint="name one file instead"
+        )
+    return found
+
+
+def read(file: Path, settings: Data) -> Source:
+    """Every row of a file as an Example; faulty rows become problems instead."""
+    source = Source(file)
+    chosen = None if settings.format == "auto" else settings.format
+    for line, row, problem in _rows(file):
+        if problem:
+            source.problems.append(Problem(str(file), line, problem))
+            continue
+        try:
+            if not isinstance(row, dict):
+                raise ValueError(f"a row is a JSON object, this is {type(row).__name__}")
+            chosen = chosen or _detect(row)
+            module = FORMATS[chosen]
+            if not module.matches(row):
+                raise ValueError(f"not a row of format {chosen}: its keys are {_keys(row)}")
+            source.examples.append(module.parse(row))
+            source.lines.append(line)
+        except ValueError as error:
+            source.problems.append(Problem(str(file), line, str(error)))
+    source.format = chosen
+    if not source.examples and not source.problems:
+        source.problems.append(Problem(str(file), 0, "is empty"))
+    return source
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _detect(row: dict[str, Any]) -> str:
+    name = detect(row)
+    if name is None:
+        raise ValueError(f"no format has the keys {_keys(row)}; known formats: {', '.join(FORMATS)}")
+    return name
+
+
+def _keys(row: dict[str, Any]) -> str:
+    return ", ".join(shorten(key) for key in list(row)[:6]) or "none"
+
+
+def _rows(file: Path) -> Iterator[tuple[int, Any, str | None]]:
+    """(line, row, problem) for each row of a .jsonl file, or of a .json file holding one list."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        yield 0, None, f"can't be read ({error.strerror})"
+        return
+    except UnicodeDecodeError as error:
+        yield 0, None, f"is not UTF-8 (byte {error.start})"
+        return
+    if file.suffix == ".json":
+        yield from _json_rows(text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line), None
+            except (json.JSONDecodeError, RecursionError) as error:
+                yield number, None, f"not valid JSON ({getattr(error, 'msg', 'nested too deeply')})"
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, Any, str | None]]:
+    try:
+        rows = json.loads(text) if text.strip() else []
+    except (json.JSONDecodeError, RecursionError) as error:
+        yield getattr(error, "lineno", 0), None, f"not valid JSON ({getattr(error, 'msg', 'nested too deeply')})"
+        return
+    if not isinstance(rows, list):
+        yield 0, None, "a .json file holds one list of rows"
+        return
+    yield from ((number, row, None) for number, row in enumerate(rows, start=1))

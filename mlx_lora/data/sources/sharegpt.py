@@ -1,0 +1,31 @@
+"""`{"conversations": [{"from": "human|gpt|system|tool", "value": …}]}`: ShareGPT exports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_lora.data.example import Example, conversation, shorten
+
+ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "system": "system", "tool": "tool", "function_call": "assistant", "observation": "tool",
+}  # fmt: skip
+
+
+def matches(row: dict[str, Any]) -> bool:
+    return "conversations" in row
+
+
+def parse(row: dict[str, Any]) -> Example:
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("'conversations' is not a list of objects with from and value")
+    messages = []
+    if isinstance(row.get("system"), str) and row["system"].strip():
+        messages.append({"role": "system", "content": row["system"]})
+    for index, turn in enumerate(turns):
+        speaker = turn.get("from")
+        if speaker not in ROLES:
+            raise ValueError(f"turn {index + 1} is from {shorten(speaker)}; known: {', '.join(sorted(ROLES))}")
+        messages.append({"role": ROLES[speaker], "content": turn.get("value")})
+    return conversation(messages)

@@ -1,0 +1,226 @@
+"""A local model directory, or the name of one, becomes a model, a tokenizer and a configuration.
+
+Nothing is ever fetched: a repo id that isn't on disk is an error that names `pull`. Nothing in a model directory is
+ever executed: configurations that ask for code, and weights that are pickles, are refused before they are opened.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_lora import device, paths
+from mlx_lora.config import Quantize
+from mlx_lora.errors import ModelError, nearest
+from mlx_lora.quant.matmul import use_fast_multiply
+from mlx_lora.quant.quantize import Quantized, dequantize_layer, quantize
+
+with device.file_limits_kept():
+    import mlx_lm.utils as mlx_lm_utils
+
+RUNS_CODE = ("auto_map", "model_file", "_attn_implementation_internal")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass
+class LoadedModel:
+    """A base on this device. `dtype` is what activations are computed in, `stored` what the files hold."""
+
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    path: Path
+    stored: mx.Dtype
+    quantized: Quantized | None = None
+    dtype: mx.Dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dtype = device.activation_dtype(self.stored)
+
+
+def find_model(model: str) -> Path:
+    """The directory that `model` names: a path, a name under the home's models, or a repo the hub's cache holds.
+
+    Raises ModelError saying where it looked; never asks a hub.
+    """
+    path = paths.existing(model)
+    if path and path.is_dir():
+        return path
+    if path:
+        hint = f"mlx-lora import-gguf {model} DIR" if path.suffix == ".gguf" else "name the directory that holds it"
+        raise ModelError(f"{model} is a file, a model is a directory", hint=hint)
+    if paths.NAME.fullmatch(model) and paths.room("models", model).is_dir():
+        return paths.room("models", model)
+    if cached := _in_hub_cache(model):
+        return cached
+    models = paths.home() / "models"
+    names = [entry.name for entry in models.iterdir() if entry.is_dir()] if models.is_dir() else []
+    where = f"no directory {model!r}, and no model of that name in {models}"
+    similar = nearest(model, names) if names else ""
+    raise ModelError(where + similar, hint=f"mlx-lora pull {model}" if "/" in model else "mlx-lora pull REPO")
+
+
+def _in_hub_cache(repo: str) -> Path | None:
+    """The snapshot of a repo that Hugging Face's cache on this disk already holds."""
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import constants
+
+    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
+    complete = [config.parent for config in snapshots.glob("*/config.json")]
+    return max(complete, key=lambda folder: folder.stat().st_mtime) if complete else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model directory. Raises ModelError when it is missing, broken, or asks to run code."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{path}: not a model directory, config.json is missing")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{file}: has no model_type")
+    for key in RUNS_CODE:
+        if config.get(key) is not None:
+            raise ModelError(f"{file}: {key!r} asks to run code from the model directory; refused")
+    return config
+
+
+def check_files(path: Path) -> None:
+    """Raise ModelError listing everything a model directory lacks, before anything is loaded."""
+    missing = []
+    if not list(path.glob("model*.safetensors")):
+        pickles = [file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.npz") for file in path.glob(suffix)]
+        also = f" ({', '.join(sorted(pickles)[:3])} can run code and is never read)" if pickles else ""
+        missing.append(f"weights, model*.safetensors{also}")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        missing.append("a tokenizer, tokenizer.json or tokenizer.model")
+    if missing:
+        raise ModelError(f"{path}: missing " + " and ".join(missing))
+
+
+def load(model: str | Path, *, quantization: Quantize | None = None) -> LoadedModel:
+    """Load a model directory or name, quantized on the way when asked, ready to compute on this device.
+
+    On a CPU every float parameter becomes float32 and packed layers get a fast multiply; on a GPU nothing is cast.
+    Raises ModelError for anything missing, unsupported or unsafe.
+    """
+    return ready(load_stored(model, quantization=quantization))
+
+
+def load_stored(
+    model: str | Path, *, quantization: Quantize | None = None, on_layer: Callable[[str], None] = lambda path: None
+) -> LoadedModel:
+    """Load with every tensor as the files hold it, lazily, then quantize when asked; for hashing and saving."""
+    path = find_model(str(model))
+    config = read_config(path)
+    check_files(path)
+    try:
+        network, config = mlx_lm_utils.load_model(path, lazy=True)
+    except Exception as error:  # whatever a broken or unsupported directory makes mlx_lm raise
+        raise ModelError(f"{path}: can't be loaded: {_first_line(error)}") from error
+    tokenizer = load_tokenizer(path)
+    loaded = LoadedModel(network, tokenizer, config, path, _stored_dtype(network))
+    if quantization is not None:
+        loaded.quantized = quantize(loaded.model, quantization.complete(), on_layer=on_layer)
+        loaded.config["quantization"] = loaded.config["quantization_config"] = loaded.quantized.config
+    return loaded
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer of a model directory or name, with its chat template and every end token, without any weights."""
+    path = find_model(str(model))
+    eos = mlx_lm_utils.load_config(path).get("eos_token_id") if read_config(path) else None
+    try:
+        return mlx_lm_utils.load_tokenizer(path, eos_token_ids=[eos] if isinstance(eos, int) else eos)
+    except Exception as error:  # whatever a broken tokenizer makes transformers raise
+        raise ModelError(f"{path}: its tokenizer can't be loaded: {_first_line(error)}") from error
+
+
+def ready(loaded: LoadedModel) -> LoadedModel:
+    """Cast to the dtype this device computes in, choose its multiply, and freeze: a base never trains."""
+    if not device.on_gpu():
+        loaded.model.set_dtype(loaded.dtype)
+    use_fast_multiply(loaded.model)
+    loaded.model.freeze()
+    loaded.model.eval()
+    mx.eval(loaded.model.parameters())
+    return loaded
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{lines[0] if lines else ''} ({type(error).__name__})".strip()
+
+
+def _stored_dtype(model: nn.Module) -> mx.Dtype:
+    """The float dtype that most bytes of the files have: half precision models keep a few float32 tensors."""
+    sizes: dict[mx.Dtype, int] = {}
+    for _, array in tree_flatten(model.parameters()):
+        if mx.issubdtype(array.dtype, mx.floating):
+            sizes[array.dtype] = sizes.get(array.dtype, 0) + array.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else mx.float32
+
+
+def dequantize_model(loaded: LoadedModel, dtype: mx.Dtype = mx.float16) -> None:
+    """Take every packed layer back to a plain one in `dtype`, in place."""
+    replaced = {
+        path: plain_layer(module, dequantize_layer(module, dtype))
+        for path, module in loaded.model.named_modules()
+        if "scales" in module
+    }
+    set_modules(loaded.model, replaced)
+    for key in ("quantization", "quantization_config"):
+        loaded.config.pop(key, None)
+
+
+def plain_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
+    """An unquantized layer of the same kind as `layer` (Linear, Embedding or SwitchLinear) around `weight`."""
+    from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear
+
+    if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
+        plain: nn.Module = nn.Embedding(1, 1)
+    elif isinstance(layer, SwitchLinear | QuantizedSwitchLinear):
+        plain = SwitchLinear(1, 1, 1, bias=False)
+    else:
+        plain = nn.Linear(1, 1, bias=False)
+    plain["weight"] = weight
+    if "bias" in layer:
+        plain["bias"] = layer["bias"]
+    return plain
+
+
+def set_modules(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
+    """Put modules at dotted paths; an empty mapping changes nothing."""
+    from mlx.utils import tree_unflatten
+
+    if replaced:
+        model.update_modules(tree_unflatten(list(replaced.items())))
+
+
+def save(loaded: LoadedModel, out: Path, *, force: bool = False) -> int:
+    """Write a model directory that mlx_lm loads as it is; return its bytes. Appears whole or not at all."""
+    with paths.written_whole(out, force=force) as folder:
+        mlx_lm_utils.save_model(folder, loaded.model)
+        mlx_lm_utils.save_config(dict(loaded.config), folder / "config.json")
+        for file in tokenizer_files(loaded.path):
+            shutil.copyfile(file, folder / file.name)
+    return paths.directory_bytes(out)
+
+
+def tokenizer_files(path: Path) -> Iterator[Path]:
+    """The files of a model directory that belong to its tokenizer."""
+    return (path / name for name in TOKENIZER_FILES if (path / name).is_file())

@@ -1,0 +1,76 @@
+"""Nothing leaves the machine: hub variables set early, and a guard on every connection.
+
+The guard is a Python audit hook, so it sees connections made by any library in the process, not only those that
+go through this package. It can't see what native code does behind Python's back; `unshare -n` in the tests does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from mlx_lora.errors import NetworkBlocked
+
+OFFLINE_VARIABLES = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+_guarded = False
+_installed = False
+
+
+def set_hub_variables() -> None:
+    """Tell huggingface_hub and transformers to stay offline. They read these once, when imported: call this first."""
+    os.environ.update(OFFLINE_VARIABLES)
+
+
+def is_local(address: Any) -> bool:
+    """Whether a socket address stays on this machine: a Unix socket, or a loopback address or `localhost`."""
+    if not isinstance(address, tuple):
+        return True
+    host = str(address[0])
+    if host in ("localhost", ""):
+        return True
+    try:
+        return ipaddress.ip_address(host.split("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _guarded:
+        return
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+        address = arguments[1] if len(arguments) > 1 else None
+        if not is_local(address):
+            raise NetworkBlocked(f"blocked a connection to {address[0]}:{address[1]}", hint="only `pull` may connect")
+    elif event == "socket.getaddrinfo" and arguments[0] is not None and not is_local((_text(arguments[0]),)):
+        raise NetworkBlocked(f"blocked a name look-up of {_text(arguments[0])}", hint="only `pull` may connect")
+
+
+def _text(host: str | bytes) -> str:
+    return host.decode("ascii", "replace") if isinstance(host, bytes) else host
+
+
+@contextlib.contextmanager
+def network_guard() -> Iterator[None]:
+    """Refuse every connection that isn't to this machine while the block runs. Audit hooks stay; the switch doesn't."""
+    global _guarded, _installed
+    if not _installed:
+        sys.addaudithook(_audit)
+        _installed = True
+    before, _guarded = _guarded, True
+    try:
+        yield
+    finally:
+        _guarded = before

@@ -1,0 +1,94 @@
+"""Where things are on disk: the home directory, names inside it, and the files that come with the package.
+
+Knows names and directories only; what is inside an adapter is `store`'s business, inside a model `models`'.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlx_lora.errors import MlxLoraError, NameTaken
+
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+def home() -> Path:
+    """`$MLX_LORA_HOME` or `~/.mlx-lora`, made private (mode 0700) at first use."""
+    root = Path(os.environ.get("MLX_LORA_HOME") or "~/.mlx-lora").expanduser()
+    if not root.exists():
+        root.mkdir(parents=True, mode=0o700)
+    return root
+
+
+def check_name(name: str) -> str:
+    """Return `name` when it is letters, digits, dot, underscore or dash and doesn't start with a dot; else raise."""
+    if not NAME.fullmatch(name) or len(name) > 128:
+        raise MlxLoraError(
+            f"{name!r} is not a name", hint="a name is letters, digits, '.', '_' and '-', not starting with a dot"
+        )
+    return name
+
+
+def room(kind: str, name: str) -> Path:
+    """The directory of a `models`, `adapters` or `runs` entry called `name`; it need not exist."""
+    return home() / kind / check_name(name)
+
+
+def bundled(*parts: str) -> Path:
+    """A file that comes with the project: from the clone's own folders, or from inside an installed wheel."""
+    package = Path(__file__).parent
+    for root in (package / "_bundled", package.parent):
+        if (root / "data" / "base").is_dir():
+            return root.joinpath(*parts)
+    raise MlxLoraError("the example data that comes with mlx-lora is missing", hint="reinstall the package")
+
+
+def existing(path: str | Path) -> Path | None:
+    """`path` if it exists; else, for a relative path, the file of that name that comes with the project; else None."""
+    path = Path(path).expanduser()
+    if path.exists():
+        return path
+    if path.is_absolute() or ".." in path.parts:
+        return None
+    shipped = bundled(*path.parts)
+    return shipped if shipped.exists() else None
+
+
+@contextmanager
+def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory beside `target` that takes its place by rename, only if the block succeeds.
+
+    Raises NameTaken when `target` exists and `force` is false. With `force` the old directory goes only after the
+    new one is complete.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not force:
+        raise NameTaken(f"{target} exists", hint="choose another name, or --force to replace it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        _replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    old = None
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "old"
+        target.rename(old)
+    temporary.rename(target)
+    if old is not None:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def directory_bytes(path: Path) -> int:
+    """Bytes of all files below `path`."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -1,0 +1,62 @@
+"""Text in and out: the chat template before the engine, the streaming detokenizer after it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lora.config import Data
+from mlx_lora.data.encode import Encoder
+from mlx_lora.data.example import Example
+from mlx_lora.errors import DataError, Problem
+from mlx_lora.serve.engine import Engine, Sampling
+
+
+@dataclass
+class Answer:
+    """A finished generation; `seconds` include reading the prompt."""
+
+    text: str = ""
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+    finish_reason: str = "length"
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.generated_tokens / self.seconds if self.seconds else 0.0
+
+
+def prompt_tokens(tokenizer: Any, messages: Sequence[dict[str, Any]], *, template: str) -> list[int]:
+    """Tokens that an answer to `messages` starts from. With template none, the last message's text as it stands.
+
+    Raises DataError when the tokenizer has no chat template, or when its template refuses the messages.
+    """
+    example = Example(messages=tuple(messages), prompt_messages=len(messages), plain=(str(messages[-1]["content"]), ""))
+    try:
+        return Encoder(tokenizer, Data(template="none" if template == "none" else "auto")).prompt_tokens(example)
+    except ValueError as error:
+        raise DataError([Problem("prompt", 0, str(error))]) from None
+
+
+def stream_text(
+    engine: Engine, prompt: Sequence[int], answer: Answer, *, max_tokens: int, sampling: Sampling | None = None
+) -> Iterator[str]:
+    """Yield pieces of text as they are generated, filling `answer` on the way."""
+    detokenizer = engine.loaded.tokenizer.detokenizer
+    answer.prompt_tokens = len(prompt)
+    start = time.perf_counter()
+    for token in engine.stream(prompt, max_tokens=max_tokens, sampling=sampling):
+        detokenizer.add_token(token)
+        answer.generated_tokens += 1
+        answer.seconds = time.perf_counter() - start
+        if piece := detokenizer.last_segment:
+            yield piece
+    detokenizer.finalize()
+    if piece := detokenizer.last_segment:
+        yield piece
+    answer.text = detokenizer.text
+    answer.seconds = time.perf_counter() - start
+    answer.finish_reason = "length" if answer.generated_tokens >= max_tokens else "stop"

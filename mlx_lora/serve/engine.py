@@ -1,0 +1,146 @@
+"""One loaded base, any number of adapters, token ids in and out.
+
+The engine knows nothing about templates or text. Swapping adapters exchanges modules and drops every key-value cache,
+because a cache holds what another adapter computed. The thread that made the engine must use it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lora import device
+from mlx_lora.adapters.attach import Wrappers, attached, put
+from mlx_lora.errors import AdapterError, MlxLoraError, nearest
+from mlx_lora.models.load import LoadedModel
+
+with device.file_limits_kept():
+    from mlx_lm.generate import BatchGenerator, generate_step
+    from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+    from mlx_lm.sample_utils import make_sampler
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature 0 is greedy. `top_p` of 1 keeps the whole distribution."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass
+class Cache:
+    """Keys and values of a running conversation, and the tokens they stand for."""
+
+    layers: list[Any] | None = None
+    tokens: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """A base and its adapters by name; `current` is the one in use, None for the bare base."""
+
+    def __init__(self, loaded: LoadedModel):
+        self.loaded = loaded
+        self.adapters: dict[str, Wrappers] = {}
+        self.current: str | None = None
+        self.cache = Cache()
+        put(loaded.model, {})
+
+    def add(self, name: str, wrappers: Wrappers) -> None:
+        """Make an adapter available under a name, evaluated now so that the first swap is as fast as the others."""
+        mx.eval([wrapper.adapter_arrays() for wrapper in wrappers.values()])
+        self.adapters[name] = wrappers
+
+    def use(self, name: str | None) -> float:
+        """Swap to an adapter, or to the bare base with None; return the milliseconds it took."""
+        if name is not None and name not in self.adapters:
+            raise AdapterError(f"no adapter {name!r} is loaded{nearest(name, self.adapters)}")
+        start = time.perf_counter()
+        put(self.loaded.model, self.adapters[name] if name is not None else {})
+        self.current = name
+        self.forget()
+        return 1000 * (time.perf_counter() - start)
+
+    def forget(self) -> None:
+        """Drop the key-value cache."""
+        self.cache = Cache()
+
+    def stream(
+        self, prompt: Sequence[int], *, max_tokens: int = 256, sampling: Sampling | None = None
+    ) -> Iterator[int]:
+        """Yield token ids after `prompt` until an end token (not yielded) or `max_tokens`.
+
+        A prompt that continues the last one reuses its cache. Raises MlxLoraError for an empty prompt.
+        """
+        if not prompt:
+            raise MlxLoraError("the prompt is empty")
+        sampling = sampling or Sampling()
+        if sampling.seed is not None:
+            mx.random.seed(sampling.seed)
+        layers, rest = self._resume(list(prompt))
+        sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p if sampling.top_p < 1 else 0.0)
+        steps = generate_step(
+            mx.array(rest), self.loaded.model, max_tokens=max_tokens, sampler=sampler, prompt_cache=layers
+        )
+        for token, _ in steps:
+            token = int(token)
+            self.cache.tokens.append(token)
+            if token in self.ends:
+                return
+            yield token
+
+    def batch(self, prompts: Sequence[Sequence[int]], *, max_tokens: int = 256) -> Iterator[tuple[int, list[int]]]:
+        """Answer many prompts greedily, several at a time; yield (index of the prompt, its tokens) as they end."""
+        generator = BatchGenerator(
+            self.loaded.model, stop_tokens=[[end] for end in sorted(self.ends)], max_tokens=max_tokens
+        )
+        try:
+            indices = {uid: i for i, uid in enumerate(generator.insert([list(prompt) for prompt in prompts]))}
+            answers: dict[int, list[int]] = {uid: [] for uid in indices}
+            while answers:
+                responses = generator.next_generated()
+                if not responses:
+                    return
+                for response in responses:
+                    if response.token not in self.ends:
+                        answers[response.uid].append(int(response.token))
+                    if response.finish_reason is not None:
+                        yield indices[response.uid], answers.pop(response.uid)
+        finally:
+            generator.close()
+
+    @property
+    def ends(self) -> set[int]:
+        """Token ids that end an answer."""
+        return set(self.loaded.tokenizer.eos_token_ids)
+
+    @property
+    def attached(self) -> Wrappers:
+        """What is on the model now."""
+        return attached(self.loaded.model)
+
+    def _resume(self, prompt: list[int]) -> tuple[list[Any], list[int]]:
+        """A cache holding a beginning of `prompt`, and the tokens it lacks (at least one)."""
+        held = self.cache.tokens
+        shorter = min(len(held), len(prompt))
+        common = next((index for index in range(shorter) if held[index] != prompt[index]), shorter)
+        common = min(common, len(prompt) - 1)
+        layers = self.cache.layers
+        computed = self._length(layers)
+        if layers is None or not common or computed < common or not self._trim(layers, computed - common):
+            layers, common = make_prompt_cache(self.loaded.model), 0
+        self.cache = Cache(layers, list(prompt))
+        return layers, prompt[common:]
+
+    @staticmethod
+    def _length(layers: list[Any] | None) -> int:
+        return int(getattr(layers[0], "offset", 0)) if layers else 0
+
+    @staticmethod
+    def _trim(layers: list[Any], count: int) -> bool:
+        return count == 0 or (can_trim_prompt_cache(layers) and trim_prompt_cache(layers, count) == count)

@@ -1,0 +1,126 @@
+"""Fingerprints: what a base, a tokenizer or a set of weights is, independent of where and in how many files it lies.
+
+A model's fingerprint is the sha256 over its tensors' names, dtypes, shapes and bytes in name order. Of a directory it
+is computed once and remembered by path, size and modification time of its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_lora import paths
+from mlx_lora.errors import ModelError
+from mlx_lora.models.load import tokenizer_files
+
+# MLX's dtype names, as safetensors writes them.
+DTYPES = {
+    "float16": "F16", "bfloat16": "BF16", "float32": "F32", "uint32": "U32", "uint8": "U8", "int8": "I8",
+    "int32": "I32", "int64": "I64", "uint16": "U16", "int16": "I16", "uint64": "U64", "bool": "BOOL",
+}  # fmt: skip
+CHUNK = 1 << 24
+
+
+def of_directory(path: Path) -> str:
+    """Fingerprint of the weights in a model directory, from its safetensors files without loading them."""
+    files = sorted(path.glob("model*.safetensors"))
+    key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+    key = hashlib.sha256(key.encode()).hexdigest()
+    remembered = _remembered()
+    if key not in remembered:
+        tensors = {name: place for file in files for name, place in _tensors(file)}
+        remembered[key] = _digest((name, *tensors[name]) for name in sorted(tensors))
+        _remember(remembered)
+    return str(remembered[key])
+
+
+def of_model(model: nn.Module) -> str:
+    """Fingerprint of a loaded model's tensors as they are now; equals `of_directory` of the same model saved."""
+
+    def tensors() -> Iterator[tuple[str, str, list[int], Iterable[bytes]]]:
+        for name, array in sorted(tree_flatten(model.parameters())):
+            dtype = DTYPES[str(array.dtype).rpartition(".")[2]]
+            raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+            yield name, dtype, list(array.shape), [np.array(raw).tobytes()]
+
+    return _digest(tensors())
+
+
+def of_tokenizer(path: Path) -> str:
+    """sha256 over the files of a model directory that make its tokenizer."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+    return _of_files(file for file in tokenizer_files(path) if file.name in names)
+
+
+def of_template(tokenizer: Any) -> str | None:
+    """sha256 of the chat template's text, or None without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None
+
+
+def _of_files(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _digest(tensors: Iterable[tuple[str, str, list[int], Iterable[bytes]]]) -> str:
+    digest = hashlib.sha256()
+    for name, dtype, shape, chunks in tensors:
+        digest.update(f"{name}\0{dtype}\0{shape}\0".encode())
+        for chunk in chunks:
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, tuple[str, list[int], Iterable[bytes]]]]:
+    """(name, (dtype, shape, bytes in chunks)) of a safetensors file; the bytes are read when asked for."""
+    try:
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        for name, info in header.items():
+            if name != "__metadata__":
+                start, end = info["data_offsets"]
+                yield name, (info["dtype"], info["shape"], _bytes(file, 8 + length + start, end - start))
+    except (OSError, ValueError, KeyError, struct.error, OverflowError) as error:
+        raise ModelError(f"{file}: not a readable safetensors file ({error})") from None
+
+
+def _bytes(file: Path, start: int, length: int) -> Iterator[bytes]:
+    with open(file, "rb") as stream:
+        stream.seek(start)
+        while length > 0:
+            chunk = stream.read(min(CHUNK, length))
+            if not chunk:
+                raise ModelError(f"{file}: ends before its tensors do")
+            length -= len(chunk)
+            yield chunk
+
+
+def _cache_file() -> Path:
+    return paths.home() / "fingerprints.json"
+
+
+def _remembered() -> dict[str, Any]:
+    try:
+        return dict(json.loads(_cache_file().read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _remember(values: dict[str, Any]) -> None:
+    temporary = _cache_file().with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(values))
+    temporary.replace(_cache_file())

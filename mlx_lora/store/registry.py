@@ -1,0 +1,168 @@
+"""The adapters of the home directory: the directory listing is the registry, so nothing can drift from it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_lora import paths
+from mlx_lora.config import Quantize
+from mlx_lora.errors import AdapterError, NameTaken, nearest
+from mlx_lora.models.load import LoadedModel, find_model, load_stored, ready
+from mlx_lora.store import adapter as adapters
+from mlx_lora.store import fingerprint
+from mlx_lora.store.adapter import Base, StoredAdapter
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of `adapters list`."""
+
+    name: str
+    method: str
+    rank: int
+    base: str | None
+    bytes: int
+    valid_loss: float | None
+    created: str
+
+
+def names() -> list[str]:
+    """Names of the adapters in the home. A directory without a manifest is unfinished and not listed."""
+    root = paths.home() / "adapters"
+    complete = [manifest.parent.name for manifest in root.glob(f"*/{adapters.MANIFEST}")]
+    return sorted(name for name in complete if paths.NAME.fullmatch(name))
+
+
+def find(adapter: str) -> Path:
+    """The directory an adapter's name or path means. Raises AdapterError naming the closest one there is."""
+    if paths.NAME.fullmatch(adapter) and paths.room("adapters", adapter).is_dir():
+        return paths.room("adapters", adapter)
+    path = Path(adapter).expanduser()
+    if path.is_dir():
+        return path
+    known = names()
+    closest = nearest(adapter, known) if known else "; there are none yet"
+    raise AdapterError(f"no adapter {adapter!r}{closest}", hint="mlx-lora adapters list")
+
+
+def entries() -> list[Entry]:
+    """All adapters of the home, by name."""
+    found = []
+    for name in names():
+        path = paths.room("adapters", name)
+        manifest = adapters.read_manifest(path)
+        found.append(
+            Entry(
+                name=name,
+                method=manifest.method,
+                rank=int(manifest.adapter["rank"]),
+                base=manifest.base.name if manifest.base else None,
+                bytes=paths.directory_bytes(path),
+                valid_loss=manifest.metrics.get("best_valid_loss"),
+                created=manifest.created,
+            )
+        )
+    return found
+
+
+def rename(old: str, new: str) -> Path:
+    """Give an adapter, and its run, another name."""
+    source, target = find_by_name(old), paths.room("adapters", new)
+    if target.exists():
+        raise NameTaken(f"an adapter {new!r} exists", hint="remove it first, or choose another name")
+    source.rename(target)
+    run = paths.room("runs", old)
+    if run.is_dir() and not paths.room("runs", new).exists():
+        run.rename(paths.room("runs", new))
+    return target
+
+
+def remove(name: str) -> int:
+    """Delete an adapter and its run; return the bytes freed."""
+    doomed = [path for path in (find_by_name(name), paths.room("runs", name)) if path.is_dir()]
+    freed = sum(paths.directory_bytes(path) for path in doomed)
+    for path in doomed:
+        shutil.rmtree(path)
+    return freed
+
+
+def find_by_name(name: str) -> Path:
+    """The home's own adapter called `name`; a path is no name."""
+    paths.check_name(name)
+    if name not in names():
+        raise AdapterError(f"no adapter {name!r}{nearest(name, names()) if names() else ''}")
+    return paths.room("adapters", name)
+
+
+def describe_base(loaded: LoadedModel) -> Base:
+    """The base of a model just loaded, for a manifest; call it while the tensors are as stored, before any cast."""
+    source = fingerprint.of_directory(loaded.path)
+    return Base(
+        name=loaded.path.name,
+        fingerprint=fingerprint.of_model(loaded.model) if loaded.quantized else source,
+        quantization=loaded.config.get("quantization"),
+        source=source if loaded.quantized else None,
+    )
+
+
+def open_base(model: str, belonging: Sequence[StoredAdapter] = ()) -> LoadedModel:
+    """Load the base that all of `belonging` were trained over, quantizing it on the way when they were.
+
+    Raises one AdapterError for every adapter that belongs to another base.
+    """
+    return ready(open_stored(model, belonging))
+
+
+def open_stored(model: str, belonging: Sequence[StoredAdapter] = ()) -> LoadedModel:
+    """Like `open_base`, with the tensors as stored: for saving what comes of them."""
+    path = find_model(model)
+    needed, faults = [], []
+    for adapter in belonging:
+        try:
+            needed.append(quantization_needed(adapter, path))
+        except AdapterError as error:
+            faults.append(error)
+    if faults:
+        raise AdapterError("\n  ".join(fault.message for fault in faults), hint=faults[0].hint)
+    if len({repr(quantization) for quantization in needed}) > 1:
+        raise AdapterError("these adapters were trained over different quantizations of the base")
+    settings = needed[0] if needed else None
+    chosen = Quantize(**{key: settings[key] for key in ("mode", "bits", "group_size")}) if settings else None
+    return load_stored(path, quantization=chosen)
+
+
+def quantization_needed(adapter: StoredAdapter, path: Path) -> dict[str, Any] | None:
+    """How the base at `path` must be quantized on loading to become the one `adapter` was trained over.
+
+    None when it is that base already, or when the adapter doesn't say. Raises AdapterError for another base.
+    """
+    base = adapter.manifest.base
+    if base is None:
+        return None
+    here = fingerprint.of_directory(path)
+    if here == base.fingerprint:
+        return None
+    if here == base.source:
+        return base.quantization
+    bits = f" at {base.quantization['bits']} bits" if base.quantization else ""
+    raise AdapterError(
+        f"{adapter.name} belongs to another base: it was trained over {base.name}{bits} "
+        f"({base.fingerprint[:12]}), this one is {path.name} ({here[:12]})",
+        hint=f"use --model {base.name}",
+    )
+
+
+def check_belongs(adapter: StoredAdapter, loaded: LoadedModel) -> None:
+    """Raise AdapterError unless `adapter` belongs to the base just as it is loaded, quantization included."""
+    needed = quantization_needed(adapter, loaded.path)
+    done = loaded.config.get("quantization") if loaded.quantized else None
+    if needed != done:
+        bits = f"at {needed['bits']} bits" if needed else "as it is on disk"
+        raise AdapterError(
+            f"{adapter.name} belongs to {loaded.path.name} {bits}, which is not how it is loaded",
+            hint=f"start again with --adapter {adapter.name}",
+        )

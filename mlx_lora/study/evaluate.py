@@ -1,0 +1,108 @@
+"""Loss, perplexity and exact match of a base and its adapters on the same rows, in one load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lora.config import Data
+from mlx_lora.data.batch import by_length
+from mlx_lora.data.encode import Encoder, Row
+from mlx_lora.data.example import Example
+from mlx_lora.data.prepare import OnFile, silent
+from mlx_lora.data.read import HINT, find_splits, read
+from mlx_lora.errors import DataError, Problem
+from mlx_lora.models.split import split
+from mlx_lora.serve.engine import Engine
+from mlx_lora.train.loss import as_arrays, loss_function
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Result:
+    """`loss` is the mean over tokens with loss; `exact_match` is a share, None when it wasn't asked for."""
+
+    adapter: str | None
+    loss: float
+    perplexity: float
+    tokens: int
+    rows: int
+    exact_match: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Rows to evaluate on: encoded, and as prompt tokens with the wanted answer."""
+
+    rows: list[Row]
+    prompts: list[list[int]]
+    answers: list[str]
+
+
+def questions(path: str, settings: Data, tokenizer: Any, *, exact: bool, progress: OnFile = silent) -> Questions:
+    """Read the test file of a path (else valid, else the only file). Raises DataError listing every fault."""
+    splits = find_splits(path)
+    file = splits.get("test") or splits.get("valid") or splits["train"]
+    source, encoder = read(file, settings), Encoder(tokenizer, settings)
+    encoded = encoder.encode(source, progress(f"reading {file.name}", len(source.examples)))
+    problems = source.problems + encoded.problems
+    prompts: list[list[int]] = []
+    answers: list[str] = []
+    if exact and not problems:
+        if any(example.text is not None for example in source.examples):
+            problems.append(Problem(str(file), 0, "plain text has no answer to match, --exact needs prompts"))
+        else:
+            prompts = [encoder.prompt_tokens(example) for example in source.examples]
+            answers = [_answer(example) for example in source.examples]
+    if problems:
+        raise DataError(problems, hint=HINT)
+    return Questions(encoded.rows, prompts, answers)
+
+
+def evaluate(
+    engine: Engine,
+    names: Sequence[str | None],
+    asked: Questions,
+    *,
+    max_tokens: int = 256,
+    on_row: Callable[[str | None, int], None] = lambda name, rows: None,
+) -> Iterator[Result]:
+    """Evaluate each adapter in turn (None: the base). `on_row(name, rows)` reports rows done, for a progress bar."""
+    for name in names:
+        engine.use(name)
+        loss, tokens = mean_loss(engine, asked.rows, lambda rows, name=name: on_row(name, rows))  # type: ignore[misc]
+        exact = None
+        if asked.prompts:
+            right = 0
+            for index, answer in engine.batch(asked.prompts, max_tokens=max_tokens):
+                right += engine.loaded.tokenizer.decode(answer).strip() == asked.answers[index].strip()
+                on_row(name, 1)
+            exact = right / len(asked.prompts)
+        yield Result(name, loss, math.exp(min(loss, 700)), tokens, len(asked.rows), exact)
+
+
+def mean_loss(engine: Engine, rows: Sequence[Row], on_rows: Callable[[int], None]) -> tuple[float, int]:
+    """(mean loss per token, tokens) over `rows` with whatever is attached."""
+    model = engine.loaded.model
+    loss_sum = loss_function(model, split(model))
+    total, tokens = 0.0, 0
+    for batch in by_length(rows, BATCH):
+        total += float(mx.array(loss_sum(*as_arrays(batch))).item())
+        tokens += batch.trained
+        on_rows(len(batch.inputs))
+    return total / tokens, tokens
+
+
+def _answer(example: Example) -> str:
+    """What generation should say: the answer's text, or nothing for a turn that only calls tools."""
+    if example.plain is not None:
+        return example.plain[1]
+    return str(example.messages[example.prompt_messages]["content"])

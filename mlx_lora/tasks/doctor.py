@@ -1,0 +1,56 @@
+"""Facts about this machine and this home that decide whether training will go well."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from mlx_lora import __version__, device, paths
+from mlx_lora.store import registry
+
+PACKAGES = ("mlx", "mlx-lm", "transformers", "numpy")
+
+
+@dataclass
+class Examination:
+    """`facts` by name, `warnings` as sentences, each with what to do."""
+
+    facts: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+def examine() -> Examination:
+    """Look at device, BLAS, memory, disk, models and adapters. Changes nothing but creating the home."""
+    machine = device.describe()
+    home = paths.home()
+    disk = shutil.disk_usage(home)
+    models = home / "models"
+    examination = Examination(
+        {
+            "version": __version__,
+            **machine,
+            "packages": {name: version(name) for name in PACKAGES},
+            "home": str(home),
+            "home_bytes": paths.directory_bytes(home),
+            "disk_free_bytes": disk.free,
+            "models": sorted(entry.name for entry in models.iterdir() if entry.is_dir()) if models.is_dir() else [],
+            "adapters": registry.names(),
+        }
+    )
+    examination.warnings = list(_warnings(machine, disk.free))
+    return examination
+
+
+def _warnings(machine: dict[str, Any], free: int) -> list[str]:
+    found = []
+    if machine["openblas"] is False:
+        found.append(f"OpenBLAS is not loaded, training is about 70 times slower: {device.BLAS_HINT}")
+    if not machine["compiled_kernels"]:
+        found.append("no C++ compiler, MLX's CPU backend can't fuse kernels: apt-get install g++")
+    if machine["available_bytes"] < 2 << 30:
+        found.append("less than 2 GB of memory is available: close other programs before training")
+    if free < 5 << 30:
+        found.append("less than 5 GB of disk is free")
+    return found

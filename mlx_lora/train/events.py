@@ -1,0 +1,70 @@
+"""What training reports. The trainer yields these; whoever listens shows, stores or counts them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step. `loss` is its token-weighted mean; `skipped`: it was not finite and changed nothing."""
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    tokens_per_second: float
+    peak_memory: int
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Validation loss over all validation rows, after `step` optimizer steps; `best` when the lowest so far."""
+
+    step: int
+    loss: float
+    best: bool
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A snapshot of the adapter's arrays, worth writing down: `best`, `last`, or `step` for a regular one."""
+
+    step: int
+    kind: str
+    arrays: dict[str, mx.array] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end: `stopped_by` is iters, epochs, patience or interrupted; bytes and seconds are the loop's."""
+
+    iters: int
+    epochs: float
+    train_loss: float | None
+    valid_loss: float | None
+    best_valid_loss: float | None
+    trained_tokens: int
+    computed_tokens: int
+    padding_fraction: float
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    skipped_steps: int
+    stopped_by: str
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """Training was asked to stop; the adapter as it is comes next, then Finished."""
+
+    step: int
+
+
+Event = Step | Evaluated | Saved | Finished | Interrupted

@@ -1,0 +1,52 @@
+"""Cross-entropy over the positions that carry loss, and only those.
+
+    loss = Σ weight · nll / Σ weight
+
+Sums are returned, never means: micro-batches, processes and evaluations add sums and divide once. Only the rows with
+loss enter the output head, so the logits are (trained tokens, vocabulary) and never (batch, time, vocabulary).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.data.batch import Batch
+from mlx_lora.models.split import Split
+
+Arrays = tuple[mx.array, mx.array, mx.array, mx.array]
+LossFunction = Callable[..., mx.array]
+
+
+def as_arrays(batch: Batch) -> Arrays:
+    """(inputs (B, T), positions (N,), targets (N,), weights (N,)) on the device; N counts positions with loss."""
+    positions, targets, weights = batch.with_loss()
+    return mx.array(batch.inputs), mx.array(positions), mx.array(targets), mx.array(weights)
+
+
+def loss_function(model: nn.Module, split: Split | None) -> LossFunction:
+    """A function (inputs, positions, targets, weights) -> Σ weight · nll, a float32 scalar.
+
+    Without a split the whole model runs and rows are picked from its logits.
+    """
+
+    def logits_at(inputs: mx.array, positions: mx.array) -> mx.array:
+        if split is None:
+            logits = model(inputs)
+            return logits.reshape(-1, logits.shape[-1])[positions]
+        hidden = split.trunk(inputs)
+        return split.head(hidden.reshape(-1, hidden.shape[-1])[positions])
+
+    def loss_sum(inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+        return (negative_log_likelihood(logits_at(inputs, positions), targets) * weights).sum()
+
+    return loss_sum
+
+
+def negative_log_likelihood(logits: mx.array, targets: mx.array) -> mx.array:
+    """−log softmax(logits)[target] for each row: logits (N, V), targets (N,) -> (N,), in float32."""
+    logits = logits.astype(mx.float32)
+    chosen = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
+    return mx.logsumexp(logits, axis=-1) - chosen

@@ -1,0 +1,58 @@
+"""Gradient checkpointing: a layer keeps its input and computes its inside again in the backward pass.
+
+Scoped to the layers it is given and undone on leaving, by giving each layer object a subclass of its own class; no
+class is patched. Dropout draws the same mask twice, because its key is captured before the first pass: `mx.checkpoint`
+by itself would draw another mask in the recomputation and make the gradients wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.adapters.base import Dropout
+
+
+@contextmanager
+def recomputed(layers: list[nn.Module]) -> Iterator[None]:
+    """Recompute the inside of each of `layers` in the backward pass while the block runs."""
+    classes = [type(layer) for layer in layers]
+    for layer in layers:
+        layer.__class__ = _checkpointed(type(layer))
+    try:
+        yield
+    finally:
+        for layer, original in zip(layers, classes, strict=True):
+            layer.__class__ = original
+
+
+def _checkpointed(original: type[nn.Module]) -> type[nn.Module]:
+    def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+        if not self.training:
+            return original.__call__(self, *arguments, **named)
+        dropouts = [module for module in self.modules() if isinstance(module, Dropout)]
+        keys = [mx.random.randint(0, 2**31, (2,)).astype(mx.uint32) for _ in dropouts]
+
+        def inside(parameters: Any, *arguments: Any, **named: Any) -> Any:
+            self.update(parameters)
+            with _drawn_from(dropouts, keys):
+                return original.__call__(self, *arguments, **named)
+
+        return mx.checkpoint(inside)(self.trainable_parameters(), *arguments, **named)
+
+    return type(f"Recomputed{original.__name__}", (original,), {"__call__": call})
+
+
+@contextmanager
+def _drawn_from(dropouts: list[Dropout], keys: list[mx.array]) -> Iterator[None]:
+    for dropout, key in zip(dropouts, keys, strict=True):
+        dropout.drawn_from(key)
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.drawn_from(None)

@@ -1,0 +1,136 @@
+"""The only place that prints. Results go to stdout, everything else to stderr; readable without colour.
+
+Progress is a bar where stderr is a terminal and a plain line now and then where it isn't.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mlx_lora.errors import MlxLoraError
+
+PLAIN_EVERY = 5.0
+
+out = Console(highlight=False, soft_wrap=True, markup=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def result(text: str = "") -> None:
+    """A line of result, to stdout."""
+    out.print(text)
+
+
+def piece(text: str) -> None:
+    """A piece of streamed text, to stdout, without a line's end."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def as_json(value: Any) -> None:
+    """One JSON value as the last line of stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Something worth knowing, to stderr."""
+    err.print(text, style="dim")
+
+
+def warning(text: str) -> None:
+    err.print(f"warning: {text}", style="yellow")
+
+
+def error(fault: MlxLoraError) -> None:
+    """An error and its hint, to stderr."""
+    err.print(f"error: {fault.message}", style="red")
+    if fault.hint:
+        err.print(f"hint: {fault.hint}")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
+    """A table to stdout; numbers are set to the right."""
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
+        shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(_cell(value) for value in row))
+    Console(highlight=False, markup=False).print(shown)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def runs_of_text(runs: Sequence[tuple[str, bool]]) -> None:
+    """A sample whose parts with loss are marked: underlined on a terminal, between ⟦ and ⟧ elsewhere."""
+    for text, learned in runs:
+        if learned and not out.is_terminal:
+            text = f"⟦{text}⟧"
+        out.print(text, style="underline bold" if learned else None, end="")
+    out.print("\n")
+
+
+def size(count: float) -> str:
+    """Bytes for people: 134 kB, 2.1 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+@contextmanager
+def bar(label: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on stderr; yields `advance(count, text)`. Plain lines when stderr is no terminal."""
+    if not err.is_terminal:
+        yield _plain(label, total)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}" if total else ""),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(label, total=total, text="")
+        yield lambda count, text="": progress.update(task, advance=count, text=text)
+
+
+def _plain(label: str, total: int | None) -> Callable[[int, str], None]:
+    start = shown = time.monotonic()
+    done = 0
+
+    def advance(count: int, text: str = "") -> None:
+        nonlocal shown, done
+        done += count
+        now = time.monotonic()
+        if now - shown < PLAIN_EVERY:
+            return
+        shown = now
+        left = f", {(now - start) * (total - done) / done:.0f} s left" if total and done else ""
+        note(f"{label} {done}{f'/{total}' if total else ''}{f'  {text}' if text else ''}{left}")
+
+    return advance
+
+
+def confirm(question: str) -> bool:
+    """Ask on the terminal; no terminal means no."""
+    if not sys.stdin.isatty():
+        return False
+    err.print(f"{question} [y/N] ", end="")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
