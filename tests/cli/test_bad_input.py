@@ -1,0 +1,148 @@
+"""What users get wrong: exit code 1 (2 for usage), one error that says what and where, a hint, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Ran
+from tests.conftest import write_model
+
+Run = Callable[..., Ran]
+
+
+def left_behind(home: Path) -> list[str]:
+    """Adapters, runs and hidden directories in the home."""
+    return sorted(path.name for kind in ("adapters", "runs") for path in (home / kind).glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", ["train.jsonl", "is empty"]),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a",', ["train.jsonl:2", "not valid JSON"]),
+        (
+            '{"prompt": "a", "completion": "b"}\n{"text": "plain"}\n',
+            ["train.jsonl:2", "not a row of format completions"],
+        ),
+        ('{"prompt": "a", "completion": ""}\n', ["train.jsonl:1", "'completion' is empty"]),
+        ('{"question": "a"}\n', ["train.jsonl:1", "no format has the keys", "'question'"]),
+        ('{"messages": [{"role": "robot", "content": "x"}]}\n', ["train.jsonl:1", "role 'robot'"]),
+        ('{"prompt": "' + "x" * 3000 + '", "completion": "b"}\n', ["train.jsonl:1", "max_seq_length"]),
+        ("[1, 2]\n", ["train.jsonl:1", "a row is a JSON object"]),
+    ],
+    ids=["empty", "json", "mixed", "empty-answer", "keys", "role", "too-long", "list"],
+)
+def test_bad_rows(run: Run, home: Path, tmp_path: Path, tiny_path: Path, content: str, said: list[str]) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(content)
+    ran = run("train", "--model", tiny_path, "--data", file, "--name", "bad", "train.iters=1")
+    assert ran.code == 1
+    for part in said:
+        assert part in ran.err
+    assert left_behind(home) == []
+
+
+def test_a_role_the_template_refuses(run: Run, tmp_path: Path, tiny_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(
+        json.dumps({"messages": [{"role": "developer", "content": "x"}, {"role": "assistant", "content": "y"}]})
+    )
+    ran = run("train", "--model", tiny_path, "--data", file, "--name", "bad")
+    assert ran.code == 1 and "train.jsonl:1" in ran.err and "chat template" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["train", "nothing.yaml"], 1, ["no such recipe"]),
+        (["train", "adapter.rnak=3", "--name", "x"], 1, ["adapter.rnak", "adapter.rank"]),
+        (
+            ["train", "data.packing=true", "train.batch_size=many", "--name", "x"],
+            1,
+            ["data.packing", "train.batch_size"],
+        ),
+        (["train", "--name", "x"], 1, ["model", "data.path"]),
+        (["train", "--model", "nowhere", "--data", "x", "--name", "../x"], 1, ["nowhere"]),
+        (["train", "--resume"], 2, ["--resume"]),
+        (["plan"], 2, ["plan"]),
+        (["generate", "--model", "nowhere", "--prompt", "x"], 1, ["nowhere", "pull"]),
+        (["generate", "--model", "some/repo", "--prompt", "x"], 1, ["some/repo", "mlx-lora pull some/repo"]),
+        (["eval", "--model", "nowhere"], 2, ["--data"]),
+        (["adapters", "show", "../../etc"], 1, ["../../etc"]),
+        (["adapters", "remove", "..", "--yes"], 1, ["'..'"]),
+        (["adapters", "rename", "a", "b/../c"], 1, ["a"]),
+        (["data", "check", "nowhere"], 1, ["nowhere", "no such file"]),
+        (["import-gguf", "nowhere.gguf", "out"], 1, ["nowhere.gguf"]),
+        (["quantize", "nowhere", "out"], 1, ["nowhere"]),
+        (["quantize", "nowhere", "out", "--bits", "7"], 1, ["bits 7", "2, 3, 4, 5, 6, 8"]),
+        (["quantize", "nowhere", "out", "--mode", "nf4"], 2, ["nf4"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_words(run: Run, home: Path, words: list[str], code: int, said: list[str]) -> None:
+    ran = run(*words)
+    assert ran.code == code and ran.err.startswith("error: ")
+    for part in said:
+        assert part in ran.err
+    assert left_behind(home) == [] and not Path("out").exists()
+
+
+def without(path: Path, *names: str) -> Path:
+    for name in names:
+        (path / name).unlink()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("removed", "added", "said"),
+    [
+        (["model.safetensors"], {}, "weights"),
+        (["tokenizer.json"], {}, "a tokenizer"),
+        (["config.json"], {}, "config.json is missing"),
+        (["model.safetensors"], {"pytorch_model.bin": "x"}, "never read"),
+        ([], {"config.json": "{"}, "not readable as JSON"),
+        ([], {"config.json": '{"model_type": "llama", "auto_map": {"AutoModel": "evil.py"}}'}, "auto_map"),
+        ([], {"config.json": '{"model_type": "llama", "model_file": "evil.py"}'}, "model_file"),
+        ([], {"config.json": '{"model_type": "no-such-architecture"}'}, "can't be loaded"),
+        ([], {"model.safetensors": "no tensors here"}, "can't be loaded"),
+    ],
+    ids=["weights", "tokenizer", "config", "pickle", "json", "auto_map", "model_file", "architecture", "safetensors"],
+)
+def test_bad_model_directories(run: Run, tmp_path: Path, removed: list[str], added: dict[str, str], said: str) -> None:
+    path = without(write_model(tmp_path / "model"), *removed)
+    for name, text in added.items():
+        (path / name).write_text(text)
+    ran = run("generate", "--model", path, "--prompt", "x")
+    assert ran.code == 1 and said in ran.err
+
+
+def test_an_adapter_for_another_base(run: Run, trained: Ran, tmp_path: Path, data: Path) -> None:
+    other = write_model(tmp_path / "other", seed=5)
+    for words in (["generate", "--prompt", "x"], ["eval", "--data", data], ["fuse", "--out", tmp_path / "out"]):
+        ran = run(words[0], "--model", other, "--adapter", "mine", *words[1:])
+        assert ran.code == 1 and "another base" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_adapter(run: Run, trained: Ran, home: Path) -> None:
+    weights = home / "adapters" / "mine" / "adapters.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    ran = run("adapters", "verify", "mine")
+    assert ran.code == 1 and "manifest" in ran.err
+    shutil.copyfile(__file__, weights)
+    assert "not a readable safetensors" in run("adapters", "verify", "mine").err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    from mlx_lora.cli import main
+    from mlx_lora.errors import ModelError
+
+    with pytest.raises(ModelError):
+        main(["generate", "--model", "nowhere", "--prompt", "x", "--debug"])

@@ -1,0 +1,140 @@
+"""Every command once on a tiny model: exit codes, the JSON keys that programs rely on, and what lies on disk after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Ran
+
+Run = Callable[..., Ran]
+
+TRAIN_KEYS = {
+    "adapter", "name", "iters", "epochs", "train_loss", "valid_loss", "best_valid_loss", "trained_tokens",
+    "computed_tokens", "padding_fraction", "seconds", "tokens_per_second", "peak_memory_bytes",
+    "trainable_parameters", "skipped_steps", "stopped_by",
+}  # fmt: skip
+
+
+def test_train_writes_an_adapter_and_a_run(trained: Ran, home: Path, data: Path) -> None:
+    assert trained.code == 0 and trained.json.keys() >= TRAIN_KEYS
+    assert trained.json["adapter"] == str(home / "adapters" / "mine")
+    assert {file.name for file in (home / "adapters" / "mine").iterdir()} == {
+        "adapters.safetensors", "adapter_config.json", "manifest.json",
+    }  # fmt: skip
+    events = [json.loads(line)["event"] for line in (home / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()]
+    assert events == ["evaluated", "step", "step", "step", "step", "evaluated", "finished"]
+    manifest = json.loads((home / "adapters" / "mine" / "manifest.json").read_text())
+    assert manifest["data"][0]["rows"] == 24 and manifest["template"] == "chat"
+    assert home.stat().st_mode & 0o777 == 0o700
+
+
+def test_training_text_is_not_in_the_home(trained: Ran, home: Path) -> None:
+    """Nothing but the adapter, the recipe and numbers: training data is never copied into the run directory."""
+    for file in home.rglob("*"):
+        assert not file.is_file() or b"twice" not in file.read_bytes(), file
+
+
+def test_train_again_is_refused_and_force_replaces_with_the_same_bytes(
+    trained: Ran, run: Run, home: Path, data: Path, tiny_path: Path
+) -> None:
+    words = ["train", "--model", tiny_path, "--data", data, "--name", "mine", "train.iters=4", "train.batch_size=4",
+             "train.learning_rate=0.01", "adapter.rank=4"]  # fmt: skip
+    weights = home / "adapters" / "mine" / "adapters.safetensors"
+    before = weights.read_bytes()
+    refused = run(*words)
+    assert refused.code == 1 and "exists" in refused.err and "--force" in refused.err
+    assert run(*words, "--force").code == 0
+    assert weights.read_bytes() == before
+
+
+def test_eval_base_first_then_each_adapter(trained: Ran, run: Run, data: Path, tiny_path: Path) -> None:
+    ran = run("eval", "--model", tiny_path, "--adapter", "mine", "--data", data, "--exact", "--max-tokens", 4, "--json")
+    results = ran.json["results"]
+    assert [result["adapter"] for result in results] == [None, "mine"]
+    assert all(
+        result.keys() == {"adapter", "loss", "perplexity", "tokens", "rows", "exact_match"} for result in results
+    )
+    assert results[1]["loss"] < results[0]["loss"] and results[0]["rows"] == 5
+    without = run("eval", "--model", tiny_path, "--data", data, "--json").json["results"]
+    assert [(r["adapter"], r["exact_match"]) for r in without] == [(None, None)]
+    assert without[0]["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
+
+
+def test_generate(trained: Ran, run: Run, tiny_path: Path) -> None:
+    words = ["generate", "--model", tiny_path, "--adapter", "mine", "--prompt", "say 3 twice", "--max-tokens", 5]
+    ran = run(*words, "--json")
+    assert ran.json.keys() == {"text", "prompt_tokens", "generated_tokens", "tokens_per_second", "finish_reason"}
+    assert ran.json["prompt_tokens"] == len("say 3 twice") + 4  # <|user|> … <|end|> newline <|assistant|>
+    assert run(*words).out.rstrip("\n") == ran.json["text"].rstrip("\n")
+    assert run(*words, "--raw", "--json").json["prompt_tokens"] == len("say 3 twice")
+
+
+def test_quantize_reports_what_it_cost(run: Run, tiny_path: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quantized"
+    ran = run("quantize", tiny_path, out, "--bits", 4, "--group-size", 32, "--verify", data, "--json")
+    assert ran.json.keys() >= {
+        "bits_per_weight", "bytes", "mode", "bits", "group_size", "relative_error", "kl", "top1_agreement",
+        "perplexity_before", "perplexity_after",
+    }  # fmt: skip
+    assert 0 < ran.json["relative_error"] < 0.2 and ran.json["kl"] > 0
+    again = run("quantize", out, tmp_path / "again", "--bits", 8)
+    assert again.code == 0 and "half precision" in again.err
+    assert run("quantize", tiny_path, out).code == 1
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
+def test_every_mode_trains_and_answers(run: Run, tiny_path: Path, data: Path, mode: str) -> None:
+    words = ["train", "--model", tiny_path, "--data", data, "--name", mode, "train.iters=2", f"quantize.mode={mode}"]
+    assert run(*words).code == 0
+    ran = run("eval", "--model", tiny_path, "--adapter", mode, "--data", data, "--json")
+    assert ran.code == 0 and len(ran.json["results"]) == 2
+
+
+def test_fuse_measures_and_writes_a_model(trained: Ran, run: Run, tiny_path: Path, data: Path, tmp_path: Path) -> None:
+    words = ["fuse", "--model", tiny_path, "--adapter", "mine", "--out", tmp_path / "fused"]
+    ran = run(*words, "--data", data, "--json")
+    assert ran.json.keys() == {"out", "bits", "kl", "top1_agreement", "delta_survival", "bytes"}
+    assert ran.json["delta_survival"] > 0.99 and ran.json["kl"] < 1e-3
+    assert run(*words).code == 1
+    assert run(*words, "--force").code == 0  # measured on generated text this time
+    assert run("generate", "--model", tmp_path / "fused", "--prompt", "say 1 twice", "--max-tokens", 2).code == 0
+
+
+def test_adapters_commands(trained: Ran, run: Run, home: Path, tiny_path: Path) -> None:
+    (entry,) = run("adapters", "list", "--json").json
+    assert entry.keys() == {"name", "method", "rank", "base", "bytes", "valid_loss", "created"}
+    assert entry["name"] == "mine" and entry["rank"] == 4
+    assert run("adapters", "show", "mine", "--json").json["method"] == "lora"
+    assert run("adapters", "path", "mine").out.strip() == str(home / "adapters" / "mine")
+    assert run("adapters", "verify", "mine", "--model", tiny_path).code == 0
+    assert run("adapters", "rename", "mine", "yours").code == 0
+    assert (home / "runs" / "yours").is_dir() and not (home / "runs" / "mine").exists()
+    assert run("adapters", "remove", "yours").code == 1  # no terminal to ask on
+    assert run("adapters", "remove", "yours", "--yes").code == 0
+    assert run("adapters", "list", "--json").json == [] and not (home / "runs" / "yours").exists()
+
+
+def test_doctor(run: Run) -> None:
+    facts: dict[str, Any] = run("doctor", "--json").json
+    assert facts["device"] in ("cpu", "gpu") and facts["memory_bytes"] > 0 and facts["adapters"] == []
+    assert run("doctor").code == 0
+
+
+def test_an_adapter_over_a_base_quantized_on_the_way_in(run: Run, data: Path, tiny_path: Path, tmp_path: Path) -> None:
+    """It belongs to the quantized base: a plain directory is quantized on loading, a quantized one is used as it is."""
+    words = ["train", "--model", tiny_path, "--data", data, "--name", "q", "train.iters=2", "quantize.bits=4"]
+    assert run(*words, "quantize.group_size=32").code == 0
+    assert run("quantize", tiny_path, tmp_path / "q4", "--bits", 4, "--group-size", 32).code == 0
+    losses = []
+    for base in (tiny_path, tmp_path / "q4"):
+        results = run("eval", "--model", base, "--adapter", "q", "--data", data, "--json").json["results"]
+        losses.append([result["loss"] for result in results])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert run("quantize", tiny_path, tmp_path / "q8", "--bits", 8).code == 0
+    refused = run("eval", "--model", tmp_path / "q8", "--adapter", "q", "--data", data)
+    assert refused.code == 1 and "another base" in refused.err

@@ -1,0 +1,126 @@
+"""One base, adapters swapped inside it: exact restoration, dropped caches, generation that is what the model says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_lora.adapters.attach import Wrappers, build
+from mlx_lora.config import Adapter
+from mlx_lora.errors import AdapterError, MlxLoraError
+from mlx_lora.models.load import LoadedModel
+from mlx_lora.serve.engine import Engine, Sampling
+
+PROMPT = list(range(20, 40))
+
+
+def adapter(loaded: LoadedModel, seed: int) -> Wrappers:
+    """Random factors, large enough to change every answer."""
+    wrappers = build(loaded.model, Adapter(rank=4), seed=seed)
+    for index, wrapper in enumerate(wrappers.values()):
+        wrapper.lora_b = mx.random.normal(wrapper.lora_b.shape, key=mx.random.key(100 * seed + index))
+    return wrappers
+
+
+@pytest.fixture
+def engine(tiny: LoadedModel) -> Engine:
+    engine = Engine(tiny)
+    for seed, name in enumerate("ab", start=1):
+        engine.add(name, adapter(tiny, seed))
+    return engine
+
+
+def logits(engine: Engine) -> mx.array:
+    return engine.loaded.model(mx.array([PROMPT]))
+
+
+def greedy(engine: Engine, prompt: list[int], count: int) -> list[int]:
+    """Without any cache: the whole sequence again for every token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        token = int(engine.loaded.model(mx.array([tokens]))[0, -1].argmax().item())
+        if token in engine.ends:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+def test_a_b_a_base_restores_bit_identical_logits(engine: Engine) -> None:
+    seen: dict[str | None, mx.array] = {}
+    for name in (None, "a", "b", "a", None, "b", None):
+        engine.use(name)
+        now = logits(engine)
+        assert mx.array_equal(seen.setdefault(name, now), now), name
+    assert not mx.array_equal(seen["a"], seen["b"]) and not mx.array_equal(seen["a"], seen[None])
+
+
+def test_generation_equals_the_model_run_without_a_cache(engine: Engine) -> None:
+    for name in (None, "a"):
+        engine.use(name)
+        assert list(engine.stream(PROMPT, max_tokens=8)) == greedy(engine, PROMPT, 8)
+
+
+def test_a_swap_drops_the_cache_of_the_other_adapter(engine: Engine) -> None:
+    """An adapter that continued from another's keys and values would answer something else."""
+    engine.use("a")
+    first = list(engine.stream(PROMPT, max_tokens=6))
+    engine.use("b")
+    longer = [*PROMPT, *first, 50, 51]
+    assert list(engine.stream(longer, max_tokens=6)) == greedy(engine, longer, 6)
+
+
+def test_a_continued_prompt_reuses_its_cache_with_the_same_answer(engine: Engine) -> None:
+    engine.use("a")
+    first = list(engine.stream(PROMPT, max_tokens=6))
+    longer = [*PROMPT, *first, 50, 51]
+    layers = engine.cache.layers
+    second = list(engine.stream(longer, max_tokens=6))
+    assert engine.cache.layers is layers
+    assert second == greedy(engine, longer, 6)
+    assert list(engine.stream(PROMPT[:10] + [60], max_tokens=6)) == greedy(engine, PROMPT[:10] + [60], 6)
+
+
+def test_a_batch_answers_as_one_by_one(engine: Engine) -> None:
+    engine.use("b")
+    prompts = [PROMPT[:length] for length in (3, 17, 9, 20, 5)]
+    answers = dict(engine.batch(prompts, max_tokens=7))
+    assert answers == {index: greedy(engine, prompt, 7) for index, prompt in enumerate(prompts)}
+
+
+def test_sampling_is_decided_by_its_seed(engine: Engine) -> None:
+    runs = []
+    for seed in (1, 1, 2):
+        engine.forget()
+        runs.append(list(engine.stream(PROMPT, max_tokens=12, sampling=Sampling(temperature=1.5, seed=seed))))
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_swapping_is_fast_and_keeps_the_base_arrays(engine: Engine) -> None:
+    from mlx.utils import tree_flatten
+
+    before = {name: id(array) for name, array in tree_flatten(engine.loaded.model.parameters())}
+    times = [engine.use(name) for name in ("a", "b", "a", None)]
+    assert {name: id(array) for name, array in tree_flatten(engine.loaded.model.parameters())} == before
+    assert sorted(times)[1] < 20
+
+
+def test_errors(engine: Engine) -> None:
+    with pytest.raises(AdapterError, match="'c'"):
+        engine.use("c")
+    with pytest.raises(MlxLoraError, match="empty"):
+        list(engine.stream([]))
+
+
+def test_text_streams_whole_characters(tiny: LoadedModel, tmp_path: Path, monkeypatch: Any) -> None:
+    from mlx_lora.serve.answer import Answer, stream_text
+
+    engine = Engine(tiny)
+    tokens = tiny.tokenizer.encode("añ€🙂", add_special_tokens=False)
+    monkeypatch.setattr(engine, "stream", lambda *args, **named: iter(tokens))
+    answer = Answer()
+    pieces = list(stream_text(engine, [1], answer, max_tokens=99))
+    assert "".join(pieces) == answer.text == "añ€🙂" and "\ufffd" not in "".join(pieces)
+    assert answer.finish_reason == "stop" and answer.generated_tokens == len(tokens)

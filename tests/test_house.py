@@ -1,0 +1,102 @@
+"""The house rules, kept by reading the source: directions between rooms, sizes, printing, network, README."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlx_lora.config import load_recipe
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mlx_lora"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A room imports only rooms of a lower rank, or itself.
+RANKS = {
+    "errors": 0, "methods": 1, "paths": 1, "config": 1, "ui": 1, "device": 1, "offline": 1, "quant": 2, "models": 3,
+    "adapters": 4, "data": 5, "measure": 6, "store": 6, "train": 7, "interop": 7, "serve": 7, "study": 8, "tasks": 9,
+    "cli": 10, "__main__": 11,
+}  # fmt: skip
+STRANGERS = {"train", "interop", "serve"}
+MOST_LINES, MOST_FUNCTION_LINES = 400, 60
+
+
+def room(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Full names of everything imported, also inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_rooms_import_only_to_their_left(file: Path) -> None:
+    here = room(file)
+    if here == "__init__":
+        return
+    wrong = []
+    for name in imports(ast.parse(file.read_text())):
+        package, _, rest = name.partition(".")
+        there = rest.split(".")[0]
+        if package != "mlx_lora" or there in (here, "__version__"):
+            continue
+        same_rank = RANKS[there] == RANKS[here] and not {here, there} <= STRANGERS and RANKS[here] in (1, 6)
+        if RANKS[there] > RANKS[here] or (RANKS[there] == RANKS[here] and not same_rank):
+            wrong.append(name)
+    assert not wrong, f"{here} imports to its right: {wrong}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_files_and_functions_stay_small(file: Path) -> None:
+    text = file.read_text()
+    assert len(text.splitlines()) <= MOST_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno and node.end_lineno - node.lineno < MOST_FUNCTION_LINES, node.name
+
+
+def test_only_ui_prints() -> None:
+    for file in FILES:
+        calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        printing = [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+        assert not printing or file.name == "ui.py", file
+
+
+def test_mlx_lm_enters_by_its_two_doors() -> None:
+    for file in FILES:
+        uses = any(name.split(".")[0] == "mlx_lm" for name in imports(ast.parse(file.read_text())))
+        assert not uses or room(file) == "models" or file.relative_to(PACKAGE) == Path("serve/engine.py"), file
+
+
+def test_only_pull_imports_network_code() -> None:
+    network = {"requests", "httpx", "urllib.request", "http.client", "socket", "aiohttp", "huggingface_hub"}
+    for file in FILES:
+        for name in imports(ast.parse(file.read_text())):
+            if any(name == module or name.startswith(f"{module}.") for module in network):
+                assert file.name == "pull.py" or name == "huggingface_hub.constants", f"{file}: {name}"
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda file: file.name)
+def test_recipes_parse_and_say_how_to_run_them(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert recipe.name == file.stem
+    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    for word in ("Needs:", "Run:", "Change:"):
+        assert any(word in line for line in header), f"{file.name} has no {word}"
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = ("mlx.core", "mlx_lm", "transformers", "numpy")
+    code = f"import sys, mlx_lora, mlx_lora.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

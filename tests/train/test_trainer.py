@@ -1,0 +1,206 @@
+"""The training loop on a tiny model: what is summed, what is kept, what stops it, and that a seed decides it all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_lora.adapters.attach import attach
+from mlx_lora.config import Adapter, Train
+from mlx_lora.data.batch import collate, steps_per_epoch
+from mlx_lora.data.encode import Row
+from mlx_lora.errors import TrainingError
+from mlx_lora.models.load import LoadedModel
+from mlx_lora.models.split import split
+from mlx_lora.train.events import Evaluated, Finished, Interrupted, Saved, Step
+from mlx_lora.train.loss import as_arrays, loss_function
+from mlx_lora.train.trainer import train
+
+
+def make_rows(count: int, *, seed: int = 0, longest: int = 24) -> list[Row]:
+    """Rows of random lengths whose second half carries loss."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        length = int(generator.integers(6, longest))
+        tokens = generator.integers(1, 60, length).astype(np.int32)
+        rows.append(Row(tokens, np.array([0.0] * (length // 2) + [1.0] * (length - length // 2), np.float32)))
+    return rows
+
+
+def run(loaded: LoadedModel, rows: list[Row], valid: list[Row], seed: int = 0, **settings: Any) -> list[Any]:
+    """Train a fresh adapter and return the events."""
+    adapter = settings.pop("adapter", Adapter(rank=4))
+    stop = settings.pop("should_stop", lambda: False)
+    attach(loaded.model, adapter, seed=seed)
+    chosen = Train(**{"batch_size": 4, "learning_rate": 1e-2, "warmup": 0.0} | settings)
+    return list(train(loaded.model, rows, valid, chosen, seed=seed, split=split(loaded.model), should_stop=stop))
+
+
+def of(events: list[Any], kind: type) -> list[Any]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def arrays_of(events: list[Any], kind: str = "last") -> dict[str, mx.array]:
+    return dict(next(event.arrays for event in events if isinstance(event, Saved) and event.kind == kind))
+
+
+def test_loss_falls_and_the_base_stays(tiny: LoadedModel) -> None:
+    before = {name: np.array(array) for name, array in tree_flatten(tiny.model.parameters())}
+    events = run(tiny, make_rows(40), make_rows(8, seed=1), epochs=4)
+    finished = events[-1]
+    assert finished.train_loss < of(events, Step)[0].loss - 0.3
+    after = dict(tree_flatten(tiny.model.parameters()))
+    for name, array in before.items():
+        current = after.get(name, after.get(_inside(name)))
+        assert np.array_equal(array, np.array(current)), name
+
+
+def _inside(name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.linear.{leaf}"
+
+
+def test_same_seed_same_bytes_and_another_seed_other_bytes(tiny: LoadedModel) -> None:
+    adapter = Adapter(rank=4, dropout=0.1)
+    rows, valid = make_rows(20), make_rows(4, seed=1)
+    runs = [arrays_of(run(tiny, rows, valid, seed=seed, iters=6, adapter=adapter)) for seed in (3, 3, 4)]
+    assert all(mx.array_equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not all(mx.array_equal(runs[0][name], runs[2][name]) for name in runs[0])
+
+
+def test_evaluating_more_often_changes_nothing_about_training(tiny: LoadedModel) -> None:
+    """A validation subset drawn from the RNG that orders training would."""
+    adapter = Adapter(rank=4, dropout=0.1)
+    rows, valid = make_rows(20), make_rows(6, seed=1)
+    runs = [arrays_of(run(tiny, rows, valid, iters=6, eval_every=every, adapter=adapter)) for every in (None, 1)]
+    assert all(mx.array_equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_accumulated_gradients_weigh_every_token_the_same(tiny: LoadedModel) -> None:
+    """Averaging the means of micro-batches would weigh the tokens of short rows more."""
+    rows = make_rows(8)
+    whole = run(tiny, rows, [], iters=1, batch_size=8, optimizer="sgd", max_grad_norm=None)
+    parts = run(tiny, rows, [], iters=1, batch_size=2, grad_accumulation=4, optimizer="sgd", max_grad_norm=None)
+    for name, array in arrays_of(whole).items():
+        np.testing.assert_allclose(array, arrays_of(parts)[name], atol=1e-6, err_msg=name)
+    assert of(whole, Step)[0].loss == pytest.approx(of(parts, Step)[0].loss, rel=1e-5)
+
+
+def test_one_sgd_step_equals_finite_differences(tiny: LoadedModel) -> None:
+    rows = make_rows(4)
+    wrappers = attach(tiny.model, Adapter(rank=2))
+    path, wrapper = next(iter(wrappers.items()))
+    wrapper.lora_b = 0.1 * mx.random.normal(wrapper.lora_b.shape, key=mx.random.key(1))
+    loss_sum = loss_function(tiny.model, split(tiny.model))
+    arrays = as_arrays(collate(rows))
+    _, gradients = nn.value_and_grad(tiny.model, loss_sum)(*arrays)
+    gradient = dict(tree_flatten(gradients))[f"{path}.lora_a"]
+    original = wrapper.lora_a
+    direction = mx.random.normal(original.shape, key=mx.random.key(2))
+    direction = direction / mx.sqrt(mx.square(direction).sum())
+    values = []
+    for step in (0.05, -0.05):
+        wrapper.lora_a = original + step * direction
+        values.append(loss_sum(*arrays).item())
+    assert (values[0] - values[1]) / 0.1 == pytest.approx((gradient * direction).sum().item(), rel=2e-2, abs=2e-4)
+
+
+def test_the_last_partial_step_is_trained(tiny: LoadedModel) -> None:
+    rows = make_rows(11)
+    events = run(tiny, rows, [], epochs=1)
+    assert events[-1].iters == steps_per_epoch(11, batch_size=4, grad_accumulation=1) == 3
+    assert events[-1].trained_tokens == sum(row.trained for row in rows)
+    assert events[-1].stopped_by == "epochs"
+
+
+def test_validation_smaller_than_a_batch_is_evaluated_whole(tiny: LoadedModel) -> None:
+    valid = make_rows(3, seed=1)
+    events = run(tiny, make_rows(8), valid, iters=2, eval_every=1)
+    evaluations = of(events, Evaluated)
+    assert [event.step for event in evaluations] == [0, 1, 2]
+    attach(tiny.model, Adapter(rank=4))
+    total = sum(loss_function(tiny.model, None)(*as_arrays(collate([row]))).item() for row in valid)
+    assert evaluations[0].loss == pytest.approx(total / sum(row.trained for row in valid), rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny: LoadedModel) -> None:
+    rows = make_rows(8)
+    poisoned = Row(rows[0].tokens, np.where(rows[0].weights > 0, np.inf, 0.0).astype(np.float32))
+    events = run(tiny, [poisoned, *rows[1:]], [], epochs=1)
+    assert [event.skipped for event in of(events, Step)].count(True) == 1
+    assert events[-1].skipped_steps == 1
+    assert all(mx.all(mx.isfinite(array)).item() for array in arrays_of(events).values())
+    assert np.isfinite(events[-1].train_loss)
+
+
+def test_three_steps_not_finite_in_a_row_stop_the_run(tiny: LoadedModel) -> None:
+    rows = [Row(row.tokens, np.where(row.weights > 0, np.inf, 0).astype(np.float32)) for row in make_rows(16)]
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        run(tiny, rows, [], epochs=1)
+
+
+def test_patience_stops_and_the_best_is_kept(tiny: LoadedModel) -> None:
+    valid = make_rows(6, seed=9)
+    events = run(tiny, make_rows(8), valid, iters=60, eval_every=1, patience=3, learning_rate=0.5, optimizer="sgd")
+    finished = events[-1]
+    assert finished.stopped_by == "patience"
+    assert finished.best_valid_loss == min(event.loss for event in of(events, Evaluated))
+    assert finished.iters < 60
+
+
+def test_asked_to_stop_it_saves_what_there_is(tiny: LoadedModel) -> None:
+    events = run(tiny, make_rows(40), [], epochs=1, should_stop=lambda: True)
+    assert [type(event) for event in events] == [Step, Interrupted, Saved, Finished]
+    assert events[-1].stopped_by == "interrupted" and events[-1].iters == 1
+
+
+def test_dropout_applies_in_training_only(tiny: LoadedModel) -> None:
+    """A model that is never switched to training mode would train without dropout."""
+    rows, valid = make_rows(8), make_rows(4, seed=1)
+    plain = run(tiny, rows, valid, iters=3)
+    dropped = run(tiny, rows, valid, iters=3, adapter=Adapter(rank=4, dropout=0.5))
+    assert of(plain, Evaluated)[0].loss == of(dropped, Evaluated)[0].loss
+    assert of(plain, Step)[2].loss != of(dropped, Step)[2].loss
+    assert not tiny.model.training
+
+
+def test_clipping_bounds_the_update(tiny: LoadedModel) -> None:
+    start = {
+        f"{path}.{name}": array
+        for path, wrapper in attach(tiny.model, Adapter(rank=4)).items()
+        for name, array in wrapper.adapter_arrays().items()
+    }
+    settings = {"iters": 1, "optimizer": "sgd", "schedule": "constant", "learning_rate": 1.0}
+    events = run(tiny, make_rows(8), [], max_grad_norm=0.01, **settings)
+    assert of(events, Step)[0].gradient_norm > 0.01
+    moved = sum(mx.square(array - start[name]).sum().item() for name, array in arrays_of(events).items())
+    assert moved**0.5 == pytest.approx(0.01, rel=1e-3)
+
+
+def test_nothing_trainable_is_an_error(tiny: LoadedModel) -> None:
+    with pytest.raises(TrainingError, match="nothing is trainable"):
+        list(train(tiny.model, make_rows(4), [], Train()))
+
+
+def test_counts_of_positions_and_padding(tiny: LoadedModel) -> None:
+    rows = make_rows(16)
+    finished = run(tiny, rows, [], epochs=1)[-1]
+    real = sum(len(row) - 1 for row in rows)
+    assert finished.computed_tokens * (1 - finished.padding_fraction) == pytest.approx(real)
+    assert finished.trainable_parameters == sum(
+        array.size for _, array in tree_flatten(tiny.model.trainable_parameters())
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "lion", "adafactor", "muon"])
+def test_every_optimizer_learns(tiny: LoadedModel, optimizer: str) -> None:
+    rate = {"sgd": 0.2, "lion": 1e-3, "muon": 2e-2}.get(optimizer, 1e-2)
+    events = run(tiny, make_rows(16), make_rows(16), epochs=6, optimizer=optimizer, learning_rate=rate)
+    evaluations = of(events, Evaluated)
+    assert evaluations[-1].loss < evaluations[0].loss - 0.1
