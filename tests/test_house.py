@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlx_lora.config import load_recipe
+from tests.readme import README, written
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_lora"
@@ -100,3 +101,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     code = f"import sys, mlx_lora, mlx_lora.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_readme_shows_the_commands_as_they_are() -> None:
+    assert README.read_text() == written(), "run: python -m tests.readme"
