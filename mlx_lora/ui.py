@@ -93,6 +93,17 @@ def size(count: float) -> str:
 
 
 @contextmanager
+def working(label: str) -> Iterator[None]:
+    """Say what is going on while the block runs: a spinner on a terminal, a line elsewhere."""
+    if not err.is_terminal:
+        note(label)
+        yield
+        return
+    with err.status(label):
+        yield
+
+
+@contextmanager
 def bar(label: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
     """A progress bar on stderr; yields `advance(count, text)`. Plain lines when stderr is no terminal."""
     if not err.is_terminal:
@@ -108,14 +119,18 @@ def bar(label: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
     )
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(label, total=total, text="")
-        yield lambda count, text="": progress.update(task, advance=count, text=text)
+
+        def advance(count: int, text: str) -> None:
+            progress.update(task, advance=count, text=text)
+
+        yield advance
 
 
 def _plain(label: str, total: int | None) -> Callable[[int, str], None]:
     start = shown = time.monotonic()
     done = 0
 
-    def advance(count: int, text: str = "") -> None:
+    def advance(count: int, text: str) -> None:
         nonlocal shown, done
         done += count
         now = time.monotonic()

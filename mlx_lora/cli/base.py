@@ -13,7 +13,7 @@ from mlx_lora import ui
 from mlx_lora.cli.options import Force, Json, Model, progress
 from mlx_lora.methods import MODES
 
-Mode = StrEnum("Mode", list(MODES))
+Mode = StrEnum("Mode", {mode: mode for mode in MODES})  # type: ignore[misc]
 Dtype = StrEnum("Dtype", ["keep", "float16", "float32"])
 Bits = StrEnum("Bits", {"mixed": "mixed", "keep": "keep", "eight": "8", "sixteen": "16"})
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]

@@ -25,7 +25,8 @@ def _engine(model: str, adapter: str | None) -> tuple[Engine, str | None]:
     from mlx_lora.store import registry
 
     stored = store.read(registry.find(adapter)) if adapter else None
-    engine = Engine(registry.open_base(model, [stored] if stored else []))
+    with ui.working(f"loading {model}"):
+        engine = Engine(registry.open_base(model, [stored] if stored else []))
     if stored is not None:
         engine.add(stored.name, store.wrappers_for(engine.loaded.model, stored))
         engine.use(stored.name)

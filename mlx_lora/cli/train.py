@@ -134,7 +134,8 @@ def evaluate(
     adapters = [store.read(registry.find(name)) for name in adapter or []]
     recipe = adapters[0].manifest.recipe if adapters else None
     chosen = data_settings(settings, recipe["data"] if recipe else None)
-    engine = Engine(registry.open_base(model, adapters))
+    with ui.working(f"loading {model}"):
+        engine = Engine(registry.open_base(model, adapters))
     for stored in adapters:
         engine.add(stored.name, store.wrappers_for(engine.loaded.model, stored))
     with ExitStack() as stack:

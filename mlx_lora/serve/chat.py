@@ -147,8 +147,8 @@ class Chat:
         ui.note(f"appended to {file}")
 
     def help(self, _: str) -> None:
-        for word, (_, text) in self.commands.items():
-            ui.result(f"{word:10} {text}")
+        for word, command in self.commands.items():
+            ui.result(f"{word:10} {command[1]}")
 
     def _swap(self, name: str | None) -> None:
         took = self.engine.use(name)

@@ -24,7 +24,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Validation loss over all validation rows, after `step` optimizer steps; `best` when the lowest so far."""
+    """Validation loss over all validation rows after `step` steps; `best` when the lowest of any trained adapter."""
 
     step: int
     loss: float

@@ -133,9 +133,9 @@ def _evaluate(run: _Run, valid: Sequence[Row]) -> Iterator[Event]:
         return
     done = run.progress
     done.valid_loss = run.evaluate(valid)
-    # A loss that isn't a number is never the best.
-    best = done.best_loss is None or done.valid_loss < done.best_loss
-    done.evaluations_without_gain = 0 if best else done.evaluations_without_gain + 1
+    # the untrained adapter is where it starts from, never the best: whoever stops early keeps what was learned
+    best = done.step > 0 and (done.best_loss is None or done.valid_loss < done.best_loss)
+    done.evaluations_without_gain = 0 if best or not done.step else done.evaluations_without_gain + 1
     yield Evaluated(done.step, done.valid_loss, best)
     if best:
         done.best_loss = done.valid_loss

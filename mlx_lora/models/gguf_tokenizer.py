@@ -1,0 +1,233 @@
+"""tokenizer.json and its companions from the vocabulary inside a GGUF file.
+
+Two kinds exist for the architectures imported here. `gpt2` is byte-level BPE: the file holds tokens and merges, and
+names the rule that cuts text into words before merging. `llama` is SentencePiece's BPE: the file holds tokens and
+scores, and two neighbours merge in the order of their union's score, with bytes for what has no token.
+
+Where a file leaves something out, this follows llama.cpp, the program such files are written for. Where llama.cpp
+would guess how text is cut, this refuses: a wrong cut changes every token after it, and nobody would notice.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import TokenType
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from mlx_lora.errors import ModelError, nearest
+
+# Each expression cuts the pieces the one before it left; what lies between two matches is a piece too.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    "default": _DEFAULT,
+    "gpt-2": (_GPT2,),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "minerva-7b"), (r"\p{N}", _GPT2)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe"), (_LLAMA3,)),
+    **dict.fromkeys(("qwen2", "megrez"), (_QWEN2,)),
+    "tekken": (_TEKKEN,),
+}
+# With these a word that is a token of its own is taken whole, and text begins with the BOS token unless the file
+# says otherwise.
+_WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"}
+# Tokens that end a turn under the common chat templates, whatever the file names as its end of text.
+_ENDS_TURN = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"}
+_SPACE = "\u2581"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a GGUF file says about its tokens: their texts, types (`gguf.TokenType`) and the ids of the named ones."""
+
+    fields: dict[str, Any]
+    tokens: list[str]
+    types: list[int]
+    ids: dict[str, int]
+
+    @classmethod
+    def read(cls, fields: dict[str, Any]) -> Vocabulary:
+        """Take the vocabulary from the file's metadata; ModelError when it is missing or inconsistent."""
+        tokens = fields.get("tokenizer.ggml.tokens") or []
+        types = fields.get("tokenizer.ggml.token_type") or [int(TokenType.NORMAL)] * len(tokens)
+        if not tokens or len(types) != len(tokens):
+            raise ModelError(f"the file's vocabulary is incomplete: {len(tokens)} tokens, {len(types)} token types")
+        if len(set(tokens)) != len(tokens):
+            raise ModelError(f"the file's vocabulary names {len(tokens) - len(set(tokens))} of its tokens twice")
+        # SentencePiece models written before these keys existed all had Llama's own ids.
+        known = {"unknown": 0, "bos": 1, "eos": 2} if fields.get("tokenizer.ggml.model") == "llama" else {}
+        for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+            if (index := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+                known[name] = index
+        beyond = [name for name, index in known.items() if not 0 <= index < len(tokens)]
+        if beyond:
+            raise ModelError(f"the file's {', '.join(beyond)} token is outside its {len(tokens)} tokens")
+        return cls(fields, tokens, types, known)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A yes-or-no setting of the tokenizer."""
+        return bool(self.fields.get(f"tokenizer.ggml.{name}", default))
+
+    @property
+    def special(self) -> set[int]:
+        """Ids matched whole and left out of decoded text: control tokens, and the ones that begin or end a text."""
+        marked = {i for i, kind in enumerate(self.types) if kind in (TokenType.CONTROL, TokenType.UNKNOWN)}
+        return marked | {self.ids[name] for name in ("bos", "eos", "eot", "eom") if name in self.ids}
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids that end a generation: the end of text first, then the ends of a turn."""
+        named = [self.ids[name] for name in ("eos", "eot", "eom") if name in self.ids]
+        return list(dict.fromkeys(named + [i for i in sorted(self.special) if self.tokens[i] in _ENDS_TURN]))
+
+
+def write_tokenizer(fields: dict[str, Any], directory: Path, *, context_length: int) -> dict[str, Any]:
+    """Write tokenizer.json, tokenizer_config.json, generation_config.json and the chat template into `directory`.
+
+    `fields` is the GGUF metadata by key. Returns the token ids for config.json: `bos_token_id`, `eos_token_id`,
+    `pad_token_id`, as far as the file names them. Raises ModelError for a vocabulary that can't be written exactly.
+    """
+    vocabulary = Vocabulary.read(fields)
+    build_tokenizer(vocabulary).save(str(directory / "tokenizer.json"))
+    tokens, ids = vocabulary.tokens, vocabulary.ids
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context_length,
+    }
+    for name, key in (("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token")):
+        # A token named here becomes special when the tokenizer is loaded; some files name an ordinary one as unknown.
+        if name in ids and ids[name] in vocabulary.special:
+            settings[key] = tokens[ids[name]]
+    write_json(directory / "tokenizer_config.json", settings)
+
+    named = {"bos_token_id": ids.get("bos"), "eos_token_id": ids.get("eos"), "pad_token_id": ids.get("padding")}
+    named = {key: index for key, index in named.items() if index is not None}
+    write_json(directory / "generation_config.json", {**named, "eos_token_id": vocabulary.ends})
+    if template := fields.get("tokenizer.chat_template"):
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return named
+
+
+def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
+    """The `tokenizers` object that cuts text as llama.cpp does with this vocabulary."""
+    kind = vocabulary.fields.get("tokenizer.ggml.model")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in builders:
+        raise ModelError(f"tokenizer type {kind!r} is not supported; known: {', '.join(builders)}")
+    try:
+        tokenizer, begins = builders[kind](vocabulary)
+    except ModelError:
+        raise
+    except Exception as error:  # what `tokenizers` raises for merges outside the vocabulary is a bare Exception
+        raise ModelError(f"the file's vocabulary is inconsistent: {error}") from error
+    special = vocabulary.special
+    added = special | {i for i, kind in enumerate(vocabulary.types) if kind == TokenType.USER_DEFINED}
+    tokenizer.add_tokens(
+        [AddedToken(vocabulary.tokens[i], special=i in special, normalized=False) for i in sorted(added)]
+    )
+    _add_ends(tokenizer, vocabulary, begins)
+    return tokenizer
+
+
+def _byte_level(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
+    """Byte-level BPE, and whether text begins with BOS where the file doesn't say."""
+    rule = vocabulary.fields.get("tokenizer.ggml.pre")
+    if rule is None:
+        raise ModelError(
+            "the file doesn't say how its tokenizer splits words (tokenizer.ggml.pre)",
+            hint="it was written by an old converter; convert the model again with a current llama.cpp",
+        )
+    if rule not in SPLITS:
+        raise ModelError(f"pre-tokenizer {rule!r} is not supported{nearest(str(rule), SPLITS)}")
+    merges = [tuple(merge.split(" ")) for merge in vocabulary.fields.get("tokenizer.ggml.merges") or []]
+    if not merges or any(len(pair) != 2 for pair in merges):
+        raise ModelError("the file's tokenizer has no merges, or merges that are not pairs")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(vocabulary.tokens)},
+            merges=merges,
+            ignore_merges=rule in _WHOLE_WORDS,
+        )
+    )
+    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in SPLITS[rule]]
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, rule in _WHOLE_WORDS
+
+
+def _sentencepiece(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
+    """SentencePiece BPE with byte fallback; text begins with BOS where the file doesn't say otherwise."""
+    tokens = vocabulary.tokens
+    scores = vocabulary.fields.get("tokenizer.ggml.scores") or []
+    if len(scores) != len(tokens):
+        raise ModelError(f"the file's tokenizer has {len(scores)} scores for {len(tokens)} tokens")
+    ids = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=ids,
+            merges=_merges_by_score(ids, scores, vocabulary.types),
+            unk_token=tokens[vocabulary.ids["unknown"]],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    # As a normalizer, the leading space is added to every stretch between special tokens, which is llama.cpp's rule.
+    leading = vocabulary.flag("add_space_prefix", True)
+    prepend = [normalizers.Prepend(_SPACE)] if leading else []
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if leading else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer, True
+
+
+def _merges_by_score(ids: dict[str, int], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+    """Every way to form a token from two others, best score first: the order in which SentencePiece merges."""
+    ranked = []
+    for token, i in ids.items():
+        if types[i] != TokenType.NORMAL:
+            continue
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ids and right in ids:
+                ranked.append((-scores[i], -cut, left, right))
+    ranked.sort()
+    return [(left, right) for _, _, left, right in ranked]
+
+
+def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, begins: bool) -> None:
+    """Put BOS before and EOS after a text as the file asks for, each only where it is named."""
+    named = vocabulary.ids
+    begins = "bos" in named and vocabulary.flag("add_bos_token", begins)
+    finishes = "eos" in named and vocabulary.flag("add_eos_token", False)
+    single = ["bos:0"] * begins + ["$A:0"] + ["eos:0"] * finishes
+    pair = single + ["bos:1"] * begins + ["$B:1"] + ["eos:1"] * finishes
+    # Under names of their own, since a template can't spell a token that has a colon in it.
+    tokens = [
+        {"id": name, "ids": [named[name]], "tokens": [vocabulary.tokens[named[name]]]}
+        for name in ("bos", "eos")
+        if name in named
+    ]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write `content` as the indented JSON of a model directory."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
