@@ -46,8 +46,15 @@ def import_gguf(
     """Make a model directory from a GGUF file on disk."""
     from mlx_lora.models.gguf import import_gguf as convert
 
-    with ui.bar("importing", None) as advance:
-        count = lambda done, total: advance(1, f"of {total}")  # noqa: E731
+    with ExitStack() as stack:
+        bars = progress(stack)
+        advance = None
+
+        def count(done: int, total: int) -> None:
+            nonlocal advance
+            advance = advance or bars("importing", total)
+            advance()
+
         report = convert(file, out, dtype=str(dtype), force=force, on_progress=count)
     if json:
         ui.as_json(report)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora import paths
-from mlx_lora.errors import ModelError, NameTaken
+from mlx_lora.errors import MlxLoraError, ModelError, NameTaken
 from mlx_lora.models.load import TOKENIZER_FILES, check_files, read_config
 
 WANTED = ["model*.safetensors", "model.safetensors.index.json", "config.json", *TOKENIZER_FILES]
@@ -26,7 +26,6 @@ def pull(repo: str, *, name: str | None = None) -> Path:
     not a usable model.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     target = paths.room("models", name or repo.rpartition("/")[2])
     if target.exists():
@@ -39,7 +38,9 @@ def pull(repo: str, *, name: str | None = None) -> Path:
             raise ModelError(f"{repo} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {target.parent}")
         partial = target.parent / f".{target.name}.partial"
         snapshot_download(repo, local_dir=partial, allow_patterns=WANTED)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except MlxLoraError:
+        raise
+    except Exception as error:  # the hub's own errors, the disk's, and those of whichever HTTP library it uses
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"can't pull {repo}: {first}", hint="run it again to continue") from error
     read_config(partial)

@@ -87,12 +87,12 @@ class Engine:
         steps = generate_step(
             mx.array(rest), self.loaded.model, max_tokens=max_tokens, sampler=sampler, prompt_cache=layers
         )
-        for token, _ in steps:
-            token = int(token)
-            self.cache.tokens.append(token)
-            if token in self.ends:
-                return
-            yield token
+        with device.memory_limits():
+            for token, _ in steps:
+                self.cache.tokens.append(int(token))
+                if int(token) in self.ends:
+                    return
+                yield int(token)
 
     def batch(self, prompts: Sequence[Sequence[int]], *, max_tokens: int = 256) -> Iterator[tuple[int, list[int]]]:
         """Answer many prompts greedily, several at a time; yield (index of the prompt, its tokens) as they end."""
