@@ -1,0 +1,226 @@
+"""What a GGUF file says of its model: a whole file, one architecture, its settings, and the tensors they call for.
+
+Every part is either understood or refused by name. Nothing here reads a tensor's values; `gguf.py` does.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFValueType as Value
+
+from mlx_lora.errors import ModelError
+
+ARCHITECTURE = "llama"
+ROPE_FACTORS = "rope_freqs.weight"
+# Bits of the types that MLX's affine mode packs without loss.
+BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q8_0: 8}
+# Settings that change what a model computes and that MLX's llama has no counterpart for.
+_REFUSED = (
+    "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias", "attention.sliding_window",
+    "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "residual_scale", "embedding_scale",
+    "use_parallel_residual", "rope.scaling.alpha", "rope.scaling.yarn_log_multiplier",
+)  # fmt: skip
+# Sizes of the scalar types, by their number in the file.
+_SCALAR_BYTES = {int(kind): number().itemsize for kind, number in gguf.GGUFReader.gguf_scalar_to_np.items()}
+
+
+Fields = dict[str, Any]
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+Tensors = dict[str, gguf.ReaderTensor]
+Array = npt.NDArray[Any]
+
+
+def open_gguf(file: Path) -> tuple[gguf.GGUFReader, Fields]:
+    """The file behind gguf's reader, and its metadata; ModelError unless it is a whole GGUF file."""
+    try:
+        with open(file, "rb") as handle:
+            if handle.read(4) != b"GGUF":
+                raise ModelError(f"{file}: not a GGUF file")
+            with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                _check_header(data)
+        reader = gguf.GGUFReader(file)
+        return reader, {name: field.contents() for name, field in reader.fields.items()}
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ModelError(f"{file}: not a GGUF file ({error.strerror})") from None
+    except (OSError, LookupError, ValueError, OverflowError, TypeError) as error:  # what damage makes the reader raise
+        raise ModelError(f"{file}: truncated or damaged GGUF file ({error})", hint="get the file again") from error
+
+
+def _check_header(data: mmap.mmap) -> None:
+    """Follow every length of the metadata; ValueError or KeyError where one leads outside the file.
+
+    The reader slices past the end in silence, and builds objects for as many elements as a damaged count claims.
+    """
+    at = 4
+
+    def number(size: int) -> int:
+        nonlocal at
+        at += size
+        if at > len(data):
+            raise ValueError("it ends inside its metadata")
+        return int.from_bytes(data[at - size : at], "little")
+
+    def skip(kind: int) -> None:
+        kind, count = (number(4), number(8)) if kind == Value.ARRAY else (kind, 1)
+        for _ in range(count if kind == Value.STRING else 1):
+            number(number(8) if kind == Value.STRING else _SCALAR_BYTES[kind] * count)
+
+    version, _, fields = number(4), number(8), number(8)
+    if version not in (2, 3):
+        raise ValueError(f"version {version}; known: 2, 3 in little-endian order")
+    for _ in range(fields):
+        skip(Value.STRING)
+        skip(number(4))
+
+
+def check_kind(fields: Fields, tensors: Tensors) -> None:
+    """Raise ModelError for what isn't one whole model of a known architecture."""
+    if (kind := fields.get("general.type", "model")) != "model":
+        raise ModelError(f"the file is of type {kind!r}, not a model")
+    if (architecture := fields.get("general.architecture")) != ARCHITECTURE:
+        known = f"{ARCHITECTURE} (Llama, Mistral, SmolLM)"
+        raise ModelError(f"GGUF architecture {architecture!r} is not supported; known: {known}")
+    if (parts := fields.get("split.count", 1)) > 1:
+        raise ModelError(f"the file is one of {parts} parts", hint="join them first: llama-gguf-split --merge")
+    if not fields.get("llama.attention.causal", True):
+        raise ModelError("attention in both directions is not supported")
+    if fields.get("llama.expert_count") or any("_exps." in name for name in tensors):
+        raise ModelError("mixture of experts is not supported yet")
+    if found := [name for name in _REFUSED if fields.get(f"llama.{name}")]:
+        raise ModelError(f"the model needs settings that MLX's llama lacks: {', '.join(found)}")
+
+
+def read_config(fields: Fields, tensors: Tensors, factors: gguf.ReaderTensor | None) -> dict[str, Any]:
+    """config.json for mlx_lm's llama, from the `llama.*` metadata and the embedding's shape."""
+    hidden, heads = _setting(fields, "embedding_length"), _setting(fields, "attention.head_count")
+    kv_heads = _setting(fields, "attention.head_count_kv", heads)
+    head_dim = _setting(fields, "attention.key_length", hidden // heads)
+    layers = _setting(fields, "block_count")
+    if layers > len(tensors) or "token_embd.weight" not in tensors:
+        raise ModelError(f"the file's {len(tensors)} tensors are too few for {layers} layers and an embedding")
+    if heads % kv_heads or head_dim % 2:
+        raise ModelError(f"{heads} heads, {kv_heads} key heads and {head_dim} values a head don't fit together")
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (size := _setting(fields, key, head_dim)) != head_dim:
+            raise ModelError(f"llama.{key} {size} differs from the head size {head_dim}, which MLX's llama lacks")
+    vocabulary = int(tensors["token_embd.weight"].shape[-1])
+    if len(fields.get("tokenizer.ggml.tokens") or []) > vocabulary:
+        raise ModelError(f"the file names more tokens than its embedding's {vocabulary} rows")
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": _setting(fields, "feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": _setting(fields, "context_length"),
+        "rms_norm_eps": _setting(fields, "attention.layer_norm_rms_epsilon", kind=float),
+        "rope_theta": _setting(fields, "rope.freq_base", 10000.0, kind=float),
+        "attention_bias": any(".attn_" in name and name.endswith(".bias") for name in tensors),
+        "mlp_bias": any(".ffn_" in name and name.endswith(".bias") for name in tensors),
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    if scaling := _rope_scaling(fields, config, np.ones(1) if factors is None else factors.data):
+        config["rope_scaling"] = scaling
+    return config
+
+
+def _setting(fields: Fields, key: str, default: Any = None, *, kind: type[int] | type[float] = int) -> Any:
+    """A positive number of the architecture, one for all layers."""
+    value = fields.get(f"llama.{key}", default)
+    if not isinstance(value, kind) or not 0 < value < float("inf"):
+        raise ModelError(f"llama.{key} is {value!r}, not a positive {kind.__name__}")
+    # The shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06.
+    return float(str(np.float32(value))) if kind is float else value
+
+
+def _rope_scaling(fields: Fields, config: dict[str, Any], factors: Array) -> dict[str, Any] | None:
+    """The `rope_scaling` of config.json that rotates as llama.cpp does; ModelError where there is none."""
+    kind = fields.get("llama.rope.scaling.type", "linear")
+    factor = fields.get("llama.rope.scaling.factor") or fields.get("llama.rope.scale_linear") or 1.0
+    neutral = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")
+    if all(fields.get(f"llama.rope.scaling.{name}", 1.0) == 1.0 for name in neutral):
+        if kind == "none" or (kind in ("linear", "yarn") and factor == 1.0):
+            return None if np.all(factors == 1.0) else _llama3_scaling(config, factors)
+        if kind == "linear" and np.all(factors == 1.0):
+            return {"rope_type": "linear", "factor": factor}
+        if kind == "yarn" and np.all(factors == 1.0):
+            original = fields.get("llama.rope.scaling.original_context_length", config["max_position_embeddings"])
+            fast = fields.get("llama.rope.scaling.yarn_beta_fast", 32.0)
+            slow = fields.get("llama.rope.scaling.yarn_beta_slow", 1.0)
+            limits = {"original_max_position_embeddings": original, "beta_fast": fast, "beta_slow": slow}
+            return {"rope_type": "yarn", "factor": factor, **limits}
+    settings = {key.removeprefix("llama."): value for key, value in fields.items() if ".rope.scal" in key}
+    also = "" if np.all(factors == 1.0) else f" with {ROPE_FACTORS}"
+    raise ModelError(f"this rope scaling is not supported: {settings}{also}; known: linear, yarn, llama3")
+
+
+def _llama3_scaling(config: dict[str, Any], factors: Array) -> dict[str, Any]:
+    """Llama 3's rope settings, in whose place the file holds the divisor of each frequency.
+
+    The divisor is 1 for short waves, `factor` for long ones, and between them 1 / ((1-s)/factor + s) with
+    s = (original/wave - low) / (high - low). All published models share low 1, high 4 and original 8192; other
+    settings would not give back the file's divisors, and are refused.
+    """
+    low, high, original, factor = 1.0, 4.0, 8192, float(factors.max())
+    exponents = np.arange(0, config["head_dim"], 2) / config["head_dim"]
+    waves = 2 * np.pi * config["rope_theta"] ** exponents
+    smooth = np.clip((original / waves - low) / (high - low), 0, 1)
+    if factors.shape != waves.shape or not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-5):
+        raise ModelError(f"{ROPE_FACTORS} is not Llama 3's rope scaling, and MLX's llama has no place for another")
+    limits = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
+    return {"rope_type": "llama3", "factor": factor, **limits}
+
+
+def layout_of(config: dict[str, Any]) -> Layout:
+    """Name of a tensor in the file, without `.weight` -> its path in MLX and the shape of its weight."""
+    hidden, inner, rows = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    queries = config["num_attention_heads"] * config["head_dim"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
+    block: Layout = {
+        "attn_norm": ("input_layernorm", (hidden,)),
+        "attn_q": ("self_attn.q_proj", (queries, hidden)),
+        "attn_k": ("self_attn.k_proj", (keys, hidden)),
+        "attn_v": ("self_attn.v_proj", (keys, hidden)),
+        "attn_output": ("self_attn.o_proj", (hidden, queries)),
+        "ffn_norm": ("post_attention_layernorm", (hidden,)),
+        "ffn_gate": ("mlp.gate_proj", (inner, hidden)),
+        "ffn_up": ("mlp.up_proj", (inner, hidden)),
+        "ffn_down": ("mlp.down_proj", (hidden, inner)),
+    }
+    layout: Layout = {"token_embd": ("model.embed_tokens", (rows, hidden)), "output_norm": ("model.norm", (hidden,))}
+    if not config["tie_word_embeddings"]:
+        layout["output"] = ("lm_head", (rows, hidden))
+    for n in range(config["num_hidden_layers"]):
+        layout |= {f"blk.{n}.{name}": (f"model.layers.{n}.{path}", shape) for name, (path, shape) in block.items()}
+    return layout
+
+
+def check_tensors(tensors: Tensors, layout: Layout) -> None:
+    """Raise one ModelError for all tensors that are missing, unknown, of another shape, or packed vectors."""
+    faults = [f"{stem}.weight is missing" for stem in layout if f"{stem}.weight" not in tensors]
+    for name, tensor in tensors.items():
+        stem, _, part = name.rpartition(".")
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        expected = layout.get(stem, ("", ()))[1]
+        if part == "bias":
+            expected = expected[:1] if stem.startswith("blk.") and len(expected) == 2 else ()
+        if not expected or part not in ("weight", "bias"):
+            faults.append(f"{name} is unknown")
+        elif shape != expected:
+            faults.append(f"{name} has shape {shape}, not {expected}")
+        elif len(shape) == 1 and tensor.tensor_type in BITS:
+            faults.append(f"{name} is a vector in {tensor.tensor_type.name}")
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ModelError(f"the file's tensors are not those of its architecture: {'; '.join(faults[:5])}{more}")
