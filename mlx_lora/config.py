@@ -6,6 +6,7 @@ for it is an error and never ignored. Nothing here imports MLX.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from mlx_lora import paths
 from mlx_lora.errors import RecipeError, nearest
@@ -30,30 +32,46 @@ def _switch(value: Any) -> Any:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+def _number(value: Any) -> Any:
+    """Refuse yes and no where a number is meant: pydantic would read them as 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "input should be a number")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
+
+
 class Section(BaseModel):
     """A part of the recipe. Unknown keys are errors; sections are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Quantize(Section):
     """How to quantize the base before training. The adapter then belongs to the quantized base."""
 
     mode: str = "affine"
-    bits: int | None = None
-    group_size: int | None = None
+    bits: Integer | None = None
+    group_size: Integer | None = None
     double_quant: Literal[False] = False
+
+    @field_validator("mode")
+    @classmethod
+    def _mode(cls, value: str) -> str:
+        return _known(value, MODES)
 
     @model_validator(mode="after")
     def _check(self) -> Quantize:
-        _known(self.mode, MODES)
         bits, groups = MODES[self.mode]
-        if self.bits is not None and self.bits not in bits:
-            raise ValueError(f"bits {self.bits} for mode {self.mode}; it takes {', '.join(map(str, sorted(bits)))}")
-        if self.group_size is not None and self.group_size not in groups:
-            raise ValueError(
-                f"group_size {self.group_size} for mode {self.mode}; it takes {', '.join(map(str, sorted(groups)))}"
-            )
+        faults = [
+            f"{key} {value} for mode {self.mode}, which takes {', '.join(map(str, sorted(known)))}"
+            for key, value, known in (("bits", self.bits, bits), ("group_size", self.group_size, groups))
+            if value is not None and value not in known
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
     def complete(self) -> dict[str, Any]:
@@ -66,15 +84,15 @@ class Adapter(Section):
     """What is attached: method, rank, scale and place. The update is (alpha / rank) · B A."""
 
     method: str = "lora"
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: Integer = Field(default=8, ge=1)
+    alpha: Number = Field(default=16, gt=0)
+    dropout: Number = Field(default=0.0, ge=0, lt=1)
     targets: str | list[str] = "attention"
-    layers: Literal["all"] | Annotated[int, Field(ge=1)] | list[int] = "all"
+    layers: Literal["all"] | Annotated[Integer, Field(ge=1)] | list[Integer] = "all"
     init: str = "default"
     rslora: bool = False
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    rank_pattern: dict[str, Annotated[Integer, Field(ge=1)]] = {}
+    alpha_pattern: dict[str, Annotated[Number, Field(gt=0)]] = {}
 
     @field_validator("method")
     @classmethod
@@ -92,10 +110,14 @@ class Adapter(Section):
         if isinstance(value, list) and not value:
             raise ValueError("an empty list attaches nothing; name modules, or use attention or all-linear")
         if isinstance(value, str) and len(value) > 1 and value[0] == value[-1] == "/":
-            try:
-                re.compile(value[1:-1])
-            except re.error as error:
-                raise ValueError(f"{value} is not a regular expression: {error}") from None
+            _expression(value[1:-1])
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for pattern in value:
+            _expression(pattern)
         return value
 
     def rank_of(self, path: str) -> int:
@@ -107,6 +129,13 @@ class Adapter(Section):
         rank = self.rank_of(path)
         alpha = _pattern(self.alpha_pattern, path, self.alpha)
         return float(alpha / (rank**0.5 if self.rslora else rank))
+
+
+def _expression(text: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression: {error}") from None
 
 
 def _pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
@@ -124,29 +153,29 @@ class Data(Section):
     format: Literal["auto", "text", "completions", "messages", "alpaca", "sharegpt"] = "auto"
     template: Literal["auto", "chat", "none"] = "auto"
     mask: Literal["auto", "all", "completion", "assistant", "last"] = "auto"
-    max_seq_length: int = Field(2048, ge=2)
+    max_seq_length: Integer = Field(default=2048, ge=2)
     too_long: Literal["error", "drop", "truncate-start", "truncate-end", "split"] = "error"
-    valid_fraction: float = Field(0.1, ge=0, lt=1)
+    valid_fraction: Number = Field(default=0.1, ge=0, lt=1)
     packing: Literal[False] = False
 
 
 class Train(Section):
     """The loop. One optimizer step is batch_size × grad_accumulation rows."""
 
-    epochs: int = Field(1, ge=1)
-    iters: int | None = Field(None, ge=1)
-    batch_size: int = Field(4, ge=1)
-    grad_accumulation: int = Field(1, ge=1)
-    learning_rate: float = Field(2e-4, gt=0)
+    epochs: Integer = Field(default=1, ge=1)
+    iters: Integer | None = Field(default=None, ge=1)
+    batch_size: Integer = Field(default=4, ge=1)
+    grad_accumulation: Integer = Field(default=1, ge=1)
+    learning_rate: Number = Field(default=2e-4, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: float = Field(0.03, ge=0, lt=1)
+    warmup: Number = Field(default=0.03, ge=0, lt=1)
     optimizer: Literal["adam", "adamw", "sgd", "lion", "adafactor", "muon"] = "adamw"
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    weight_decay: Number = Field(default=0.0, ge=0)
+    max_grad_norm: Number | None = Field(default=1.0, gt=0)
     loraplus_ratio: None = None
-    eval_every: int | None = Field(None, ge=1)
-    save_every: int | None = Field(None, ge=1)
-    patience: int | None = Field(None, ge=1)
+    eval_every: Integer | None = Field(default=None, ge=1)
+    save_every: Integer | None = Field(default=None, ge=1)
+    patience: Integer | None = Field(default=None, ge=1)
     grad_checkpoint: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     cache_prefix: Annotated[Literal["auto", "off"], BeforeValidator(_switch)] = "auto"
     memory_limit_gb: None = None
@@ -161,7 +190,27 @@ class Recipe(Section):
     adapter: Adapter = Adapter()
     data: Data = Data()
     train: Train = Train()
-    seed: int = Field(0, ge=0)
+    seed: Integer = Field(default=0, ge=0, lt=2**64)
+
+    @field_validator("adapter", "data", "train", mode="before")
+    @classmethod
+    def _section(cls, value: Any) -> Any:
+        return {} if value is None else value  # a heading whose keys are all commented out
+
+
+SECTIONS: dict[str, type[Section]] = {"quantize": Quantize, "adapter": Adapter, "data": Data, "train": Train}
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only. A key given twice is an error; YAML would keep the last one in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_recipe(
@@ -176,7 +225,7 @@ def load_recipe(
     if file is not None:
         file = _find_recipe(file)
         values = _read_yaml(file)
-        values.setdefault("name", file.stem)
+        values["name"] = file.stem if values.get("name") is None else values["name"]
     for key, value in (settings or {}).items():
         _set(values, key, value)
     for override in overrides:
@@ -192,29 +241,59 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        faults = [_fault(fault) for fault in error.errors()]
-        raise RecipeError(f"{where}: " + "\n  ".join(dict.fromkeys(faults))) from None
+        raise RecipeError(f"{where}: " + "\n  ".join(_faults(error))) from None
 
 
 def dotted_keys() -> list[str]:
     """Every key a recipe may set, dotted."""
-    sections: dict[str, type[BaseModel]] = {"quantize": Quantize, "adapter": Adapter, "data": Data, "train": Train}
-    inner = [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
-    return [*Recipe.model_fields, *inner]
+    return [*Recipe.model_fields, *(f"{name}.{key}" for name, part in SECTIONS.items() for key in part.model_fields)]
 
 
-def _fault(fault: Any) -> str:
-    location = ".".join(str(part) for part in fault["loc"] if isinstance(part, str) and part not in ("int", "list"))
-    location = re.sub(r"\.(str|literal\[.*|constrained-int|list\[.*)$", "", location)
-    if fault["type"] == "extra_forbidden":
-        suggestion = nearest(location, dotted_keys())
-        if "did you mean" not in suggestion:
-            section = location.rpartition(".")[0]
-            suggestion = nearest("", [key for key in dotted_keys() if key.rpartition(".")[0] == section])
-        return f"unknown key {location!r}{suggestion}"
-    message = fault["msg"].removeprefix("Value error, ")
-    given = "" if fault["type"] == "value_error" else f" {str(fault['input'])[:40]!r} is refused:"
-    return f"{location}:{given} {message[0].lower() + message[1:]}"
+def _faults(error: ValidationError) -> list[str]:
+    """One line for each faulty key, however many forms of its value were tried."""
+    lines: dict[str, list[str]] = {}
+    for fault in error.errors():
+        key = str(fault["input"]) if fault["type"] == "invalid_key" else _key(fault["loc"])
+        if fault["type"] in ("extra_forbidden", "invalid_key"):
+            lines[f"unknown key {key!r}{_nearest_key(key)}"] = []
+            continue
+        given = "" if fault["type"] == "value_error" else f" {str(fault['input'])[:40]!r} is refused:"
+        wanted = lines.setdefault(f"{key}:{given} ", [])
+        wanted += [reason for reason in [_reason(fault)] if reason not in wanted]
+    return [line + ", or ".join(wanted) for line, wanted in lines.items()]
+
+
+def _key(location: tuple[int | str, ...]) -> str:
+    """The dotted key of a fault, without the forms of its value that pydantic adds."""
+    parts = [str(part) for part in location]
+    if parts[0] not in SECTIONS:
+        return parts[0]
+    return ".".join(parts[: 3 if parts[1:2] in (["rank_pattern"], ["alpha_pattern"]) else 2])
+
+
+def _reason(fault: Any) -> str:
+    if fault["type"] == "none_required":
+        return "only null is known here"
+    if fault["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+        word = str(fault["input"])
+        return f"not known here{nearest(word, known)}" if known else "only false is known here"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "model_type":
+        message = "a section is a mapping of keys to values"
+    return message[0].lower() + message[1:]
+
+
+def _nearest_key(key: str) -> str:
+    """What `key` was meant to be: the same word in another place, else a similar one in its own."""
+    section, _, word = key.rpartition(".")
+    words = {known.rpartition(".")[2]: known for known in dotted_keys()}
+    if word in words:
+        return f"; did you mean {words[word]!r}?"
+    here = {last: known for last, known in words.items() if not section or known.rpartition(".")[0] == section}
+    if close := difflib.get_close_matches(word, here, n=1, cutoff=0.5):
+        return f"; did you mean {here[close[0]]!r}?"
+    return f"; known: {', '.join(sorted(here if section else Recipe.model_fields))}"
 
 
 def _find_recipe(file: Path) -> Path:
@@ -239,8 +318,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that doesn't exist
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None

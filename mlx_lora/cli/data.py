@@ -32,14 +32,15 @@ def check(
     from mlx_lora.data.read import find_splits, read
     from mlx_lora.models.load import load_tokenizer
 
+    if show and model is None:
+        raise typer.BadParameter("--show needs --model, whose tokenizer and chat template it shows")
     chosen = data_settings(settings)
     tokenizer = load_tokenizer(model) if model else None
     with ExitStack() as stack:
         report = checking.check(path, chosen, tokenizer, progress=progress(stack))
-    if show and tokenizer is None:
-        raise typer.BadParameter("--show needs --model, whose tokenizer and chat template it shows")
     if show:
-        for runs in checking.samples(read(find_splits(path)["train"], chosen), Encoder(tokenizer, chosen), show):
+        first = next(iter(find_splits(path).values()))
+        for runs in checking.samples(read(first, chosen), Encoder(tokenizer, chosen), show):
             ui.runs_of_text(runs)
     if json:
         ui.as_json(report.as_dict())

@@ -21,7 +21,7 @@ LENGTH_STEP = 8
 # Rows with loss are padded to multiples of this, with weight 0.
 POSITION_STEP = 16
 # Rows are sorted by length within this many optimizer steps; beyond it the order stays random.
-WINDOW = 32
+WINDOW = 128
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ def collate(rows: Sequence[Row]) -> Batch:
 def epoch_steps(
     lengths: Sequence[int], *, batch_size: int, grad_accumulation: int, seed: int, epoch: int
 ) -> list[list[np.ndarray]]:
-    """The optimizer steps of an epoch, each a list of micro-batches, each the indices of its rows."""
+    """The optimizer steps of an epoch, each a list of micro-batches, each the indices of its rows.
+
+    One step is smaller where the rows don't divide; which one is drawn, so that it isn't always the longest rows.
+    """
     rows_per_step = batch_size * grad_accumulation
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(lengths))
@@ -78,7 +81,9 @@ def epoch_steps(
     window = WINDOW * rows_per_step
     windows = [order[start : start + window] for start in range(0, len(order), window)]
     order = np.concatenate([part[np.argsort(sizes[part], kind="stable")] for part in windows])
-    steps = [order[start : start + rows_per_step] for start in range(0, len(order), rows_per_step)]
+    counts = np.full(-(-len(order) // rows_per_step), rows_per_step)
+    counts[generator.integers((len(counts) - 1) // WINDOW * WINDOW, len(counts))] -= -len(order) % rows_per_step
+    steps = np.split(order, np.cumsum(counts)[:-1])
     return [
         [steps[index][start : start + batch_size] for start in range(0, len(steps[index]), batch_size)]
         for index in generator.permutation(len(steps))

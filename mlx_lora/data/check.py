@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,12 @@ from mlx_lora.errors import Problem
 
 @dataclass
 class Report:
-    """Over all files of the path. Token counts are None when no tokenizer was given."""
+    """Over all files of the path. Token counts are None when no tokenizer was given.
+
+    `rows` counts the rows that could be read; the others are among the problems. `truncated_rows` and `dropped_rows`
+    are what `too_long` did, `duplicates` the repetitions inside a file, `leaked_rows` the rows of valid and test that
+    train has too.
+    """
 
     format: str | None = None
     rows: int = 0
@@ -26,6 +32,7 @@ class Report:
     trained_tokens: int | None = None
     longest: int | None = None
     truncated_rows: int = 0
+    dropped_rows: int = 0
     empty_rows: int = 0
     duplicates: int = 0
     leaked_rows: int = 0
@@ -44,7 +51,7 @@ def check(path: str | Path, settings: Data, tokenizer: Any = None, *, progress: 
         formats += [source.format] if source.format else []
         report.problems += source.problems
         report.rows += len(source.examples)
-        keys = [repr(example) for example in source.examples]
+        keys = [_content(example) for example in source.examples]
         report.duplicates += len(keys) - len(set(keys))
         if name == "train":
             trained_on = set(keys)
@@ -54,13 +61,23 @@ def check(path: str | Path, settings: Data, tokenizer: Any = None, *, progress: 
             encoded = Encoder(tokenizer, settings).encode(source, progress(f"reading {file.name}", len(keys)))
             _count(report, encoded)
     report.format = " and ".join(dict.fromkeys(formats)) or None
-    report.empty_rows = sum("is empty" in str(p.problem) or "no token carries" in p.problem for p in report.problems)
+    report.empty_rows = sum(problem.line > 0 and _empty(problem.problem) for problem in report.problems)
     return report
+
+
+def _content(example: Example) -> str:
+    """What makes two rows the same, whatever format they came in."""
+    return json.dumps([example.text, example.messages, example.tools], sort_keys=True)
+
+
+def _empty(problem: str) -> bool:
+    return problem.endswith("is empty") or problem.startswith("no token carries loss")
 
 
 def _count(report: Report, encoded: Encoded) -> None:
     report.problems += encoded.problems
     report.truncated_rows += encoded.truncated
+    report.dropped_rows += encoded.dropped
     report.tokens = (report.tokens or 0) + sum(len(row) for row in encoded.rows)
     report.trained_tokens = (report.trained_tokens or 0) + sum(row.trained for row in encoded.rows)
     report.longest = max([report.longest or 0, *(len(row) for row in encoded.rows)])
@@ -83,6 +100,3 @@ def _runs(example: Example, encoder: Encoder) -> list[tuple[str, bool]]:
             runs.append(([], bool(weight)))
         runs[-1][0].append(token)
     return [(encoder.tokenizer.decode(ids), learned) for ids, learned in runs]
-
-
-__all__ = ["Encoded", "Report", "check", "samples"]

@@ -1,7 +1,7 @@
 """Examples become token ids with a loss weight each: chat template, masks, truncation, the end token.
 
     tokens   <s> user: what is 2+2? \n assistant: 4 </s> \n          (as the template renders the whole)
-    weights   0   0    0    0  0    0      0      1  1               (mask completion; nothing after the last is kept)
+    weights   0   0    0    0  0    0      0      1  1               (mask completion; nothing after the end is kept)
 
 `weights[t]` belongs to predicting token t. The prompt is verified to be a token prefix of the whole: where a template
 renders it differently once the answer follows, the row is a problem and not a wrong mask.
@@ -20,7 +20,7 @@ from mlx_lora.data.example import Example, shorten
 from mlx_lora.data.read import Source
 from mlx_lora.errors import Problem
 
-# Consecutive pieces of a split text share this fraction of the length, so that no sentence loses all its context.
+# Consecutive pieces of a split text share this fraction of the length: the later one has it as context, without loss.
 OVERLAP = 0.125
 
 
@@ -42,9 +42,10 @@ class Row:
 
 @dataclass
 class Encoded:
-    """The rows of one file, and what encoding did to them."""
+    """The rows of one file, the examples that gave them (a split text gives several), and what became of others."""
 
     rows: list[Row] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     truncated: int = 0
     dropped: int = 0
@@ -69,6 +70,7 @@ class Encoder:
                 result.problems.append(Problem(str(source.file), line, str(error)))
                 continue
             result.rows += pieces
+            result.examples += [example] if pieces else []
         return result
 
     def tokens(self, example: Example) -> tuple[list[int], list[float]]:
@@ -113,28 +115,55 @@ class Encoder:
         prompt = self._without_end(self.tokenizer.encode(text))
         whole = self._without_end(self.tokenizer.encode(text + completion))
         if whole[: len(prompt)] != prompt:  # the join merges into one token: generation will see the prompt's own
-            whole = prompt + list(self.tokenizer.encode(completion, add_special_tokens=False))
+            whole = prompt + self._continuation(completion)
         start = 1 if self.settings.mask == "all" else max(len(prompt), 1)
         whole = self._ended(whole)
         return whole, [0.0] * start + [1.0] * (len(whole) - start)
 
+    def _continuation(self, text: str) -> list[int]:
+        """The tokens of `text` after something else: alone, some tokenizers would put a space before it."""
+        before, both = (list(self.tokenizer.encode(part, add_special_tokens=False)) for part in ("\n", "\n" + text))
+        if both[: len(before)] == before:
+            return both[len(before) :]
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
     def _chat(self, example: Example) -> tuple[list[int], list[float]]:
-        whole = self._render(example.messages, example.tools)
-        weights = [0.0] * len(whole)
-        for turn in self._learned_turns(example):
-            start = self._prefix(example, turn, whole)
-            end = next((i for i in range(start, len(whole)) if whole[i] in self._ends), None)
-            if end is None and turn == len(example.messages) - 1:
-                whole.append(self.tokenizer.eos_token_id)
-                weights.append(0.0)
-                end = len(whole) - 1
-            elif end is None:
-                end = self._common(self._render(example.messages[: turn + 1], example.tools), whole) - 1
-            weights[start : end + 1] = [1.0] * (end + 1 - start)
         if self.settings.mask == "all":
-            weights = [0.0] + [1.0] * (len(whole) - 1)
-        last = max((i for i, weight in enumerate(weights) if weight), default=-1)
-        return whole[: last + 1], weights[: last + 1]
+            whole = self._render(example.messages, example.tools)
+            if example.messages[-1]["role"] == "assistant":
+                whole = self._closed(whole)
+            return whole, [0.0] + [1.0] * (len(whole) - 1)
+        turns = self._learned_turns(example)
+        whole = self._closed(self._render(example.messages[: turns[-1] + 1], example.tools))
+        weights = [0.0] * len(whole)
+        end = 0
+        for turn in turns:
+            start = self._prefix(example, turn, whole)
+            end = self._turn_end(example, turn, whole, start, last=turn == turns[-1])
+            weights[start:end] = [1.0] * (end - start)
+        return whole[:end], weights[:end]
+
+    def _closed(self, tokens: list[int]) -> list[int]:
+        """A conversation up to its last end token; one is appended where the template writes none there."""
+        ends = self._ends
+        after = 1 + max((index for index, token in enumerate(tokens) if token in ends), default=-1)
+        closed = after > 0 and not self.tokenizer.decode(tokens[after:]).strip()
+        return tokens[:after] if closed else [*tokens, self._end]
+
+    def _turn_end(self, example: Example, turn: int, whole: list[int], start: int, *, last: bool) -> int:
+        """One past the end token of message `turn`, or past its last token where the template writes none between.
+
+        Raises ValueError when the template shows nothing of the message, as some do with tool calls.
+        """
+        ends = self._ends
+        own = whole if last else self._render(example.messages[: turn + 1], example.tools)
+        if any(token in ends for token in own[start:]):
+            end = 1 + next((i for i in range(start, len(whole)) if whole[i] in ends), len(whole) - 1)
+        else:
+            end = max(start, self._common(own, whole))
+        if all(token in ends for token in whole[start:end]):
+            raise ValueError(f"the chat template shows nothing of message {turn + 1}")
+        return end
 
     def _learned_turns(self, example: Example) -> list[int]:
         """Indices of the assistant messages that carry loss."""
@@ -151,7 +180,7 @@ class Encoder:
             same = self._common(prompt, whole)
             raise ValueError(
                 f"the chat template renders the prompt of message {turn + 1} differently once the answer follows "
-                f"(from token {same} of {len(prompt)}); a mask there would be wrong"
+                f"(from token {same} of {len(prompt)}); a mask there would be wrong, only data.mask=all is possible"
             )
         return len(prompt)
 
@@ -172,33 +201,45 @@ class Encoder:
     def _ends(self) -> set[int]:
         return set(self.tokenizer.eos_token_ids)
 
+    @property
+    def _end(self) -> int:
+        """The token that ends an answer."""
+        end = self.tokenizer.eos_token_id
+        if end is None and not self._ends:
+            raise ValueError("the tokenizer has no end token")
+        return int(min(self._ends) if end is None else end)
+
     def _without_end(self, tokens: Iterable[int]) -> list[int]:
         tokens = list(tokens)
         return tokens[:-1] if len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id else tokens
 
     def _ended(self, tokens: Iterable[int]) -> list[int]:
-        """The end token once, whatever the tokenizer adds by itself."""
-        return [*self._without_end(tokens), self.tokenizer.eos_token_id]
+        """The end token once, whatever the tokenizer adds by itself or the text ends with."""
+        tokens = list(tokens)
+        while tokens and tokens[-1] == self._end:
+            tokens.pop()
+        return [*tokens, self._end]
 
     def _fit(self, example: Example, tokens: list[int], weights: list[float], result: Encoded) -> list[Row]:
         limit, choice = self.settings.max_seq_length, self.settings.too_long
-        if len(tokens) > limit:
-            if choice == "error":
-                raise ValueError(
-                    f"{len(tokens)} tokens, data.max_seq_length is {limit} (data.too_long can drop, truncate or split)"
-                )
-            if choice == "drop":
-                result.dropped += 1
-                return []
-            if choice == "split":
-                if example.text is None:
-                    raise ValueError(f"{len(tokens)} tokens, and too_long split is for plain text only")
-                return [_row(piece, [0.0] + [1.0] * (len(piece) - 1)) for piece in _pieces(tokens, limit)]
-            result.truncated += 1
+        too_long = len(tokens) > limit
+        if too_long and choice == "error":
+            raise ValueError(
+                f"{len(tokens)} tokens, data.max_seq_length is {limit} (data.too_long can drop, truncate or split)"
+            )
+        if too_long and choice == "drop":
+            result.dropped += 1
+            return []
+        if too_long and choice == "split":
+            if example.text is None:
+                raise ValueError(f"{len(tokens)} tokens, and too_long split is for plain text only")
+            return list(_pieces(tokens, limit))
+        if too_long:
             cut = slice(-limit, None) if choice == "truncate-start" else slice(limit)
             tokens, weights = tokens[cut], [0.0, *weights[cut][1:]]
         if not any(weights):
-            raise ValueError("no token carries loss" + (" after truncation" if choice.startswith("trunc") else ""))
+            raise ValueError("no token carries loss" + (" after truncation" if too_long else ""))
+        result.truncated += too_long
         return [_row(tokens, weights)]
 
 
@@ -206,11 +247,10 @@ def _row(tokens: list[int], weights: list[float]) -> Row:
     return Row(np.array(tokens, np.int32), np.array(weights, np.float32))
 
 
-def _pieces(tokens: list[int], limit: int) -> Iterator[list[int]]:
-    step = max(1, limit - max(1, int(limit * OVERLAP)))
-    for start in range(0, len(tokens), step):
+def _pieces(tokens: list[int], limit: int) -> Iterator[Row]:
+    """Rows of at most `limit` tokens; what one repeats of the one before is context, so each token is learned once."""
+    overlap = max(1, int(limit * OVERLAP))
+    for start in range(0, len(tokens) - overlap, limit - overlap):
         piece = tokens[start : start + limit]
-        if len(piece) > 1:
-            yield piece
-        if start + limit >= len(tokens):
-            return
+        context = overlap if start else 1
+        yield _row(piece, [0.0] * context + [1.0] * (len(piece) - context))

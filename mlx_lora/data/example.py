@@ -5,6 +5,7 @@ Sources turn rows into examples; `encode` turns examples into tokens. Neither kn
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ def conversation(messages: list[Any], *, prompt: int | None = None, **more: Any)
 
     Without `prompt`, everything before the last assistant message is. Raises ValueError naming the faulty message.
     """
-    checked = tuple(_checked(message, index) for index, message in enumerate(messages))
+    checked = tuple(_checked(message, f"message {index}") for index, message in enumerate(messages, start=1))
     assistants = [index for index, message in enumerate(checked) if message["role"] == "assistant"]
     if not assistants:
         raise ValueError("no assistant message, nothing to learn")
@@ -54,23 +55,47 @@ def string(row: dict[str, Any], key: str, *, optional: bool = False) -> str:
     return value
 
 
+def tools_of(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The tools of a row, where it has any. Raises ValueError unless they are a list of objects."""
+    tools = row.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"'tools' is not a list of objects: {shorten(tools)}")
+    return tuple(tools)
+
+
 def shorten(value: Any) -> str:
     """At most the first 40 characters of a value: error messages must not carry private text."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
-def _checked(message: Any, index: int) -> dict[str, Any]:
+def _checked(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise ValueError(f"message {index + 1} is {type(message).__name__}, not an object with role and content")
+        raise ValueError(f"{name} is {type(message).__name__}, not an object with role and content")
     role = message.get("role")
     if role not in ROLES:
-        raise ValueError(f"message {index + 1} has role {shorten(role)}; known: {', '.join(ROLES)}")
+        raise ValueError(f"{name} has role {shorten(role)}; known: {', '.join(ROLES)}")
+    if calls := message.get("tool_calls"):
+        message = {**message, "content": message.get("content") or "", "tool_calls": _calls(calls, name)}
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return {**message, "content": ""}
     if not isinstance(content, str):
-        raise ValueError(f"message {index + 1} ({role}) has content of type {type(content).__name__}, not a string")
-    if not content.strip() and not message.get("tool_calls"):
-        raise ValueError(f"message {index + 1} ({role}) is empty")
+        raise ValueError(f"{name} ({role}) has content of type {type(content).__name__}, not a string")
+    if not content.strip() and not calls:
+        raise ValueError(f"{name} ({role}) is empty")
     return message
+
+
+def _calls(calls: Any, name: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects: APIs write them as JSON text, chat templates would quote it twice."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(f"{name} has tool_calls that are not a list of objects: {shorten(calls)}")
+    return [{**call, "function": _function(call["function"])} if "function" in call else call for call in calls]
+
+
+def _function(function: Any) -> Any:
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return function
+    try:
+        return {**function, "arguments": json.loads(function["arguments"])}
+    except (ValueError, RecursionError):
+        return function  # text on purpose, or a model's broken call: it stays as it is

@@ -58,8 +58,9 @@ def prepare(path: str | Path, settings: Data, tokenizer: Any, *, seed: int = 0, 
         prepared.dropped += encoded.dropped
         prepared.format = prepared.format or source.format or ""
         prepared.files.append(_describe(source, encoded.rows))
-    if not problems and not rows["train"]:
-        problems.append(Problem(str(splits["train"]), 0, "no row is left to train on"))
+    for name, purpose in (("train", "train on"), ("valid", "validate on")):
+        if name in splits and not rows[name] and not problems:
+            problems.append(Problem(str(splits[name]), 0, f"no row is left to {purpose}"))
     if problems:
         raise DataError(problems, hint=HINT)
     prepared.train, prepared.valid = rows["train"], rows["valid"]

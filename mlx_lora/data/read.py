@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from mlx_lora.errors import DataError, Problem
 
 ENDINGS = (".jsonl", ".json")
 SPLITS = ("train", "valid", "test")
+BETWEEN_ROWS = re.compile(r"[\s,]*")
 HINT = "mlx-lora data check PATH shows every problem"
 
 
@@ -47,6 +49,8 @@ def find_splits(path: str | Path) -> dict[str, Path]:
     found = {}
     for split in SPLITS:
         files = [root / f"{split}{ending}" for ending in ENDINGS if (root / f"{split}{ending}").is_file()]
+        if len(files) > 1:
+            raise DataError([Problem(str(root), 0, f"has both {files[0].name} and {files[1].name}")], hint="keep one")
         if files:
             found[split] = files[0]
     if not found:
@@ -59,7 +63,7 @@ def find_splits(path: str | Path) -> dict[str, Path]:
 def read(file: Path, settings: Data) -> Source:
     """Every row of a file as an Example; faulty rows become problems instead."""
     source = Source(file)
-    chosen = None if settings.format == "auto" else settings.format
+    chosen: str | None = None if settings.format == "auto" else settings.format
     for line, row, problem in _rows(file):
         if problem:
             source.problems.append(Problem(str(file), line, problem))
@@ -67,6 +71,7 @@ def read(file: Path, settings: Data) -> Source:
         try:
             if not isinstance(row, dict):
                 raise ValueError(f"a row is a JSON object, this is {type(row).__name__}")
+            _check_text(row)
             chosen = chosen or _detect(row)
             module = FORMATS[chosen]
             if not module.matches(row):
@@ -106,7 +111,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Any, str | None]]:
         yield 0, None, f"can't be read ({error.strerror})"
         return
     except UnicodeDecodeError as error:
-        yield 0, None, f"is not UTF-8 (byte {error.start})"
+        yield error.object.count(b"\n", 0, error.start) + 1, None, f"is not UTF-8 (byte {error.start} of the file)"
         return
     if file.suffix == ".json":
         yield from _json_rows(text)
@@ -115,17 +120,40 @@ def _rows(file: Path) -> Iterator[tuple[int, Any, str | None]]:
         if line.strip():
             try:
                 yield number, json.loads(line), None
-            except (json.JSONDecodeError, RecursionError) as error:
-                yield number, None, f"not valid JSON ({getattr(error, 'msg', 'nested too deeply')})"
+            except (ValueError, RecursionError) as error:
+                yield number, None, f"not valid JSON ({_reason(error)})"
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, Any, str | None]]:
     try:
         rows = json.loads(text) if text.strip() else []
-    except (json.JSONDecodeError, RecursionError) as error:
-        yield getattr(error, "lineno", 0), None, f"not valid JSON ({getattr(error, 'msg', 'nested too deeply')})"
+    except (ValueError, RecursionError) as error:
+        problem = f"not valid JSON ({_reason(error)}); a .json file holds one list, rows a line belong in .jsonl"
+        yield getattr(error, "lineno", 0), None, problem
         return
     if not isinstance(rows, list):
         yield 0, None, "a .json file holds one list of rows"
         return
-    yield from ((number, row, None) for number, row in enumerate(rows, start=1))
+    # the list is sound: walk it again for the line each row starts on
+    decoder, line, seen, position = json.JSONDecoder(), 1, 0, text.find("[") + 1
+    for row in rows:
+        position = BETWEEN_ROWS.match(text, position).end()  # type: ignore[union-attr]
+        line, seen = line + text.count("\n", seen, position), position
+        yield line, row, None
+        position = decoder.raw_decode(text, position)[1]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
+
+
+def _check_text(row: dict[str, Any]) -> None:
+    """JSON can spell half a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds {error.object[error.start]!r}, half a character (a lone surrogate)") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

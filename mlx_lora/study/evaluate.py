@@ -57,11 +57,13 @@ def questions(path: str, settings: Data, tokenizer: Any, *, exact: bool, progres
     prompts: list[list[int]] = []
     answers: list[str] = []
     if exact and not problems:
-        if any(example.text is not None for example in source.examples):
+        if any(example.text is not None for example in encoded.examples):
             problems.append(Problem(str(file), 0, "plain text has no answer to match, --exact needs prompts"))
         else:
-            prompts = [encoder.prompt_tokens(example) for example in source.examples]
-            answers = [_answer(example) for example in source.examples]
+            prompts = [encoder.prompt_tokens(example) for example in encoded.examples]
+            answers = [_answer(example) for example in encoded.examples]
+    if not problems and not encoded.rows:
+        problems.append(Problem(str(file), 0, "no row is left to evaluate"))
     if problems:
         raise DataError(problems, hint=HINT)
     return Questions(encoded.rows, prompts, answers)

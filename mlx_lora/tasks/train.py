@@ -106,9 +106,11 @@ def summary(recipe: Recipe, prepared: Prepared, wrappers: Wrappers) -> str:
     parameters = sum(array.size for wrapper in wrappers.values() for array in wrapper.adapter_arrays().values())
     scales = sorted({wrapper.scale for wrapper in wrappers.values()})
     scale = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
+    too_long = f" ({prepared.dropped} dropped, {prepared.truncated} truncated: too long)"
+    changed = too_long if prepared.dropped or prepared.truncated else ""
     return (
-        f"{len(prepared.train)} rows to train on, {len(prepared.valid)} to validate; {recipe.adapter.method} of rank "
-        f"{recipe.adapter.rank}, scale {scale}, on {len(wrappers)} modules, {parameters:,} parameters"
+        f"{len(prepared.train)} rows to train on{changed}, {len(prepared.valid)} to validate; {recipe.adapter.method} "
+        f"of rank {recipe.adapter.rank}, scale {scale}, on {len(wrappers)} modules, {parameters:,} parameters"
     )
 
 

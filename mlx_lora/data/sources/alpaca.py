@@ -17,9 +17,9 @@ def parse(row: dict[str, Any]) -> Example:
     question = f"{instruction}\n\n{given}" if given else instruction
     messages = [{"role": "system", "content": system}] if system else []
     history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise ValueError("'history' is not a list of [question, answer] pairs")
     for turn in history:
-        if not (isinstance(turn, list) and len(turn) == 2):
-            raise ValueError("'history' is not a list of [question, answer] pairs")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
     plain = None if history else ("\n\n".join(filter(None, (system, question))) + "\n\n", output)

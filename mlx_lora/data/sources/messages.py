@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_lora.data.example import Example, conversation
+from mlx_lora.data.example import Example, conversation, tools_of
 
 
 def matches(row: dict[str, Any]) -> bool:
@@ -14,7 +14,4 @@ def matches(row: dict[str, Any]) -> bool:
 def parse(row: dict[str, Any]) -> Example:
     if not isinstance(row["messages"], list):
         raise ValueError("'messages' is not a list")
-    tools = row.get("tools") or ()
-    if not isinstance(tools, list | tuple):
-        raise ValueError("'tools' is not a list")
-    return conversation(row["messages"], tools=tuple(tools))
+    return conversation(row["messages"], tools=tools_of(row))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_lora.data.example import Example, conversation, shorten
+from mlx_lora.data.example import Example, conversation, shorten, tools_of
 
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -25,7 +25,7 @@ def parse(row: dict[str, Any]) -> Example:
         messages.append({"role": "system", "content": row["system"]})
     for index, turn in enumerate(turns):
         speaker = turn.get("from")
-        if speaker not in ROLES:
+        if not isinstance(speaker, str) or speaker not in ROLES:
             raise ValueError(f"turn {index + 1} is from {shorten(speaker)}; known: {', '.join(sorted(ROLES))}")
         messages.append({"role": ROLES[speaker], "content": turn.get("value")})
-    return conversation(messages)
+    return conversation(messages, tools=tools_of(row))

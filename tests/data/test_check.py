@@ -1,0 +1,101 @@
+"""The report over a data path: problems, sizes, duplicates, leaks, and samples for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_lora.config import Data
+from mlx_lora.data.check import check, samples
+from mlx_lora.data.encode import Encoder
+from mlx_lora.data.read import read
+from tests.data.conftest import ROWS, TALK, message
+
+A, B, C, D = ({"prompt": letter, "completion": letter * 2} for letter in "abcd")
+
+
+def talk(row: dict[str, str]) -> dict[str, Any]:
+    """A completion row in the form of messages, with its keys in another order."""
+    turns = [{"content": row["prompt"], "role": "user"}, {"content": row["completion"], "role": "assistant"}]
+    return {"id": 7, "messages": turns}
+
+
+@pytest.mark.parametrize(
+    ("files", "duplicates", "leaked"),
+    [
+        ({"train": [A, B, C]}, 0, 0),
+        ({"train": [A, B, A, A]}, 2, 0),
+        ({"train": [A, B], "valid": [C], "test": [D]}, 0, 0),
+        ({"train": [A, B], "valid": [B], "test": [A, B, D]}, 0, 3),
+        ({"train": [A, A], "valid": [A, A]}, 2, 2),
+        ({"train": [A, B], "valid": [talk(B)]}, 0, 1),
+        ({"train": [A, {"prompt": "a", "completion": "ab"}]}, 0, 0),
+        ({"valid": [A], "test": [A]}, 0, 0),
+    ],
+)
+def test_duplicates_inside_a_file_and_leaks_out_of_train(
+    write_rows: Callable[..., Path], files: dict[str, Any], duplicates: int, leaked: int
+) -> None:
+    for name, rows in files.items():
+        folder = write_rows(rows, name=f"{name}.jsonl").parent
+    report = check(folder, Data())
+    assert (report.duplicates, report.leaked_rows) == (duplicates, leaked)
+    assert report.rows == sum(map(len, files.values())) and report.problems == []
+
+
+def test_counts_with_a_tokenizer(tokenizer: Any, write_rows: Callable[..., Path]) -> None:
+    folder = write_rows([A, B]).parent
+    write_rows([{"prompt": "long", "completion": "c" * 20}], name="valid.jsonl")
+    report = check(folder, Data(), tokenizer)
+    # <|user|> a <|end|> \n <|assistant|> aa <|end|>: 8 tokens, 3 with loss
+    assert (report.tokens, report.trained_tokens, report.longest) == (8 + 8 + 29, 3 + 3 + 21, 29)
+    assert report.format == "completions"
+
+
+def test_counts_without_a_tokenizer_are_unknown(write_rows: Callable[..., Path]) -> None:
+    report = check(write_rows([A, B]), Data())
+    assert (report.rows, report.tokens, report.trained_tokens, report.longest) == (2, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("too_long", "truncated", "dropped", "problems"),
+    [("error", 0, 0, 2), ("drop", 0, 2, 0), ("truncate-start", 2, 0, 0), ("truncate-end", 1, 0, 1), ("split", 0, 0, 2)],
+)
+def test_what_too_long_did_is_counted(
+    tokenizer: Any, write_rows: Callable[..., Path], too_long: str, truncated: int, dropped: int, problems: int
+) -> None:
+    rows = [A, {"prompt": "x" * 50, "completion": "y"}, {"prompt": "x", "completion": "y" * 50}]
+    report = check(write_rows(rows), Data(max_seq_length=20, too_long=too_long), tokenizer)
+    assert (report.truncated_rows, report.dropped_rows, len(report.problems)) == (truncated, dropped, problems)
+    assert report.rows == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "empty"),
+    [
+        ([A, {"prompt": "", "completion": "b"}], 1),
+        ([{"text": " "}, {"text": "\n"}, {"text": "x"}], 2),
+        ([{"messages": [*TALK, message("assistant", "")]}], 1),
+        ([{"text": ["it is empty"]}], 0),
+        ([], 0),
+    ],
+)
+def test_empty_rows(write_rows: Callable[..., Path], rows: list[Any], empty: int) -> None:
+    report = check(write_rows(rows), Data())
+    assert report.empty_rows == empty
+    assert report.problems, "an empty row, and an empty file, is a problem"
+
+
+def test_files_of_different_formats_are_named(write_rows: Callable[..., Path]) -> None:
+    folder = write_rows([A]).parent
+    write_rows([{"text": "x"}], name="valid.jsonl")
+    assert check(folder, Data()).format == "completions and text"
+
+
+def test_samples_mark_what_is_learned(tokenizer: Any, write_rows: Callable[..., Path]) -> None:
+    source = read(write_rows([ROWS["completions"], A]), Data())
+    (runs,) = samples(source, Encoder(tokenizer, Data()), 1)
+    assert runs == [("<|user|>two and two<|end|>\n<|assistant|>", False), ("four<|end|>", True)]
