@@ -37,11 +37,13 @@ def compare(
     totals, tokens = np.zeros(4), 0
     for row in rows:
         batch = collate([row])
-        positions, targets, weights = (mx.array(array) for array in batch.with_loss())
-        pair = [_log_probabilities(model(mx.array(batch.inputs)), positions) for model in (before, after)]
-        totals += np.array(_sums(*pair, targets, weights).tolist())
-        tokens += batch.trained
         on_row()
+        if not batch.trained:
+            continue
+        positions, targets, weights = (mx.array(array) for array in batch.with_loss())
+        first, second = (_log_probabilities(model(mx.array(batch.inputs)), positions) for model in (before, after))
+        totals += np.array(_sums(first, second, targets, weights).tolist())
+        tokens += batch.trained
     kl, same, nll_before, nll_after = totals / max(tokens, 1)
     return Agreement(
         kl=max(float(kl), 0.0),
@@ -72,8 +74,8 @@ def survival(pairs: Iterable[tuple[mx.array, mx.array]]) -> float:
     """
     lost, meant = 0.0, 0.0
     for intended, realised in pairs:
-        lost += float(mx.square(realised - intended).sum().item())
-        meant += float(mx.square(intended).sum().item())
+        lost += float(np.array(mx.square(realised - intended).sum()))
+        meant += float(np.array(mx.square(intended).sum()))
     return 1.0 - math.sqrt(lost / meant) if meant else 1.0
 
 

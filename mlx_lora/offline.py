@@ -1,7 +1,8 @@
 """Nothing leaves the machine: hub variables set early, and a guard on every connection.
 
 The guard is a Python audit hook, so it sees connections made by any library in the process, not only those that
-go through this package. It can't see what native code does behind Python's back; `unshare -n` in the tests does.
+go through this package. It can't see what native code does behind Python's back (`unshare -n` in the tests does): a
+host name handed straight to a socket's `connect` is looked up before the hook hears of the connection it refuses.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ OFFLINE_VARIABLES = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+# Each of these may ask a name server, which sees the name.
+LOOK_UPS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo")
 
 _guarded = False
 _installed = False
@@ -51,11 +54,13 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if not _guarded:
         return
     if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
-        address = arguments[1] if len(arguments) > 1 else None
+        address: Any = arguments[1] if len(arguments) > 1 else None
         if not is_local(address):
             raise NetworkBlocked(f"blocked a connection to {address[0]}:{address[1]}", hint="only `pull` may connect")
-    elif event == "socket.getaddrinfo" and arguments[0] is not None and not is_local((_text(arguments[0]),)):
-        raise NetworkBlocked(f"blocked a name look-up of {_text(arguments[0])}", hint="only `pull` may connect")
+    elif event in LOOK_UPS and arguments[0] is not None:
+        host = arguments[0][0] if isinstance(arguments[0], tuple) else _text(arguments[0])
+        if not is_local((host,)):
+            raise NetworkBlocked(f"blocked a name look-up of {host}", hint="only `pull` may connect")
 
 
 def _text(host: str | bytes) -> str:

@@ -15,22 +15,28 @@ from pathlib import Path
 
 from mlx_lora.errors import MlxLoraError, NameTaken
 
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+# The folders that come with the package.
+SHIPPED = ("data", "recipes")
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 def home() -> Path:
     """`$MLX_LORA_HOME` or `~/.mlx-lora`, made private (mode 0700) at first use."""
-    root = Path(os.environ.get("MLX_LORA_HOME") or "~/.mlx-lora").expanduser()
-    if not root.exists():
-        root.mkdir(parents=True, mode=0o700)
+    root = _home()
+    root.mkdir(parents=True, mode=0o700, exist_ok=True)
     return root
+
+
+def _home() -> Path:
+    return Path(os.path.expanduser(os.environ.get("MLX_LORA_HOME") or "~/.mlx-lora"))
 
 
 def check_name(name: str) -> str:
     """Return `name` when it is letters, digits, dot, underscore or dash and doesn't start with a dot; else raise."""
-    if not NAME.fullmatch(name) or len(name) > 128:
+    if not NAME.fullmatch(name):
         raise MlxLoraError(
-            f"{name!r} is not a name", hint="a name is letters, digits, '.', '_' and '-', not starting with a dot"
+            f"{name[:140]!r} is not a name",
+            hint="a name is up to 128 letters, digits, '.', '_' and '-', not starting with a dot",
         )
     return name
 
@@ -51,10 +57,10 @@ def bundled(*parts: str) -> Path:
 
 def existing(path: str | Path) -> Path | None:
     """`path` if it exists; else, for a relative path, the file of that name that comes with the project; else None."""
-    path = Path(path).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(path))
+    if os.path.exists(path):  # unlike Path.exists, False for what is too long to be a name
         return path
-    if path.is_absolute() or ".." in path.parts:
+    if path.parts[0] not in SHIPPED or ".." in path.parts:
         return None
     shipped = bundled(*path.parts)
     return shipped if shipped.exists() else None
@@ -64,12 +70,15 @@ def existing(path: str | Path) -> Path | None:
 def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside `target` that takes its place by rename, only if the block succeeds.
 
-    Raises NameTaken when `target` exists and `force` is false. With `force` the old directory goes only after the
-    new one is complete.
+    Raises NameTaken when `target` exists and `force` is false, or when it holds the working or the home directory.
+    With `force` the old directory goes only after the new one is complete.
     """
     target = Path(os.path.abspath(target))
     if target.exists() and not force:
         raise NameTaken(f"{target} exists", hint="choose another name, or --force to replace it")
+    user = Path(os.path.expanduser("~"))
+    if any(place.is_relative_to(target) for place in (Path.cwd(), user, _home().absolute())):
+        raise NameTaken(f"{target} holds more than what would replace it", hint="choose a directory of its own")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -84,7 +93,13 @@ def _replace(temporary: Path, target: Path) -> None:
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "old"
         target.rename(old)
-    temporary.rename(target)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        if old is not None:
+            old.rename(target)
+            old.parent.rmdir()
+        raise
     if old is not None:
         shutil.rmtree(old.parent, ignore_errors=True)
 

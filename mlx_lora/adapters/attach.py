@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora import methods
-from mlx_lora.adapters.base import ADAPTABLE, EMBEDDINGS, AdapterLayer
+from mlx_lora.adapters.base import ADAPTABLE, EMBEDDINGS, AdapterLayer, check_ranks
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, nearest
 from mlx_lora.models.load import set_modules
@@ -39,12 +39,15 @@ def attach(model: nn.Module, config: Adapter, *, seed: int = 0) -> Wrappers:
 def build(model: nn.Module, config: Adapter, *, seed: int = 0, only: Iterable[str] | None = None) -> Wrappers:
     """Wrappers around the base layers of `config`'s targets (or of the paths in `only`), leaving the model as it is.
 
-    The initial A of a module depends on the seed and on the module's place among the targets.
+    The initial A of a module depends on the seed and on the module's place among the targets. Ranks are checked
+    against `targets` only: what another tool has trained may be wider than its layers.
     """
     base = adaptable(model)
     found = find_targets(model, config) if only is None else list(only)
     if unknown := [path for path in found if path not in base]:
         raise AdapterError(f"the model has no layer {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}")
+    if only is None:
+        check_ranks(config, {path: base[path] for path in found})
     method = methods.resolve(config.method)
     keys = mx.random.split(mx.random.key(seed), len(found))
     return {
@@ -71,15 +74,17 @@ def attached(model: nn.Module) -> Wrappers:
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Every base layer that an adapter could wrap, by path, seen through whatever is attached."""
+    """Every base layer that an adapter could wrap, by path, seen through whatever is attached.
+
+    Order and contents are those of the bare model, so an adapter built over another starts like one built alone.
+    """
     wrapped = attached(model)
     inside = tuple(f"{path}." for path in wrapped)
-    layers = {
-        path: module
+    return {
+        path: wrapped[path].base if path in wrapped else module
         for path, module in _ordered_modules(model)
-        if isinstance(module, ADAPTABLE) and not path.startswith(inside)
+        if isinstance(module, (*ADAPTABLE, AdapterLayer)) and not path.startswith(inside)
     }
-    return layers | {path: wrapper.base for path, wrapper in wrapped.items()}
 
 
 def find_targets(model: nn.Module, config: Adapter) -> list[str]:

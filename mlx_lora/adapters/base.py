@@ -89,12 +89,16 @@ def layer_shape(layer: nn.Module) -> tuple[int, ...]:
     return (*leading, columns)
 
 
-def check_rank(rank: int, shape: tuple[int, ...], path: str) -> None:
-    """Raise AdapterError when a rank exceeds the smaller dimension of the weight it adapts."""
-    if rank > min(shape[-2:]):
+def check_ranks(config: Adapter, layers: dict[str, nn.Module]) -> None:
+    """Raise AdapterError naming every layer whose smaller dimension is below its rank."""
+    smaller = {path: min(layer_shape(layer)[-2:]) for path, layer in layers.items()}
+    faults = [path for path, dimension in smaller.items() if config.rank_of(path) > dimension]
+    if faults:
+        most = min(smaller[path] for path in faults)
+        shown = ", ".join(f"{config.rank_of(path)} for {path} ({smaller[path]})" for path in faults[:5])
         raise AdapterError(
-            f"adapter.rank {rank} is above {path}'s smaller dimension {min(shape[-2:])}",
-            hint=f"choose a rank of at most {min(shape[-2:])}, or set rank_pattern for this module",
+            f"the rank is above the smaller dimension of the weight: {shown}{' …' if len(faults) > 5 else ''}",
+            hint=f"choose adapter.rank of at most {most}, or set adapter.rank_pattern for these modules",
         )
 
 

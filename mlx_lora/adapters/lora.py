@@ -8,12 +8,13 @@ names and orientation: for a linear `lora_a` (in, r) and `lora_b` (r, out), so Î
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import EMBEDDINGS, EXPERTS, AdapterLayer, Dropout, check_rank, draw, layer_shape
+from mlx_lora.adapters.base import EMBEDDINGS, EXPERTS, AdapterLayer, Dropout, draw, layer_shape
 from mlx_lora.config import Adapter
 
 
@@ -25,7 +26,6 @@ class LoRA(AdapterLayer):
         self.rank = config.rank_of(path)
         self.scale = config.scale_of(path)
         self.dropout = Dropout(config.dropout)
-        check_rank(self.rank, layer_shape(layer), path)
 
     @staticmethod
     def from_base(layer: nn.Module, config: Adapter, *, path: str, key: Any) -> LoRA:
@@ -99,9 +99,9 @@ class LoRASwitchLinear(LoRA):
         self.lora_b = mx.zeros((experts, outputs, self.rank))
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        gather = {"rhs_indices": indices, "sorted_indices": sorted_indices}
-        z = mx.gather_mm(self.dropout(x), self.lora_a.swapaxes(-1, -2).astype(x.dtype), **gather)
-        z = mx.gather_mm(z, self.lora_b.swapaxes(-1, -2).astype(x.dtype), **gather)
+        multiply = partial(mx.gather_mm, rhs_indices=indices, sorted_indices=sorted_indices)
+        z = multiply(self.dropout(x), self.lora_a.swapaxes(-1, -2).astype(x.dtype))
+        z = multiply(z, self.lora_b.swapaxes(-1, -2).astype(x.dtype))
         return self.linear(x, indices, sorted_indices=sorted_indices) + self.scale * z
 
     def delta(self) -> mx.array:

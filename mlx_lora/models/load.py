@@ -7,6 +7,7 @@ ever executed: configurations that ask for code, and weights that are pickles, a
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,17 +16,21 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_unflatten
+from safetensors import SafetensorError, safe_open
 
 from mlx_lora import device, paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError, nearest
+from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear
 from mlx_lora.quant.matmul import use_fast_multiply
-from mlx_lora.quant.quantize import Quantized, dequantize_layer, quantize
+from mlx_lora.quant.quantize import Quantized, dequantize_layer, named_arrays, quantize
 
 with device.file_limits_kept():
     import mlx_lm.utils as mlx_lm_utils
 
+# An owner and a name, as on a hub; `./models/x` and `~/x` are paths.
+REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 RUNS_CODE = ("auto_map", "model_file", "_attn_implementation_internal")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -68,12 +73,12 @@ def find_model(model: str) -> Path:
     names = [entry.name for entry in models.iterdir() if entry.is_dir()] if models.is_dir() else []
     where = f"no directory {model!r}, and no model of that name in {models}"
     similar = nearest(model, names) if names else ""
-    raise ModelError(where + similar, hint=f"mlx-lora pull {model}" if "/" in model else "mlx-lora pull REPO")
+    raise ModelError(where + similar, hint=f"mlx-lora pull {model if REPO.fullmatch(model) else 'REPO'}")
 
 
 def _in_hub_cache(repo: str) -> Path | None:
     """The snapshot of a repo that Hugging Face's cache on this disk already holds."""
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+    if not REPO.fullmatch(repo):
         return None
     from huggingface_hub import constants
 
@@ -100,16 +105,42 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_files(path: Path) -> None:
-    """Raise ModelError listing everything a model directory lacks, before anything is loaded."""
-    missing = []
-    if not list(path.glob("model*.safetensors")):
+    """Raise ModelError listing everything a model directory lacks or holds damaged, before anything is loaded."""
+    missing, files = _missing_shards(path), weight_files(path)
+    if not files:
         pickles = [file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.npz") for file in path.glob(suffix)]
         also = f" ({', '.join(sorted(pickles)[:3])} can run code and is never read)" if pickles else ""
         missing.append(f"weights, model*.safetensors{also}")
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         missing.append("a tokenizer, tokenizer.json or tokenizer.model")
-    if missing:
-        raise ModelError(f"{path}: missing " + " and ".join(missing))
+    faults = [f"missing {' and '.join(missing)}"] if missing else []
+    faults += [fault for file in files if (fault := _header_fault(file))]
+    if faults:
+        raise ModelError(f"{path}: " + "\n  ".join(faults))
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model directory, in the order of their names."""
+    return sorted(path.glob("model*.safetensors"))
+
+
+def _missing_shards(path: Path) -> list[str]:
+    """Names of the files that a sharded model's index promises and the directory lacks."""
+    index = path / "model.safetensors.index.json"
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return [f"a readable {index.name}"]
+    return sorted(str(name) for name in names if not (path / str(name)).is_file())
+
+
+def _header_fault(file: Path) -> str | None:
+    """What is wrong with a safetensors header: its length, offsets that overlap or run past the end, unknown types."""
+    try:
+        with safe_open(file, framework="numpy"):
+            return None
+    except (SafetensorError, OSError) as error:
+        return f"{file.name} can't be loaded: not a readable safetensors file ({error})"
 
 
 def load(model: str | Path, *, quantization: Quantize | None = None) -> LoadedModel:
@@ -143,9 +174,11 @@ def load_stored(
 def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of a model directory or name, with its chat template and every end token, without any weights."""
     path = find_model(str(model))
-    eos = mlx_lm_utils.load_config(path).get("eos_token_id") if read_config(path) else None
+    read_config(path)
     try:
-        return mlx_lm_utils.load_tokenizer(path, eos_token_ids=[eos] if isinstance(eos, int) else eos)
+        eos = mlx_lm_utils.load_config(path).get("eos_token_id")
+        never = {"trust_remote_code": False}  # left open, transformers asks at the terminal whether to run the code
+        return mlx_lm_utils.load_tokenizer(path, never, eos_token_ids=[eos] if isinstance(eos, int) else eos)
     except Exception as error:  # whatever a broken tokenizer makes transformers raise
         raise ModelError(f"{path}: its tokenizer can't be loaded: {_first_line(error)}") from error
 
@@ -169,7 +202,7 @@ def _first_line(error: Exception) -> str:
 def _stored_dtype(model: nn.Module) -> mx.Dtype:
     """The float dtype that most bytes of the files have: half precision models keep a few float32 tensors."""
     sizes: dict[mx.Dtype, int] = {}
-    for _, array in tree_flatten(model.parameters()):
+    for _, array in named_arrays(model):
         if mx.issubdtype(array.dtype, mx.floating):
             sizes[array.dtype] = sizes.get(array.dtype, 0) + array.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else mx.float32
@@ -188,15 +221,18 @@ def dequantize_model(loaded: LoadedModel, dtype: mx.Dtype = mx.float16) -> None:
 
 
 def plain_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
-    """An unquantized layer of the same kind as `layer` (Linear, Embedding or SwitchLinear) around `weight`."""
-    from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear
+    """An unquantized layer of the same kind as `layer` around `weight`.
 
+    Raises ModelError for a layer that is no Linear, Embedding or SwitchLinear, packed or not.
+    """
     if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
         plain: nn.Module = nn.Embedding(1, 1)
     elif isinstance(layer, SwitchLinear | QuantizedSwitchLinear):
         plain = SwitchLinear(1, 1, 1, bias=False)
-    else:
+    elif isinstance(layer, nn.Linear | nn.QuantizedLinear):
         plain = nn.Linear(1, 1, bias=False)
+    else:
+        raise ModelError(f"a layer of type {type(layer).__name__} can't be unpacked here")
     plain["weight"] = weight
     if "bias" in layer:
         plain["bias"] = layer["bias"]
@@ -205,8 +241,6 @@ def plain_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
 
 def set_modules(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
     """Put modules at dotted paths; an empty mapping changes nothing."""
-    from mlx.utils import tree_unflatten
-
     if replaced:
         model.update_modules(tree_unflatten(list(replaced.items())))
 

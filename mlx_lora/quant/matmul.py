@@ -41,17 +41,17 @@ def _dequantizing_multiply(group_size: int, bits: int, mode: str) -> Callable[..
         bias = biases[0] if biases else None
         return dequantize(weight, scales, bias, group_size=group_size, bits=bits, mode=mode).astype(after.dtype)
 
-    @mx.custom_function
+    @mx.custom_function  # type: ignore[untyped-decorator]
     def multiply(x: mx.array, weight: mx.array, scales: mx.array, *biases: mx.array) -> mx.array:
         return x @ unpack(weight, scales, biases, x).T
 
-    @multiply.vjp
+    @multiply.vjp  # type: ignore[untyped-decorator]
     def multiply_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         _, weight, scales, *biases = primals
         frozen = tuple(mx.zeros_like(array) for array in primals[1:])
         return (cotangent @ unpack(weight, scales, tuple(biases), cotangent), *frozen)
 
-    return multiply
+    return multiply  # type: ignore[return-value, no-any-return]
 
 
 def multiply_transposed(x: mx.array, layer: nn.Module) -> mx.array:
@@ -73,7 +73,13 @@ class DequantizingLinear(nn.QuantizedLinear):
 
 
 class DequantizingEmbedding(nn.QuantizedEmbedding):
-    """A QuantizedEmbedding for the CPU backend, whose use as output head goes through BLAS."""
+    """A QuantizedEmbedding for the CPU backend, whose use as output head goes through BLAS.
+
+    The modes without zero-points unpack to bfloat16; its values are taken to float32 as they are.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x).astype(mx.float32)
 
     def as_linear(self, x: mx.array) -> mx.array:
         return multiply_transposed(x, self)
@@ -96,7 +102,7 @@ def use_fast_multiply(model: nn.Module) -> None:
 
 def like(module: nn.Module, cls: type) -> Any:
     """A module of class `cls` holding the very same arrays and attributes as `module`."""
-    twin = cls.__new__(cls)
+    twin: Any = cls.__new__(cls)  # type: ignore[call-overload]
     nn.Module.__init__(twin)
     twin.__dict__.update(module.__dict__)
     dict.update(twin, module)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lora.errors import ModelError
@@ -57,12 +58,13 @@ def quantize(
         if not hasattr(module, "to_quantized"):
             return False
         choice = own_predicate(path, module) if own_predicate is not None else True
-        chosen = settings if choice is True else choice
-        if not chosen or module.weight.shape[-1] % chosen["group_size"]:
+        # A model's own choice names bits and group size only; the mode it means is affine.
+        chosen = {"mode": "affine", **choice} if isinstance(choice, dict) else settings
+        if not choice or module.weight.shape[-1] % chosen["group_size"]:
             left_alone.append(path)
             return False
         if chosen is not settings:
-            per_layer[path] = dict(chosen)
+            per_layer[path] = chosen
         layer_error, layer_norm = _squared_error(module.weight, chosen)
         error, norm = error + layer_error, norm + layer_norm
         on_layer(path)
@@ -90,7 +92,7 @@ def _squared_error(weight: mx.array, settings: dict[str, Any]) -> tuple[float, f
     restored = dequantize(packed, scales, biases[0] if biases else None, **settings)
     weight = weight.astype(mx.float32)
     pair = mx.stack([mx.square(weight - restored).sum(), mx.square(weight).sum()])
-    error, norm = pair.tolist()
+    error, norm = np.array(pair).tolist()
     return error, norm
 
 
@@ -101,6 +103,8 @@ def dequantize_layer(layer: nn.Module, dtype: mx.Dtype) -> mx.array:
     """
     if "scales" not in layer:
         return layer["weight"].astype(dtype)
+    if layer.get("global_scale") is not None:
+        raise ModelError("a layer has nvfp4 weights with a scale per expert, which can't be unpacked here")
     scales, biases = layer["scales"], layer.get("biases")
     if biases is not None:
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
@@ -115,19 +119,27 @@ def layer_settings(layer: nn.Module) -> dict[str, Any] | None:
     return {"mode": layer.mode, "bits": layer.bits, "group_size": layer.group_size}
 
 
+def named_arrays(model: nn.Module) -> list[tuple[str, mx.array]]:
+    """All parameters of a model by their full names."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+
+
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, packed ones as packed."""
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    return sum(array.nbytes for _, array in named_arrays(model))
 
 
 def parameter_count(model: nn.Module) -> int:
     """Number of weights, a packed weight counted as what it stands for; scales and zero-points don't count."""
+    packed = {path: module for path, module in model.named_modules() if "scales" in module}
     count = 0
-    for _, module in model.named_modules():
-        for key, value in module.items():
-            if not isinstance(value, mx.array) or (key in ("scales", "biases") and "scales" in module):
-                continue
-            packed = key == "weight" and "scales" in module
+    for name, array in named_arrays(model):
+        path, _, key = name.rpartition(".")
+        if path not in packed:
+            count += array.size
+        elif key == "weight":
             # packed · 32 // bits: the order matters for 3, 5 and 6 bits.
-            count += value.size * 32 // module.bits if packed else value.size
+            count += array.size * 32 // packed[path].bits
+        elif key not in ("scales", "biases"):
+            count += array.size
     return count

@@ -22,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_lora import __version__, paths
 from mlx_lora.adapters.attach import Wrappers, adaptable, build
+from mlx_lora.adapters.base import AdapterLayer
 from mlx_lora.config import Adapter
 from mlx_lora.data.read import sha256
-from mlx_lora.errors import AdapterError, RecipeError
+from mlx_lora.errors import AdapterError
 
 WEIGHTS, CONFIG, MANIFEST = "adapters.safetensors", "adapter_config.json", "manifest.json"
 SCHEMA = 1
@@ -40,7 +41,10 @@ class Base(BaseModel):
 
 
 class Manifest(BaseModel):
-    """manifest.json. `base` is None for adapters from elsewhere; `template` is how rows were encoded, chat or none."""
+    """manifest.json. `base` is None for adapters from elsewhere; `template` is how rows were encoded, chat or none.
+
+    `scales` are the modules' scales as trained. The file has one scale and one rank for all, in adapter_config.json.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -64,11 +68,21 @@ class Manifest(BaseModel):
 
 @dataclass
 class StoredAdapter:
-    """An adapter read from disk and checked on its own: its manifest and its arrays by full name."""
+    """An adapter read from disk and checked on its own: its manifest and its arrays by full name.
+
+    `rank` and `scale` are those of the arrays: modules with others are zero-padded, and scaled in lora_b. Left out,
+    they are the manifest's.
+    """
 
     path: Path
     manifest: Manifest
     arrays: dict[str, mx.array]
+    rank: int = 0
+    scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.rank = self.rank or int(self.manifest.adapter["rank"])
+        self.scale = self.scale or next(iter(self.manifest.scales.values()), 0.0)
 
     @property
     def name(self) -> str:
@@ -100,12 +114,11 @@ def _for_mlx_lm(wrappers: Wrappers, manifest: Manifest, layers: int) -> tuple[di
     scale = next(iter(wrappers.values())).scale
     arrays = {}
     for path, wrapper in wrappers.items():
-        a, b = wrapper.adapter_arrays()["lora_a"], wrapper.adapter_arrays()["lora_b"]
-        expert = a.ndim == 3  # (E, r, in) and (E, out, r) instead of (in, r) and (r, out)
-        a, b = _padded(a, rank, axis=1), _padded(b, rank, axis=2 if expert else 0)
-        if wrapper.scale != scale:
-            b = b * (wrapper.scale / scale)
-        arrays[f"{path}.lora_a"], arrays[f"{path}.lora_b"] = a.astype(mx.bfloat16), b.astype(mx.bfloat16)
+        for name, array in wrapper.adapter_arrays().items():
+            if name == "lora_b" and wrapper.scale != scale:
+                array = array * (wrapper.scale / scale)
+            padded = _padded(array, rank, axis=_rank_axis(name, array.ndim))
+            arrays[f"{path}.{name}"] = padded.astype(mx.bfloat16)
     config = {
         "fine_tune_type": "lora",
         "num_layers": layers,
@@ -130,92 +143,125 @@ def read(path: Path) -> StoredAdapter:
     """Read an adapter directory, ours or mlx-lm's. Raises AdapterError for anything missing, damaged or not finite."""
     if not path.is_dir():
         raise AdapterError(f"{path}: no such adapter")
-    for name in (WEIGHTS, CONFIG):
-        if not (path / name).is_file():
-            raise AdapterError(f"{path}: not an adapter, {name} is missing")
+    if missing := [name for name in (WEIGHTS, CONFIG) if not (path / name).is_file()]:
+        raise AdapterError(f"{path}: not an adapter, {' and '.join(missing)} missing")
     config = _read_json(path / CONFIG)
+    rank, scale = _rank_and_scale(path / CONFIG, config)
     arrays = read_arrays(path / WEIGHTS)
     manifest = _read_manifest(path, config, arrays)
+    faults = []
     if manifest.weights_sha256 and sha256(path / WEIGHTS) != manifest.weights_sha256:
-        raise AdapterError(f"{path}: {WEIGHTS} is not the file that its manifest describes", hint="train it again")
-    return StoredAdapter(path, manifest, arrays)
+        faults.append(f"{WEIGHTS} is not the file that the manifest describes")
+    if not arrays:
+        faults.append(f"{WEIGHTS} holds no tensors")
+    faults += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not mx.isfinite(array).all().item()]
+    if faults:
+        raise AdapterError(f"{path}: " + _listed(faults), hint="train it again, or restore it from a copy")
+    return StoredAdapter(path, manifest, arrays, rank, scale)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest alone, without loading weights."""
+    """The manifest alone; for an adapter of mlx-lm, which has none, made of what its files say."""
     return _read_manifest(path, _read_json(path / CONFIG), None)
 
 
 def read_arrays(file: Path) -> dict[str, mx.array]:
-    """The arrays of a safetensors file, header checked first. Raises AdapterError naming arrays with NaN or inf."""
+    """The arrays of a safetensors file, header checked first. Raises AdapterError for any other file."""
     try:
         with safe_open(file, framework="numpy"):
             pass
-        arrays = dict(mx.load(str(file)))
+        arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise AdapterError(f"{file}: not a readable safetensors file ({error})") from None
-    broken = [name for name, array in arrays.items() if not mx.all(mx.isfinite(array)).item()]
-    if broken:
-        raise AdapterError(f"{file}: holds NaN or infinity in {', '.join(broken[:5])}")
     return arrays
 
 
+def _listed(faults: list[str], *, most: int = 12) -> str:
+    more = [f"… and {len(faults) - most} more"] if len(faults) > most else []
+    return "\n  ".join(faults[:most] + more)
+
+
 def wrappers_for(model: Any, adapter: StoredAdapter) -> Wrappers:
-    """Wrappers holding an adapter's arrays, ready to `put` on `model`; its scale and rank per module are kept.
+    """Frozen wrappers holding an adapter's arrays, ready to `put` on `model`, each with its own rank.
 
     Raises one AdapterError listing every tensor that is missing, extra, or of another shape.
     """
-    base = adaptable(model)
-    modules = sorted({name.rpartition(".")[0] for name in adapter.arrays})
-    absent = [path for path in modules if path not in base]
-    if absent:
-        raise AdapterError(f"{adapter.name}: the model has no {', '.join(absent[:5])}", hint="is this the right base?")
-    rank = int(adapter.manifest.adapter["rank"])
-    wrappers = build(model, Adapter(rank=rank), only=modules)
-    faults = []
+    known = adaptable(model)
+    modules = sorted({name.rpartition(".")[0] for name in adapter.arrays} | set(adapter.manifest.modules))
+    settings = Adapter.model_validate(adapter.manifest.adapter).model_copy(update={"dropout": 0.0})
+    wrappers = build(model, settings, only=[path for path in modules if path in known])
+    faults = [f"{path} is no layer of the base" for path in modules if path not in known]
+    expected = set()
     for path, wrapper in wrappers.items():
-        wrapper.scale = adapter.manifest.scales.get(path, next(iter(adapter.manifest.scales.values())))
-        for name, initial in wrapper.adapter_arrays().items():
-            stored = adapter.arrays.get(f"{path}.{name}")
-            if stored is None:
-                faults.append(f"{path}.{name} is missing")
-            elif stored.shape != initial.shape:
-                faults.append(f"{path}.{name} has shape {tuple(stored.shape)}, the base needs {tuple(initial.shape)}")
-            else:
-                wrapper[name] = stored.astype(mx.float32)
-    expected = {f"{path}.{name}" for path, wrapper in wrappers.items() for name in wrapper.adapter_params()}
-    faults += [f"{name} is not part of this method" for name in adapter.arrays if name not in expected]
-    faults += [f"{path} has no tensors" for path in adapter.manifest.modules if path not in wrappers]
+        wrapper.scale = adapter.scale
+        for name in wrapper.adapter_params():
+            expected.add(f"{path}.{name}")
+            fault = _fill(wrapper, name, adapter.arrays.get(f"{path}.{name}"), adapter.rank)
+            faults += [f"{path}.{name} {fault}"] if fault else []
+    extra = [name for name in adapter.arrays if name not in expected and name.rpartition(".")[0] in known]
+    faults += [f"{name} is not part of this method" for name in extra]
     if faults:
-        raise AdapterError(f"{adapter.name} doesn't fit the base:\n  " + "\n  ".join(faults[:12]))
+        raise AdapterError(f"{adapter.name} doesn't fit the base:\n  {_listed(faults)}", hint="is this the right base?")
     for wrapper in wrappers.values():
         wrapper.freeze()
     return wrappers
 
 
+def _fill(wrapper: AdapterLayer, name: str, stored: mx.array | None, rank: int) -> str | None:
+    """Give a wrapper one stored array, cut from the file's rank to the wrapper's own; or say what is wrong with it."""
+    shape = list(wrapper[name].shape)
+    axis = _rank_axis(name, len(shape))
+    shape[axis] = rank
+    if stored is None:
+        return "is missing"
+    if list(stored.shape) != shape:
+        return f"has shape {tuple(stored.shape)}, the base needs {tuple(shape)}"
+    wrapper[name] = mx.split(stored, [min(wrapper.rank, rank)], axis=axis)[0].astype(mx.float32)
+    return None
+
+
+def _rank_axis(name: str, dimensions: int) -> int:
+    """Where the rank is: lora_a (in, r) or (E, r, in), lora_b (r, out) or (E, out, r)."""
+    return 1 if name == "lora_a" else dimensions - 1 if dimensions == 3 else 0
+
+
 def _read_manifest(path: Path, config: dict[str, Any], arrays: dict[str, mx.array] | None) -> Manifest:
-    if (path / MANIFEST).is_file():
-        try:
-            return Manifest.model_validate(_read_json(path / MANIFEST))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise AdapterError(f"{path / MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return _manifest_of_mlx_lm(path, config, read_arrays(path / WEIGHTS) if arrays is None else arrays)
+    file = path / MANIFEST
+    if not file.is_file():
+        return _manifest_of_mlx_lm(path, config, read_arrays(path / WEIGHTS) if arrays is None else arrays)
+    values = _read_json(file)
+    if isinstance(version := values.get("schema_version"), int) and version > SCHEMA:
+        raise AdapterError(f"{file}: schema version {version} is newer than this mlx-lora", hint="upgrade mlx-lora")
+    try:
+        manifest = Manifest.model_validate(values)
+        settings = Adapter.model_validate(manifest.adapter)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise AdapterError(f"{file}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+    return manifest.model_copy(update={"adapter": settings.model_dump()})
 
 
 def _manifest_of_mlx_lm(path: Path, config: dict[str, Any], arrays: Mapping[str, mx.array]) -> Manifest:
     """What mlx-lm's own configuration says, as a manifest."""
-    kind = config.get("fine_tune_type", "lora")
-    parameters = config.get("lora_parameters")
-    if kind != "lora" or not isinstance(parameters, dict):
-        raise AdapterError(f"{path / CONFIG}: fine_tune_type {kind!r} is not supported, only lora")
-    try:
-        rank, scale = int(parameters["rank"]), float(parameters["scale"])
-        adapter = Adapter(rank=rank, alpha=scale * rank, dropout=float(parameters.get("dropout", 0)))
-    except (KeyError, TypeError, ValueError, RecipeError) as error:
-        raise AdapterError(f"{path / CONFIG}: no usable rank and scale ({error})") from None
+    rank, scale = _rank_and_scale(path / CONFIG, config)
     modules = sorted({name.rpartition(".")[0] for name in arrays})
-    return Manifest(method="lora", adapter=adapter.model_dump(), modules=modules, scales=dict.fromkeys(modules, scale))
+    try:
+        settings = Adapter(rank=rank, alpha=scale * rank, dropout=config["lora_parameters"].get("dropout", 0.0))
+    except ValidationError as error:
+        raise AdapterError(f"{path / CONFIG}: {error.errors()[0]['msg']}") from None
+    return Manifest(method="lora", adapter=settings.model_dump(), modules=modules, scales=dict.fromkeys(modules, scale))
+
+
+def _rank_and_scale(file: Path, config: dict[str, Any]) -> tuple[int, float]:
+    """The one rank and the one scale of the arrays, from mlx-lm's configuration."""
+    kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
+    if kind != "lora" or not isinstance(parameters, dict):
+        raise AdapterError(f"{file}: fine_tune_type {kind!r} is not supported, only lora")
+    try:
+        return int(parameters["rank"]), float(parameters["scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{file}: no usable rank and scale ({error})") from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_lora import paths
 from mlx_lora.errors import ModelError
-from mlx_lora.models.load import tokenizer_files
+from mlx_lora.models.load import tokenizer_files, weight_files
+from mlx_lora.quant.quantize import named_arrays
 
 # MLX's dtype names, as safetensors writes them.
 DTYPES = {
@@ -32,8 +32,13 @@ CHUNK = 1 << 24
 
 
 def of_directory(path: Path) -> str:
-    """Fingerprint of the weights in a model directory, from its safetensors files without loading them."""
-    files = sorted(path.glob("model*.safetensors"))
+    """Fingerprint of the weights in a model directory, from its safetensors files without loading them.
+
+    Raises ModelError when the directory has none, or damaged ones.
+    """
+    files = weight_files(path)
+    if not files:
+        raise ModelError(f"{path}: has no weights, model*.safetensors")
     key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
     key = hashlib.sha256(key.encode()).hexdigest()
     remembered = _remembered()
@@ -48,7 +53,7 @@ def of_model(model: nn.Module) -> str:
     """Fingerprint of a loaded model's tensors as they are now; equals `of_directory` of the same model saved."""
 
     def tensors() -> Iterator[tuple[str, str, list[int], Iterable[bytes]]]:
-        for name, array in sorted(tree_flatten(model.parameters())):
+        for name, array in sorted(named_arrays(model), key=lambda pair: pair[0]):
             dtype = DTYPES[str(array.dtype).rpartition(".")[2]]
             raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
             yield name, dtype, list(array.shape), [np.array(raw).tobytes()]
@@ -58,7 +63,7 @@ def of_model(model: nn.Module) -> str:
 
 def of_tokenizer(path: Path) -> str:
     """sha256 over the files of a model directory that make its tokenizer."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
     return _of_files(file for file in tokenizer_files(path) if file.name in names)
 
 
@@ -89,12 +94,14 @@ def _tensors(file: Path) -> Iterator[tuple[str, tuple[str, list[int], Iterable[b
     try:
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
+            if length > file.stat().st_size:
+                raise ValueError("the header is longer than the file")
             header = json.loads(stream.read(length))
         for name, info in header.items():
             if name != "__metadata__":
                 start, end = info["data_offsets"]
                 yield name, (info["dtype"], info["shape"], _bytes(file, 8 + length + start, end - start))
-    except (OSError, ValueError, KeyError, struct.error, OverflowError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error, OverflowError) as error:
         raise ModelError(f"{file}: not a readable safetensors file ({error})") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from mlx_lora import paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import AdapterError, NameTaken, nearest
-from mlx_lora.models.load import LoadedModel, find_model, load_stored, ready
+from mlx_lora.models.load import LoadedModel, check_files, find_model, load_stored, read_config, ready
 from mlx_lora.store import adapter as adapters
 from mlx_lora.store import fingerprint
 from mlx_lora.store.adapter import Base, StoredAdapter
@@ -41,8 +42,8 @@ def find(adapter: str) -> Path:
     """The directory an adapter's name or path means. Raises AdapterError naming the closest one there is."""
     if paths.NAME.fullmatch(adapter) and paths.room("adapters", adapter).is_dir():
         return paths.room("adapters", adapter)
-    path = Path(adapter).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(adapter))
+    if os.path.isdir(path):  # unlike Path.is_dir, False for what is too long to be a name
         return path
     known = names()
     closest = nearest(adapter, known) if known else "; there are none yet"
@@ -50,23 +51,25 @@ def find(adapter: str) -> Path:
 
 
 def entries() -> list[Entry]:
-    """All adapters of the home, by name."""
-    found = []
-    for name in names():
-        path = paths.room("adapters", name)
+    """All adapters of the home, by name; one whose manifest can't be read has the method `damaged`."""
+    return [_entry(name, paths.room("adapters", name)) for name in names()]
+
+
+def _entry(name: str, path: Path) -> Entry:
+    size = paths.directory_bytes(path)
+    try:
         manifest = adapters.read_manifest(path)
-        found.append(
-            Entry(
-                name=name,
-                method=manifest.method,
-                rank=int(manifest.adapter["rank"]),
-                base=manifest.base.name if manifest.base else None,
-                bytes=paths.directory_bytes(path),
-                valid_loss=manifest.metrics.get("best_valid_loss"),
-                created=manifest.created,
-            )
-        )
-    return found
+    except AdapterError:  # `verify` says what is wrong; the others are still listed
+        return Entry(name, "damaged", 0, base=None, bytes=size, valid_loss=None, created="")
+    return Entry(
+        name=name,
+        method=manifest.method,
+        rank=int(manifest.adapter["rank"]),
+        base=manifest.base.name if manifest.base else None,
+        bytes=size,
+        valid_loss=manifest.metrics.get("best_valid_loss"),
+        created=manifest.created,
+    )
 
 
 def rename(old: str, new: str) -> Path:
@@ -102,11 +105,19 @@ def describe_base(loaded: LoadedModel) -> Base:
     """The base of a model just loaded, for a manifest; call it while the tensors are as stored, before any cast."""
     source = fingerprint.of_directory(loaded.path)
     return Base(
-        name=loaded.path.name,
+        name=_base_name(loaded.path),
         fingerprint=fingerprint.of_model(loaded.model) if loaded.quantized else source,
         quantization=loaded.config.get("quantization"),
         source=source if loaded.quantized else None,
     )
+
+
+def _base_name(path: Path) -> str:
+    """The directory's name, or the repo's where the directory is a snapshot in the hub's cache."""
+    path = path.resolve()
+    if path.parent.name == "snapshots":
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def open_base(model: str, belonging: Sequence[StoredAdapter] = ()) -> LoadedModel:
@@ -120,8 +131,12 @@ def open_base(model: str, belonging: Sequence[StoredAdapter] = ()) -> LoadedMode
 def open_stored(model: str, belonging: Sequence[StoredAdapter] = ()) -> LoadedModel:
     """Like `open_base`, with the tensors as stored: for saving what comes of them."""
     path = find_model(model)
+    read_config(path)
+    check_files(path)
     needed, faults = [], []
     for adapter in belonging:
+        if adapter.manifest.base is None:  # trained elsewhere: it doesn't say, so it goes with any
+            continue
         try:
             needed.append(quantization_needed(adapter, path))
         except AdapterError as error:
@@ -151,18 +166,20 @@ def quantization_needed(adapter: StoredAdapter, path: Path) -> dict[str, Any] | 
     bits = f" at {base.quantization['bits']} bits" if base.quantization else ""
     raise AdapterError(
         f"{adapter.name} belongs to another base: it was trained over {base.name}{bits} "
-        f"({base.fingerprint[:12]}), this one is {path.name} ({here[:12]})",
+        f"({base.fingerprint[:12]}), this one is {_base_name(path)} ({here[:12]})",
         hint=f"use --model {base.name}",
     )
 
 
 def check_belongs(adapter: StoredAdapter, loaded: LoadedModel) -> None:
     """Raise AdapterError unless `adapter` belongs to the base just as it is loaded, quantization included."""
+    if adapter.manifest.base is None:
+        return
     needed = quantization_needed(adapter, loaded.path)
     done = loaded.config.get("quantization") if loaded.quantized else None
     if needed != done:
         bits = f"at {needed['bits']} bits" if needed else "as it is on disk"
         raise AdapterError(
-            f"{adapter.name} belongs to {loaded.path.name} {bits}, which is not how it is loaded",
+            f"{adapter.name} belongs to {_base_name(loaded.path)} {bits}, which is not how it is loaded",
             hint=f"start again with --adapter {adapter.name}",
         )

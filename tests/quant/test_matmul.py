@@ -1,0 +1,92 @@
+"""The dequantizing multiply equals a dense product, keeps no dense copy, and holds the arrays of its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_lora.methods import MODES
+from mlx_lora.quant.matmul import FEW_ROWS, DequantizingEmbedding, DequantizingLinear, like, use_fast_multiply
+from mlx_lora.quant.quantize import dequantize_layer
+
+SETTINGS = [(mode, bits, group) for mode, (widths, groups) in MODES.items() for bits in widths for group in groups]
+OUT, IN, ROWS = 24, 128, 9
+
+
+def packed(mode: str, bits: int, group_size: int, *, bias: bool = True) -> nn.QuantizedLinear:
+    plain = nn.Linear(IN, OUT, bias=bias)
+    plain.weight = mx.random.normal((OUT, IN), key=mx.random.key(bits))
+    if bias:
+        plain.bias = mx.random.normal((OUT,), key=mx.random.key(1))
+    return plain.to_quantized(group_size=group_size, bits=bits, mode=mode)
+
+
+@pytest.mark.parametrize(("mode", "bits", "group_size"), SETTINGS)
+def test_values_and_gradients_equal_a_dense_product(mode: str, bits: int, group_size: int) -> None:
+    layer = packed(mode, bits, group_size)
+    fast = like(layer, DequantizingLinear)
+    x = mx.random.normal((3, 3, IN), key=mx.random.key(2))
+    cotangent = mx.random.normal((3, 3, OUT), key=mx.random.key(3))
+    (y,), (gradient,) = mx.vjp(fast, [x], [cotangent])
+    weight = np.array(dequantize_layer(layer, mx.float32), np.float64)
+    np.testing.assert_allclose(y, np.array(x) @ weight.T + np.array(layer.bias), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(gradient, np.array(cotangent) @ weight, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(y, layer(x), rtol=2e-5, atol=2e-5, err_msg="mx.quantized_matmul says something else")
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+def test_few_and_many_rows_give_the_same(rows: int) -> None:
+    layer = packed("affine", 4, 64)
+    x = mx.random.normal((1, rows, IN), key=mx.random.key(4))
+    np.testing.assert_allclose(like(layer, DequantizingLinear)(x), layer(x), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_no_dense_copy_lives_until_the_backward_pass(compiled: bool) -> None:
+    depth, width = 64, 256  # MLX's CPU backend runs some ten operations ahead, so that many copies are alive at once
+    layers = []
+    for index in range(depth):
+        weight = mx.random.normal((width, width), scale=width**-0.5, key=mx.random.key(index))
+        plain = nn.Linear(width, width, bias=False)
+        plain.weight = weight
+        layers.append(like(plain.to_quantized(group_size=64, bits=4), DequantizingLinear))
+
+    def loss(x: mx.array) -> mx.array:
+        for layer in layers:
+            x = mx.tanh(layer(x))
+        return x.square().sum()
+
+    gradient: Callable[[mx.array], mx.array] = mx.grad(loss)
+    gradient = mx.compile(gradient) if compiled else gradient
+    x = mx.random.normal((8, width), key=mx.random.key(99))
+    mx.eval(gradient(x), [layer.parameters() for layer in layers])
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(gradient(x))
+    dense = depth * width * width * 4
+    assert mx.get_peak_memory() - before < dense / 3
+
+
+def test_fast_layers_hold_the_very_same_arrays() -> None:
+    model = nn.Sequential(nn.QuantizedEmbedding(32, 64), nn.QuantizedLinear(64, 64), nn.Linear(64, 8))
+    before = {id(array) for module in model.leaf_modules()["layers"] for array in module.values()}
+    use_fast_multiply(model)
+    assert [type(layer) for layer in model.layers] == [DequantizingEmbedding, DequantizingLinear, nn.Linear]
+    assert {id(array) for module in model.leaf_modules()["layers"] for array in module.values()} == before
+    assert not model.layers[1].trainable_parameters(), "a packed layer stays frozen"
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_an_embedding_is_float32_and_serves_as_head(mode: str) -> None:
+    (bits, *_), (group_size, *_) = MODES[mode]
+    plain = nn.Embedding(40, 64)
+    layer = like(plain.to_quantized(group_size=group_size, bits=bits, mode=mode), DequantizingEmbedding)
+    weight = np.array(dequantize_layer(layer, mx.float32))
+    tokens, x = mx.array([[3, 39, 0]]), mx.random.normal((5, 64), key=mx.random.key(0))
+    assert layer(tokens).dtype == mx.float32
+    np.testing.assert_array_equal(layer(tokens), weight[np.array(tokens)])
+    np.testing.assert_allclose(layer.as_linear(x), np.array(x) @ weight.T, rtol=2e-5, atol=2e-5)

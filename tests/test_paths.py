@@ -1,0 +1,122 @@
+"""Names, the home directory, shipped files, and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from mlx_lora import paths
+from mlx_lora.errors import MlxLoraError, NameTaken
+
+
+@pytest.mark.parametrize("name", ["a", "qwen3-0.6b_4bit", "-x", "A.b", "x" * 128])
+def test_names_that_can_be_used(name: str) -> None:
+    assert paths.room("adapters", name) == paths.home() / "adapters" / name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "/etc", ".hidden", "a b", "a\n", "ä", "x" * 129, "~", "a\0"]
+)
+def test_names_that_could_lead_elsewhere(name: str) -> None:
+    with pytest.raises(MlxLoraError, match="is not a name"):
+        paths.room("adapters", name)
+
+
+def test_the_home_is_private(home: Path) -> None:
+    assert paths.home() == home
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+def test_shipped_files_are_found_from_anywhere_and_the_users_own_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert paths.existing("data/base") == paths.bundled("data", "base")
+    (tmp_path / "data" / "base").mkdir(parents=True)
+    assert paths.existing("data/base") == Path("data/base")
+
+
+@pytest.mark.parametrize("path", ["tests", "README.md", "data/../README.md", "/data/base", "nothing", "~nobody-here/x"])
+def test_nothing_else_of_a_clone_counts_as_shipped(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert paths.existing(path) is None
+
+
+def listing(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_a_directory_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "target"
+    with paths.written_whole(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert listing(tmp_path) == {"new/target/a": "1"}
+    assert [entry.name for entry in target.parent.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "replacing"])
+def test_a_failure_leaves_nothing_behind_and_the_old_directory_as_it_was(
+    tmp_path: Path, existing: bool, error: type[BaseException]
+) -> None:
+    """PITFALLS 20."""
+    target = tmp_path / "target"
+    if existing:
+        target.mkdir()
+        (target / "old").write_text("1")
+    with pytest.raises(error), paths.written_whole(target, force=True) as folder:
+        (folder / "half").write_text("2")
+        raise error
+    assert listing(tmp_path) == ({"target/old": "1"} if existing else {})
+    assert [entry.name for entry in tmp_path.iterdir()] == (["target"] if existing else [])
+
+
+def test_a_failing_rename_brings_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").write_text("1")
+    rename = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        if to == target and (self / "new").exists():
+            raise OSError("disk full")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="disk full"), paths.written_whole(target, force=True) as folder:
+        (folder / "new").write_text("2")
+    assert listing(tmp_path) == {"target/old": "1"}
+    assert not [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+def test_replacing_needs_force_and_replaces_everything(tmp_path: Path) -> None:
+    for content, force in (("1", False), ("2", True)):
+        with paths.written_whole(tmp_path / "target", force=force) as folder:
+            (folder / content).write_text(content)
+    assert listing(tmp_path) == {"target/2": "2"}
+    with pytest.raises(NameTaken, match="exists"), paths.written_whole(tmp_path / "target"):
+        pytest.fail("the block ran although the target exists")
+
+
+@pytest.mark.parametrize("place", ["the working directory", "above it", "the user's home", "the home of models"])
+def test_force_never_replaces_a_directory_that_holds_more(
+    place: str, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work" / "project"
+    work.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    os.makedirs(tmp_path / "user")
+    targets = {
+        "the working directory": Path("."),
+        "above it": tmp_path / "work",
+        "the user's home": tmp_path / "user",
+        "the home of models": home,
+    }
+    with pytest.raises(NameTaken, match="holds more"), paths.written_whole(targets[place], force=True):
+        pytest.fail("the block ran")
+    assert work.is_dir()
