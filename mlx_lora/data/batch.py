@@ -16,27 +16,26 @@ import numpy as np
 
 from mlx_lora.data.encode import Row
 
-# Padded lengths are multiples of this: few shapes to compile for, little padding.
-LENGTH_STEP = 8
-# Rows with loss are padded to multiples of this, with weight 0.
-POSITION_STEP = 16
+# Padded sizes grow in steps of a fraction of their power of two, so that few shapes are compiled and little is padded:
+# a sixteenth, at least 8 for lengths and 16 for positions with loss.
+PARTS, LEAST_LENGTH, LEAST_POSITIONS = 16, 8, 16
 # Rows are sorted by length within this many optimizer steps; beyond it the order stays random.
 WINDOW = 128
+# Evaluations keep no activations, but logits: this bounds them whatever the batch size.
+EVALUATED_POSITIONS = 2048
 
 
 @dataclass(frozen=True)
 class Batch:
     """`inputs`, `targets` int32 (B, T) and `weights` float32 (B, T): the loss of predicting targets from inputs.
 
-    `real` counts positions that aren't padding; padding has weight 0 and token 0. `segment_ids` stays None until
-    rows are packed.
+    `real` counts positions that aren't padding; padding has weight 0 and token 0.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
     real: int
-    segment_ids: np.ndarray | None = None
 
     @property
     def trained(self) -> int:
@@ -46,17 +45,23 @@ class Batch:
     def with_loss(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(positions, targets, weights) of the positions with loss, in the flattened batch, padded with weight 0."""
         (positions,) = np.nonzero(self.weights.reshape(-1))
-        padding = -len(positions) % POSITION_STEP
+        padding = padded(len(positions), LEAST_POSITIONS) - len(positions)
         positions = np.concatenate([positions, np.zeros(padding, positions.dtype)]).astype(np.int32)
         weights = self.weights.reshape(-1)[positions].copy()
         weights[len(weights) - padding :] = 0
         return positions, self.targets.reshape(-1)[positions], weights
 
 
+def padded(size: int, least: int) -> int:
+    """The smallest planned size that holds `size`: a multiple of its power of two's PARTS, and of `least`."""
+    step = max((1 << (size - 1).bit_length()) // 2 // PARTS, least)
+    return -(-size // step) * step
+
+
 def collate(rows: Sequence[Row]) -> Batch:
-    """Pad rows to one length, a multiple of LENGTH_STEP, and shift them into inputs and targets."""
+    """Pad rows to one planned length, and shift them into inputs and targets."""
     longest = max(len(row) for row in rows) - 1
-    width = -(-longest // LENGTH_STEP) * LENGTH_STEP
+    width = padded(longest, LEAST_LENGTH)
     inputs, targets = np.zeros((2, len(rows), width), np.int32)
     weights = np.zeros((len(rows), width), np.float32)
     for index, row in enumerate(rows):
@@ -96,7 +101,15 @@ def steps_per_epoch(rows: int, *, batch_size: int, grad_accumulation: int) -> in
 
 
 def by_length(rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
-    """Batches of all rows, shortest first: the fixed order of every evaluation."""
-    ordered = sorted(rows, key=len)
-    for start in range(0, len(ordered), batch_size):
-        yield collate(ordered[start : start + batch_size])
+    """Batches of all rows, shortest first: the fixed order of every evaluation.
+
+    Long rows come fewer at a time, so that no batch of more than one row exceeds EVALUATED_POSITIONS.
+    """
+    waiting: list[Row] = []
+    for row in sorted(rows, key=len):
+        if waiting and (len(waiting) == batch_size or (len(waiting) + 1) * len(row) > EVALUATED_POSITIONS):
+            yield collate(waiting)
+            waiting = []
+        waiting.append(row)
+    if waiting:
+        yield collate(waiting)

@@ -42,7 +42,8 @@ class Saved:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end: `stopped_by` is iters, epochs, patience or interrupted; bytes and seconds are the loop's."""
+    """The end: `stopped_by` is iters, epochs, patience, interrupted or nonfinite; `valid_loss` is of the
+    last step, None if it wasn't evaluated. Bytes and seconds are the loop's."""
 
     iters: int
     epochs: float
@@ -62,7 +63,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """Training was asked to stop; the adapter as it is comes next, then Finished."""
+    """Training was asked to stop; the adapter as it is comes next, if any step was taken, then Finished."""
 
     step: int
 

@@ -2,7 +2,7 @@
 
 It knows nothing about files, screens or recipes' paths: it is given a model with adapters attached, rows, and
 settings, and yields events. Gradients and losses are sums until the optimizer step, which divides once by the number
-of tokens. A step that isn't finite changes nothing, is counted, and three in a row end the run.
+of tokens. A step that isn't finite changes nothing and is counted.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from mlx_lora.errors import TrainingError
 from mlx_lora.models.split import Split, layers_of
 from mlx_lora.train import optim
 from mlx_lora.train.events import Evaluated, Event, Finished, Interrupted, Saved, Step
-from mlx_lora.train.loss import as_arrays, loss_function
+from mlx_lora.train.loss import Arrays, as_arrays, loss_function
 from mlx_lora.train.recompute import recomputed
 
 MOST_SKIPPED = 3
+# Compiled graphs are kept by shape; beyond this many the old ones are dropped, since each holds megabytes.
+MOST_SHAPES = 32
 LOSS_WINDOW = 10
 
 
@@ -45,6 +47,7 @@ class Progress:
     skipped_in_a_row: int = 0
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
     valid_loss: float | None = None
+    evaluated_at: int = 0
     best_loss: float | None = None
     evaluations_without_gain: int = 0
 
@@ -67,8 +70,8 @@ def train(
 ) -> Iterator[Event]:
     """Train what is trainable in `model` on `rows`, evaluating on `valid`; see `events` for what is yielded.
 
-    The same seed and rows give the same bytes. Raises TrainingError when there is nothing to train or when three
-    steps in a row are not finite.
+    The same seed and rows give the same bytes. Three steps in a row that are not finite end the run, with what was
+    learned before them. Raises TrainingError when there is nothing to train.
     """
     if not tree_flatten(model.trainable_parameters()):
         raise TrainingError("nothing is trainable", hint="attach an adapter first")
@@ -89,28 +92,36 @@ def _loop(
     stopped_by = "iters" if settings.iters else "epochs"
 
     # where it starts from
-    yield from _evaluate(run, valid)
+    yield from _evaluate(run, valid, should_stop)
     for step_rows in _endless(rows, settings, run.seed):
+        # leave early, with everything kept
         if done.step == run.steps:
+            break
+        if reason := _reason_to_stop(run, should_stop):
+            stopped_by = reason
             break
         # one optimizer step
         yield run.step([collate([rows[index] for index in micro]) for micro in step_rows])
         # evaluate once in a while, and at the end
         last = done.step == run.steps
         if last or (settings.eval_every and done.step % settings.eval_every == 0):
-            yield from _evaluate(run, valid)
+            yield from _evaluate(run, valid, should_stop)
         if settings.save_every and done.step % settings.save_every == 0 and not last:
             yield Saved(done.step, "step", run.adapter())
-        # leave early, with everything kept
-        if settings.patience and done.evaluations_without_gain >= settings.patience:
-            stopped_by = "patience"
-            break
-        if should_stop() and not last:
-            stopped_by = "interrupted"
-            yield Interrupted(done.step)
-            break
-    yield Saved(done.step, "last", run.adapter())
+    if stopped_by == "interrupted":
+        yield Interrupted(done.step)
+    if done.step:
+        yield Saved(done.step, "last", run.adapter())
     yield run.finished(stopped_by, done.step / per_epoch)
+
+
+def _reason_to_stop(run: _Run, should_stop: Callable[[], bool]) -> str | None:
+    if should_stop():
+        return "interrupted"
+    if run.progress.skipped_in_a_row == MOST_SKIPPED:
+        return "nonfinite"
+    patience = run.settings.patience
+    return "patience" if patience and run.progress.evaluations_without_gain >= patience else None
 
 
 def _endless(rows: Sequence[Row], settings: Train, seed: int) -> Iterator[list[Any]]:
@@ -128,17 +139,19 @@ def _endless(rows: Sequence[Row], settings: Train, seed: int) -> Iterator[list[A
         epoch += 1
 
 
-def _evaluate(run: _Run, valid: Sequence[Row]) -> Iterator[Event]:
-    if not valid:
-        return
+def _evaluate(run: _Run, valid: Sequence[Row], should_stop: Callable[[], bool]) -> Iterator[Event]:
+    """One evaluation, unless there is nothing to evaluate on or it was interrupted on the way."""
     done = run.progress
-    done.valid_loss = run.evaluate(valid)
+    loss = run.evaluate(valid, should_stop) if valid else None
+    if loss is None:
+        return
     # the untrained adapter is where it starts from, never the best: whoever stops early keeps what was learned
-    best = done.step > 0 and (done.best_loss is None or done.valid_loss < done.best_loss)
+    best = done.step > 0 and math.isfinite(loss) and (done.best_loss is None or loss < done.best_loss)
     done.evaluations_without_gain = 0 if best or not done.step else done.evaluations_without_gain + 1
-    yield Evaluated(done.step, done.valid_loss, best)
+    done.valid_loss, done.evaluated_at = loss, done.step
+    yield Evaluated(done.step, loss, best)
     if best:
-        done.best_loss = done.valid_loss
+        done.best_loss = loss
         yield Saved(done.step, "best", run.adapter())
 
 
@@ -157,6 +170,7 @@ class _Run:
         mx.eval(model.state, self.optimizer.state)
         mx.reset_peak_memory()
         self.start = time.perf_counter()
+        self.shapes: set[tuple[int, ...]] = set()
         self._compile()
 
     def _compile(self) -> None:
@@ -185,6 +199,15 @@ class _Run:
         self.apply = mx.compile(apply, inputs=state, outputs=state)
         self.evaluated = mx.compile(self.loss_sum, inputs=[model.state], outputs=[])
 
+    def arrays(self, batch: Batch) -> Arrays:
+        """A batch on the device; its shape is remembered, and graphs are compiled anew when there are too many."""
+        arrays = as_arrays(batch)
+        self.shapes.add((*arrays[0].shape, arrays[1].size, self.model.training))
+        if len(self.shapes) > MOST_SHAPES:
+            self.shapes.clear()
+            self._compile()
+        return arrays
+
     def step(self, batches: list[Batch]) -> Step:
         """One optimizer step over micro-batches whose gradients are summed."""
         began, done = time.perf_counter(), self.progress
@@ -192,7 +215,8 @@ class _Run:
         loss, totals = mx.array(0.0), self.zeros
         tokens = sum(batch.trained for batch in batches)
         for batch in batches:
-            loss, totals = self.accumulate(loss, totals, *as_arrays(batch))
+            loss, totals = self.accumulate(loss, totals, *self.arrays(batch))
+            mx.async_eval(loss, totals)  # so that one micro-batch's activations are freed before the next one's
             done.computed_tokens += batch.inputs.size
             done.real_tokens += batch.real
         rate = float(self.rate(mx.array(done.step - done.skipped)).item())
@@ -221,21 +245,17 @@ class _Run:
             return
         done.skipped += 1
         done.skipped_in_a_row += 1
-        if done.skipped_in_a_row == MOST_SKIPPED:
-            raise TrainingError(
-                f"the loss or the gradient was not finite {MOST_SKIPPED} steps in a row, up to step {done.step}; "
-                "the adapter is unchanged since before them",
-                hint="lower train.learning_rate, or check the data with `mlx-lora data check`",
-            )
 
-    def evaluate(self, rows: Sequence[Row]) -> float:
-        """Mean loss per token over all of `rows`, always in the same order and batches."""
+    def evaluate(self, rows: Sequence[Row], should_stop: Callable[[], bool]) -> float | None:
+        """Mean loss per token over all of `rows`, always in the same order and batches; None when asked to stop."""
         self.model.eval()
         total, tokens = 0.0, 0
         for batch in by_length(rows, self.settings.batch_size):
-            total += float(self.evaluated(*as_arrays(batch)).item())
+            if should_stop():
+                return None
+            total += float(self.evaluated(*self.arrays(batch)).item())
             tokens += batch.trained
-        return total / tokens if math.isfinite(total) else math.inf
+        return total / tokens
 
     def adapter(self) -> dict[str, mx.array]:
         """The trainable arrays as they are now; arrays are immutable, so this copies nothing."""
@@ -247,7 +267,7 @@ class _Run:
             iters=done.step,
             epochs=round(epochs, 4),
             train_loss=done.train_loss,
-            valid_loss=done.valid_loss,
+            valid_loss=done.valid_loss if done.evaluated_at == done.step else None,
             best_valid_loss=done.best_loss,
             trained_tokens=done.trained_tokens,
             computed_tokens=done.computed_tokens,

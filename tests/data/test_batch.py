@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_lora.data.batch import LENGTH_STEP, POSITION_STEP, by_length, collate, epoch_steps, steps_per_epoch
+from mlx_lora.data.batch import EVALUATED_POSITIONS, by_length, collate, epoch_steps, padded, steps_per_epoch
 from mlx_lora.data.encode import Row
 
 
@@ -83,7 +83,7 @@ def test_collate_shifts_and_pads_without_weight(lengths: list[int]) -> None:
     rows = make_rows(lengths)
     batch = collate(rows)
     width = batch.inputs.shape[1]
-    assert width % LENGTH_STEP == 0 and max(lengths) - 1 <= width < max(lengths) - 1 + LENGTH_STEP
+    assert width == padded(max(lengths) - 1, 8)
     for index, row in enumerate(rows):
         length = len(row) - 1
         np.testing.assert_array_equal(batch.inputs[index, :length], row.tokens[:-1])
@@ -104,7 +104,7 @@ def test_positions_with_loss_give_the_same_sums_as_all_positions(lengths: list[i
     positions, targets, weights = batch.with_loss()
     assert (losses[positions, targets] * weights).sum() == pytest.approx(expected, rel=1e-12)
     assert weights.sum() == batch.weights.sum()
-    assert len(positions) % POSITION_STEP == 0 and len(positions) < batch.trained + POSITION_STEP
+    assert len(positions) == padded(batch.trained, 16)
     assert len(positions) == len(targets) == len(weights)
 
 
@@ -118,3 +118,17 @@ def test_evaluation_batches_are_fixed_and_hold_every_row(count: int, batch: int)
         np.testing.assert_array_equal(one.inputs, other.inputs)
     assert sum(len(one.inputs) for one in first) == count
     assert sum(one.trained for one in first) == sum(row.trained for row in rows)
+
+
+def test_planned_sizes_are_few_and_close() -> None:
+    """Every size has a compiled graph of its own: a thousand lengths must not become a thousand graphs."""
+    for least in (8, 16):
+        sizes = {size: padded(size, least) for size in range(1, 4097)}
+        assert all(size <= plan < size + max(least, size / 16 + 1) for size, plan in sizes.items())
+        assert len(set(sizes.values())) <= 100
+
+
+def test_long_rows_are_evaluated_a_few_at_a_time() -> None:
+    rows = make_rows([50] * 8 + [1500, 1900, 3000])
+    assert [len(batch.inputs) for batch in by_length(rows, 8)] == [8, 1, 1, 1]
+    assert all(batch.inputs.size <= EVALUATED_POSITIONS for batch in by_length(rows[:10], 8))

@@ -17,6 +17,7 @@ from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.split import split
+from mlx_lora.train import trainer
 from mlx_lora.train.events import Evaluated, Finished, Interrupted, Saved, Step
 from mlx_lora.train.loss import as_arrays, loss_function
 from mlx_lora.train.trainer import train
@@ -139,10 +140,33 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny: LoadedMo
     assert np.isfinite(events[-1].train_loss)
 
 
-def test_three_steps_not_finite_in_a_row_stop_the_run(tiny: LoadedModel) -> None:
-    rows = [Row(row.tokens, np.where(row.weights > 0, np.inf, 0).astype(np.float32)) for row in make_rows(16)]
-    with pytest.raises(TrainingError, match="3 steps in a row"):
-        run(tiny, rows, [], epochs=1)
+def test_three_steps_not_finite_in_a_row_end_the_run_with_what_was_learned(tiny: LoadedModel) -> None:
+    rows = [Row(row.tokens, np.where(row.weights > 0, np.inf, 0).astype(np.float32)) for row in make_rows(40)]
+    events = run(tiny, rows, [], epochs=1)
+    assert events[-1].stopped_by == "nonfinite" and events[-1].iters == 3 and events[-1].train_loss is None
+    assert all(mx.all(mx.isfinite(array)).item() for array in arrays_of(events).values())
+
+
+def test_accumulating_costs_no_activations(tiny: LoadedModel) -> None:
+    """All micro-batches in one graph would keep the activations of all of them."""
+    row = Row(np.arange(200, dtype=np.int32) % 60, np.array([0.0] * 190 + [1.0] * 10, np.float32))
+    rows = [row] * 16
+    peaks = [
+        run(tiny, rows, [], iters=1, batch_size=1, grad_accumulation=count)[-1].peak_memory_bytes for count in (1, 8)
+    ]
+    assert peaks[1] < 1.6 * peaks[0], peaks
+
+
+def test_graphs_of_old_shapes_are_dropped(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "MOST_SHAPES", 2)
+    compiled: list[int] = []
+    original = trainer._Run._compile
+    monkeypatch.setattr(trainer._Run, "_compile", lambda self: compiled.append(1) or original(self))
+    rows = [
+        Row(np.arange(n, dtype=np.int32) % 60, np.array([0.0] + [1.0] * (n - 1), np.float32)) for n in range(9, 90, 8)
+    ]
+    events = run(tiny, rows, [], epochs=1, batch_size=1)
+    assert len(compiled) >= 4 and events[-1].iters == len(rows)
 
 
 def test_patience_stops_and_the_best_is_kept(tiny: LoadedModel) -> None:
@@ -156,10 +180,18 @@ def test_patience_stops_and_the_best_is_kept(tiny: LoadedModel) -> None:
 
 def test_asked_to_stop_it_saves_what_was_learned(tiny: LoadedModel) -> None:
     """Not the adapter of step 0, whose loss is the only one measured so far."""
-    events = run(tiny, make_rows(40), make_rows(4), epochs=1, should_stop=lambda: True)
+    asked = iter([False, False, True])  # the one validation batch, before the first step, before the second
+    events = run(tiny, make_rows(40), make_rows(4), epochs=1, should_stop=lambda: next(asked))
     assert [type(event) for event in events] == [Evaluated, Step, Interrupted, Saved, Finished]
+    assert events[-1].valid_loss is None
     assert any(mx.any(array != 0).item() for name, array in arrays_of(events).items() if name.endswith("lora_b"))
     assert events[-1].stopped_by == "interrupted" and events[-1].iters == 1
+
+
+def test_asked_to_stop_before_the_first_step_there_is_nothing_to_save(tiny: LoadedModel) -> None:
+    events = run(tiny, make_rows(40), make_rows(4), epochs=1, should_stop=lambda: True)
+    assert [type(event) for event in events] == [Interrupted, Finished]
+    assert events[-1].stopped_by == "interrupted" and events[-1].iters == 0
 
 
 def test_dropout_applies_in_training_only(tiny: LoadedModel) -> None:
