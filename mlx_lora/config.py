@@ -160,7 +160,10 @@ class Data(Section):
 
 
 class Train(Section):
-    """The loop. One optimizer step is batch_size × grad_accumulation rows."""
+    """The loop. One optimizer step is batch_size × grad_accumulation rows.
+
+    `auto` means off for grad_checkpoint and cache_prefix, as long as nothing plans memory before a run.
+    """
 
     epochs: Integer = Field(default=1, ge=1)
     iters: Integer | None = Field(default=None, ge=1)
@@ -179,6 +182,17 @@ class Train(Section):
     grad_checkpoint: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     cache_prefix: Annotated[Literal["auto", "off"], BeforeValidator(_switch)] = "auto"
     memory_limit_gb: None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Train:
+        faults = []
+        if self.patience is not None and self.eval_every is None:
+            faults.append("patience counts evaluations, and eval_every is not set")
+        if self.weight_decay and self.optimizer == "adam":
+            faults.append("weight_decay is not part of adam; adamw has it")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
 
 
 class Recipe(Section):
@@ -214,7 +228,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_recipe(
-    file: Path | None = None, overrides: Iterable[str] = (), *, settings: dict[str, Any] | None = None
+    file: Path | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    settings: dict[str, Any] | None = None,
+    where: str = "recipe",
 ) -> Recipe:
     """Read a recipe file, then `settings` (dotted keys), then `key=value` overrides, each winning over the former.
 
@@ -233,7 +251,7 @@ def load_recipe(
         if not equals or not key:
             raise RecipeError(f"{override!r} is not key=value", hint="for example: adapter.rank=16")
         _set(values, key, _parse_yaml(text, f"override {override!r}"))
-    return parse_recipe(values, str(file) if file else "recipe")
+    return parse_recipe(values, str(file) if file else where)
 
 
 def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -290,10 +308,12 @@ def _nearest_key(key: str) -> str:
     words = {known.rpartition(".")[2]: known for known in dotted_keys()}
     if word in words:
         return f"; did you mean {words[word]!r}?"
-    here = {last: known for last, known in words.items() if not section or known.rpartition(".")[0] == section}
+    here = {known.rpartition(".")[2]: known for known in dotted_keys() if known.rpartition(".")[0] == section}
     if close := difflib.get_close_matches(word, here, n=1, cutoff=0.5):
         return f"; did you mean {here[close[0]]!r}?"
-    return f"; known: {', '.join(sorted(here if section else Recipe.model_fields))}"
+    if close := difflib.get_close_matches(word, words, n=1, cutoff=0.5):
+        return f"; did you mean {words[close[0]]!r}?"
+    return f"; known: {', '.join(sorted(here or Recipe.model_fields))}"
 
 
 def _find_recipe(file: Path) -> Path:
@@ -311,6 +331,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: can't be read ({error})") from None
     values = _parse_yaml(text, str(file))
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise RecipeError(f"{file}: a recipe is a mapping of keys to values", hint="see the examples in recipes/")
     return values

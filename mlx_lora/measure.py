@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Row
-
-Logits = Callable[[mx.array], mx.array]
+from mlx_lora.models.split import logits_at, split
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class Agreement:
 
 
 def compare(
-    before: Logits, after: Logits, rows: Sequence[Row], *, on_row: Callable[[], None] = lambda: None
+    before: nn.Module, after: nn.Module, rows: Sequence[Row], *, on_row: Callable[[], None] = lambda: None
 ) -> Agreement:
     """Run both models over every row and compare their next-token distributions where the rows carry loss."""
+    models = [logits_at(model, split(model)) for model in (before, after)]
     totals, tokens = np.zeros(4), 0
     for row in rows:
         batch = collate([row])
@@ -41,7 +42,7 @@ def compare(
         if not batch.trained:
             continue
         positions, targets, weights = (mx.array(array) for array in batch.with_loss())
-        first, second = (_log_probabilities(model(mx.array(batch.inputs)), positions) for model in (before, after))
+        first, second = (_log_probabilities(logits(mx.array(batch.inputs), positions)) for logits in models)
         totals += np.array(_sums(first, second, targets, weights).tolist())
         tokens += batch.trained
     kl, same, nll_before, nll_after = totals / max(tokens, 1)
@@ -54,8 +55,8 @@ def compare(
     )
 
 
-def _log_probabilities(logits: mx.array, positions: mx.array) -> mx.array:
-    rows = logits.reshape(-1, logits.shape[-1])[positions].astype(mx.float32)
+def _log_probabilities(logits: mx.array) -> mx.array:
+    rows = logits.astype(mx.float32)
     return rows - mx.logsumexp(rows, axis=-1, keepdims=True)
 
 

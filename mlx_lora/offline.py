@@ -16,9 +16,8 @@ from typing import Any
 
 from mlx_lora.errors import NetworkBlocked
 
-OFFLINE_VARIABLES = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
+OFFLINE_VARIABLES = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+QUIET_VARIABLES = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -32,9 +31,14 @@ _guarded = False
 _installed = False
 
 
-def set_hub_variables() -> None:
-    """Tell huggingface_hub and transformers to stay offline. They read these once, when imported: call this first."""
-    os.environ.update(OFFLINE_VARIABLES)
+def set_hub_variables(*, offline: bool = True) -> None:
+    """Tell huggingface_hub and transformers to report nothing, and to stay offline unless told otherwise.
+
+    They read these once, when imported: call this first.
+    """
+    os.environ.update(QUIET_VARIABLES)
+    if offline:
+        os.environ.update(OFFLINE_VARIABLES)
 
 
 def is_local(address: Any) -> bool:

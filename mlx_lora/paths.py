@@ -17,6 +17,8 @@ from mlx_lora.errors import MlxLoraError, NameTaken
 
 # The folders that come with the package.
 SHIPPED = ("data", "recipes")
+# Files that tell a directory made by this package, or by another tool for the same purpose, from anything else.
+MARKS = ("config.json", "adapter_config.json")
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
@@ -70,15 +72,13 @@ def existing(path: str | Path) -> Path | None:
 def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside `target` that takes its place by rename, only if the block succeeds.
 
-    Raises NameTaken when `target` exists and `force` is false, or when it holds the working or the home directory.
+    Raises NameTaken when `target` exists and `force` is false, or when it holds anything but a model or an adapter.
     With `force` the old directory goes only after the new one is complete.
     """
     target = Path(os.path.abspath(target))
-    if target.exists() and not force:
-        raise NameTaken(f"{target} exists", hint="choose another name, or --force to replace it")
-    user = Path(os.path.expanduser("~"))
-    if any(place.is_relative_to(target) for place in (Path.cwd(), user, _home().absolute())):
-        raise NameTaken(f"{target} holds more than what would replace it", hint="choose a directory of its own")
+    check_target(target, force=force)
+    if target.is_relative_to(_home().absolute()):
+        home()  # private from the start
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -86,6 +86,21 @@ def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
         _replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Raise NameTaken unless a directory may be written at `target`; worth knowing before the work is done."""
+    target = Path(os.path.abspath(target))
+    entries = list(target.iterdir()) if target.is_dir() else [target] if target.exists() else []
+    ours = all(entry.is_file() for entry in entries) and any((target / name).is_file() for name in MARKS)
+    if target.exists() and not force:
+        raise NameTaken(f"{target} exists", hint="choose another name, or --force to replace it")
+    places = (Path.cwd(), Path(os.path.expanduser("~")), _home().absolute())
+    if (entries and not ours) or any(place.is_relative_to(target) for place in places):
+        raise NameTaken(
+            f"{target} holds more than a model or an adapter, and --force replaces nothing else",
+            hint="choose a directory of its own",
+        )
 
 
 def _replace(temporary: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ Progress is a bar where stderr is a terminal and a plain line now and then where
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +38,21 @@ def piece(text: str) -> None:
 
 def as_json(value: Any) -> None:
     """One JSON value as the last line of stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json_text(value) + "\n")
     sys.stdout.flush()
+
+
+def json_text(value: Any) -> str:
+    """One line of JSON; numbers that JSON doesn't have (NaN, infinity) are null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), ensure_ascii=False, default=str, allow_nan=False)
 
 
 def note(text: str) -> None:
@@ -57,15 +71,16 @@ def error(fault: MlxLoraError) -> None:
         err.print(f"hint: {fault.hint}")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
-    """A table to stdout; numbers are set to the right."""
-    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table to stdout; numbers are set to the right. Lines are never folded where no terminal shows them."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
         shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         shown.add_row(*(_cell(value) for value in row))
-    Console(highlight=False, markup=False).print(shown)
+    width = None if out.is_terminal else 10_000
+    Console(highlight=False, markup=False, width=width).print(shown)
 
 
 def _cell(value: object) -> str:

@@ -38,7 +38,7 @@ def test_activations_are_float32_on_a_cpu_and_the_models_own_on_a_gpu(stored: mx
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_file_limits_are_kept_and_other_limits_can_be_set(fails: bool) -> None:
-    """PITFALLS 37."""
+    """Importing a library must not change the process's limits."""
     original, limits = resource.setrlimit, resource.getrlimit(resource.RLIMIT_NOFILE)
     cores = resource.getrlimit(resource.RLIMIT_CORE)
     with pytest.raises(ZeroDivisionError) if fails else device.file_limits_kept():
@@ -53,7 +53,7 @@ def test_file_limits_are_kept_and_other_limits_can_be_set(fails: bool) -> None:
 
 
 def test_memory_limits_are_put_back() -> None:
-    """PITFALLS 18."""
+    """A wired limit that is raised is put back."""
     cache = mx.set_cache_limit(1 << 30)
     try:
         with device.memory_limits():

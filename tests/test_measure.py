@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -16,8 +17,19 @@ def table(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(VOCABULARY, VOCABULARY)).astype(np.float32) * 2
 
 
-def model(values: np.ndarray, dtype: mx.Dtype = mx.float32):  # type: ignore[no-untyped-def]
-    return lambda tokens: mx.array(values).astype(dtype)[tokens]
+class Table(nn.Module):
+    """A model whose next token depends on the last one alone."""
+
+    def __init__(self, values: np.ndarray, dtype: mx.Dtype):
+        super().__init__()
+        self.table = mx.array(values).astype(dtype)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.table[tokens]
+
+
+def model(values: np.ndarray, dtype: mx.Dtype = mx.float32) -> Table:
+    return Table(values, dtype)
 
 
 def row(tokens: list[int], weights: list[float]) -> Row:
@@ -105,7 +117,7 @@ def test_survival_is_one_less_the_relative_error(pairs: list[tuple[mx.array, mx.
      (8, 1.0, 0.02)],
 )  # fmt: skip
 def test_survival_of_requantizing_gaussian_weights_is_as_measured(bits: int, ratio: float, error: float) -> None:
-    """PITFALLS 27: Δ rms against the step of the 4-bit base; at 4 bits small updates are erased, at 8 they stay."""
+    """Δ rms against the step of the 4-bit base; at 4 bits small updates are erased, at 8 they stay."""
     base = mx.quantize(mx.random.normal((512, 512), key=mx.random.key(0)), group_size=64, bits=4)
     weight = mx.dequantize(*base, group_size=64, bits=4)
     step = mx.abs(base[1]).mean().item()

@@ -63,22 +63,22 @@ def test_a_directory_appears_whole(tmp_path: Path) -> None:
 def test_a_failure_leaves_nothing_behind_and_the_old_directory_as_it_was(
     tmp_path: Path, existing: bool, error: type[BaseException]
 ) -> None:
-    """PITFALLS 20."""
+    """Nothing is written in place: a crash must not pair new files with old ones."""
     target = tmp_path / "target"
     if existing:
         target.mkdir()
-        (target / "old").write_text("1")
+        (target / "config.json").write_text("1")
     with pytest.raises(error), paths.written_whole(target, force=True) as folder:
         (folder / "half").write_text("2")
         raise error
-    assert listing(tmp_path) == ({"target/old": "1"} if existing else {})
+    assert listing(tmp_path) == ({"target/config.json": "1"} if existing else {})
     assert [entry.name for entry in tmp_path.iterdir()] == (["target"] if existing else [])
 
 
 def test_a_failing_rename_brings_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "target"
     target.mkdir()
-    (target / "old").write_text("1")
+    (target / "config.json").write_text("1")
     rename = Path.rename
 
     def failing(self: Path, to: Path) -> Path:
@@ -89,15 +89,16 @@ def test_a_failing_rename_brings_the_old_directory_back(tmp_path: Path, monkeypa
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="disk full"), paths.written_whole(target, force=True) as folder:
         (folder / "new").write_text("2")
-    assert listing(tmp_path) == {"target/old": "1"}
+    assert listing(tmp_path) == {"target/config.json": "1"}
     assert not [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")]
 
 
 def test_replacing_needs_force_and_replaces_everything(tmp_path: Path) -> None:
     for content, force in (("1", False), ("2", True)):
         with paths.written_whole(tmp_path / "target", force=force) as folder:
+            (folder / "config.json").write_text(content)
             (folder / content).write_text(content)
-    assert listing(tmp_path) == {"target/2": "2"}
+    assert listing(tmp_path) == {"target/2": "2", "target/config.json": "2"}
     with pytest.raises(NameTaken, match="exists"), paths.written_whole(tmp_path / "target"):
         pytest.fail("the block ran although the target exists")
 
@@ -120,3 +121,20 @@ def test_force_never_replaces_a_directory_that_holds_more(
     with pytest.raises(NameTaken, match="holds more"), paths.written_whole(targets[place], force=True):
         pytest.fail("the block ran")
     assert work.is_dir()
+
+
+@pytest.mark.parametrize("inside", [{"thesis.txt": "years"}, {"config.json": "{}", "sub/thesis.txt": "years"}])
+def test_force_replaces_only_what_a_command_like_it_made(tmp_path: Path, inside: dict[str, str]) -> None:
+    target = tmp_path / "documents"
+    for name, text in inside.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(text)
+    with pytest.raises(NameTaken, match="holds more"), paths.written_whole(target, force=True):
+        pytest.fail("the block ran")
+    assert listing(target) == dict(sorted(inside.items()))
+
+
+def test_a_home_that_comes_into_being_by_writing_into_it_is_private(home: Path) -> None:
+    with paths.written_whole(home / "models" / "mine"):
+        pass
+    assert home.stat().st_mode & 0o777 == 0o700

@@ -38,10 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     words = [word for word in arguments if word != "--debug"]
     may_connect = words[:1] == ["pull"]
-    if not may_connect:
-        offline.set_hub_variables()
+    offline.set_hub_variables(offline=not may_connect)
     device.load_blas()
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
     with nullcontext() if may_connect else offline.network_guard():
         sys.exit(_run(words, debug))
 
@@ -73,7 +73,7 @@ def _run(words: list[str], debug: bool) -> int:
 
 
 def _show_usage(fault: TyperException) -> None:
-    message = getattr(fault, "format_message", lambda: "")()
+    message = getattr(fault, "format_message", lambda: "")().replace("Value error, ", "")
     if "Usage:" in message or not message:  # a group called without a command: its help
         ui.note(message)
     else:

@@ -77,7 +77,7 @@ def quantize(
     from mlx_lora.tasks.quantize import quantize_model
 
     settings = {"quantize.mode": str(mode), "quantize.bits": bits, "quantize.group_size": group_size}
-    chosen = load_recipe(None, settings=settings).quantize
+    chosen = load_recipe(None, settings=settings, where="mlx-lora quantize").quantize
     assert chosen is not None
     with ExitStack() as stack:
         bars = progress(stack)

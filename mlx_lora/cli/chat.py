@@ -39,7 +39,9 @@ def generate(
     adapter: Adapter = None,
     max_tokens: MaxTokens = 256,
     temp: Annotated[float, typer.Option("--temp", min=0.0, help="Temperature; 0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed of the sampling; without it, every run differs.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Encode the prompt as it is, without a chat template.")] = False,
     json: Json = False,
 ) -> None:

@@ -33,6 +33,10 @@ def progress(stack: ExitStack) -> Callable[[str, int], Callable[[], None]]:
 def data_settings(overrides: list[str] | None, stored: dict[str, Any] | None = None) -> Any:
     """Data settings: the defaults, then those an adapter was trained with, then `data.key=value` overrides."""
     from mlx_lora.config import load_recipe
+    from mlx_lora.errors import RecipeError
 
+    unused = [word for word in overrides or [] if not word.startswith("data.") or word.startswith("data.path=")]
+    if unused:
+        raise RecipeError(f"{', '.join(unused)}: only data settings apply here", hint="like data.template=none")
     kept = {f"data.{key}": value for key, value in (stored or {}).items() if key != "path"}
     return load_recipe(None, overrides or [], settings=kept).data

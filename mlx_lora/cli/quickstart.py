@@ -25,11 +25,20 @@ def register(app: typer.Typer) -> None:
 
 def quickstart(json: Json = False) -> None:
     """Quantize the embedded base, train three adapters, swap them, fuse one. Minutes, no network."""
-    from mlx_lora.cli.train import listener
+    from mlx_lora.cli.train import StopSignal, listener
     from mlx_lora.tasks.quickstart import quickstart as run
 
     with ExitStack() as stack:
-        outcome = run(lambda task, steps: listener(stack, steps, quiet=True), ui.note)
+        stop = StopSignal(stack)
+
+        def stage(text: str) -> None:
+            stack.close()  # the training before is over, and so is its way of handling signals
+            ui.note(text)
+
+        try:
+            outcome = run(lambda: listener(stack, stop, quiet=True), stage)
+        except KeyboardInterrupt:
+            raise typer.Exit(code=stop.code or 130) from None
     if json:
         ui.as_json(outcome.as_dict())
         return

@@ -12,6 +12,7 @@ import typer
 
 from mlx_lora import ui
 from mlx_lora.cli.options import Adapters, Force, Json, MaxTokens, Model, Overrides, data_settings, progress
+from mlx_lora.errors import TrainingError
 
 if TYPE_CHECKING:
     from mlx_lora.tasks.train import Listener
@@ -41,14 +42,20 @@ def train(
     given = {key: value for key, value in (("model", model), ("data.path", data), ("name", name)) if value is not None}
     recipe = load_recipe(file, words, settings=given)
     with ExitStack() as stack:
-        hear = listener(stack, recipe.train.iters)
-        run = train_adapter(recipe, force=force, listener=hear)
+        stop = StopSignal(stack)
+        run = train_adapter(recipe, force=force, listener=listener(stack, stop))
     if json:
         ui.as_json(run.as_dict())
     else:
         _show(run.as_dict())
+    if run.finished.stopped_by == "nonfinite":
+        raise TrainingError(
+            f"the loss or the gradient was not finite three steps in a row, up to step {run.finished.iters}; what was "
+            "learned before is saved",
+            hint="lower train.learning_rate, or check the data with `mlx-lora data check`",
+        )
     if run.finished.stopped_by == "interrupted":
-        raise typer.Exit(code=hear.should_stop.code)  # type: ignore[attr-defined]
+        raise typer.Exit(code=stop.code)
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -67,12 +74,18 @@ def _show(result: dict[str, Any]) -> None:
 
 
 class StopSignal:
-    """The first SIGINT or SIGTERM asks training to save and stop; the second ends the process at once."""
+    """From `install` on, the first SIGINT, SIGTERM or SIGHUP asks training to save and stop, the second ends it all.
+
+    Before, signals do what they always do: nothing has been learned yet.
+    """
 
     def __init__(self, stack: ExitStack):
         self.code = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, self._ask))
+        self.stack = stack
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self.stack.callback(signal.signal, number, signal.signal(number, self._ask))
 
     def __call__(self) -> bool:
         return self.code != 0
@@ -84,28 +97,32 @@ class StopSignal:
         ui.note("stopping after this step, then saving; once more to leave at once")
 
 
-def listener(stack: ExitStack, steps: int | None, *, quiet: bool = False) -> Listener:
+def listener(stack: ExitStack, stop: StopSignal, *, quiet: bool = False) -> Listener:
     """A screen for one training run: bars on a terminal, plain lines elsewhere."""
     from mlx_lora.tasks.train import Listener
     from mlx_lora.train.events import Evaluated, Finished, Step
 
     bars = stack.enter_context(ExitStack())
     advance: Callable[[int, str], None] | None = None
+    untrained: float | None = None
 
     def hear(event: Any) -> None:
-        nonlocal advance
+        nonlocal advance, untrained
         if isinstance(event, Step):
             if advance is None:
                 bars.close()
                 advance = bars.enter_context(ui.bar("training", event.steps))
             advance(1, _step(event))
         elif isinstance(event, Evaluated):
+            untrained = event.loss if not event.step else untrained
             ui.note(f"step {event.step}: validation loss {event.loss:.4f}{' (best)' if event.best else ''}")
         elif isinstance(event, Finished):
             bars.close()
+            if untrained is not None and (event.best_valid_loss or 0) > untrained:
+                ui.warning("the adapter is worse on the validation rows than the base without it")
 
     stage = (lambda text: None) if quiet else ui.note
-    return Listener(event=hear, stage=stage, progress=progress(bars), should_stop=StopSignal(stack))
+    return Listener(hear, stage, started=stop.install, progress=progress(bars), should_stop=stop)
 
 
 def _step(event: Any) -> str:
@@ -126,26 +143,18 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Loss, perplexity and exact match of the base and of each adapter, in one load."""
-    from mlx_lora.serve.engine import Engine
-    from mlx_lora.store import adapter as store
-    from mlx_lora.store import registry
-    from mlx_lora.study import evaluate as study
+    from mlx_lora.tasks.evaluate import evaluate_adapters
 
-    adapters = [store.read(registry.find(name)) for name in adapter or []]
-    recipe = adapters[0].manifest.recipe if adapters else None
-    chosen = data_settings(settings, recipe["data"] if recipe else None)
-    with ui.working(f"loading {model}"):
-        engine = Engine(registry.open_base(model, adapters))
-    for stored in adapters:
-        engine.add(stored.name, store.wrappers_for(engine.loaded.model, stored))
     with ExitStack() as stack:
-        asked = study.questions(data, chosen, engine.loaded.tokenizer, exact=exact, progress=progress(stack))
-        stack.close()
-        names = [None, *engine.adapters]
-        work = len(names) * (len(asked.rows) + len(asked.prompts))
-        advance = stack.enter_context(ui.bar("evaluating", work))
-        results = list(
-            study.evaluate(engine, names, asked, max_tokens=max_tokens, on_row=lambda name, rows: advance(rows, ""))
+        results = evaluate_adapters(
+            model,
+            adapter or [],
+            data,
+            lambda stored: data_settings(settings, stored),
+            exact=exact,
+            max_tokens=max_tokens,
+            progress=progress(stack),
+            stage=ui.note,
         )
     if json:
         ui.as_json({"results": [result.as_dict() for result in results]})

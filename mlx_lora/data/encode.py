@@ -128,6 +128,7 @@ class Encoder:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _chat(self, example: Example) -> tuple[list[int], list[float]]:
+        self._refuse_ends(example)
         if self.settings.mask == "all":
             whole = self._render(example.messages, example.tools)
             if example.messages[-1]["role"] == "assistant":
@@ -164,6 +165,14 @@ class Encoder:
         if all(token in ends for token in whole[start:end]):
             raise ValueError(f"the chat template shows nothing of message {turn + 1}")
         return end
+
+    def _refuse_ends(self, example: Example) -> None:
+        """A text that holds the end token would end its turn there, and be learned up to there only."""
+        ends = [self.tokenizer.decode([end]) for end in sorted(self._ends)]
+        for index, message in enumerate(example.messages):
+            for end in ends:
+                if end.strip() and end in str(message.get("content") or ""):
+                    raise ValueError(f"message {index + 1} holds the end token {end!r} inside its text")
 
     def _learned_turns(self, example: Example) -> list[int]:
         """Indices of the assistant messages that carry loss."""

@@ -20,7 +20,7 @@ from mlx_lora.adapters.base import AdapterLayer
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import CannotFuse
 from mlx_lora.measure import Agreement, as_dict, compare, survival
-from mlx_lora.models.load import LoadedModel, dequantize_model, ready, save, set_modules
+from mlx_lora.models.load import LoadedModel, dequantize_model, half, ready, save, set_modules
 from mlx_lora.quant.quantize import dequantize_layer, layer_settings, quantize
 from mlx_lora.store.adapter import StoredAdapter, wrappers_for
 
@@ -64,8 +64,9 @@ def fuse(
     """Merge `adapter` into `stored` (tensors as on disk), write it to `out`, and compare it with `reference`.
 
     `reference` is the same base ready to compute; it comes back carrying the adapter. `bits` is `keep` (each layer
-    its base's own format), `mixed` (touched layers at 8 bits), `8` or `16` (the whole model); the default is mixed
-    over a quantized base and keep over a plain one. Raises CannotFuse under 0.5 survival without `force`.
+    its base's own format), `mixed` (touched layers at 8 bits), `8` or `16` (the whole model, `16` in half precision);
+    the default is mixed over a quantized base and keep over a plain one. Raises CannotFuse under 0.5 survival without
+    `force`.
     """
     quantized = "quantization" in stored.config
     bits = bits or ("mixed" if quantized else "keep")
@@ -88,11 +89,9 @@ def fuse(
 def merge(wrapper: AdapterLayer, bits: str, dtype: mx.Dtype) -> nn.Module:
     """The wrapped layer with its update merged: packed as its base for `keep`, at 8 bits for `mixed`, else plain."""
     plain = wrapper.fuse()
-    plain.set_dtype(dtype)
-    settings = layer_settings(wrapper.base)
-    if settings is None or bits in ("8", "16"):
-        return plain
-    return plain.to_quantized(**(eight_bits(plain) if bits == "mixed" else settings))
+    plain.set_dtype(half(dtype) if bits == "16" else dtype)
+    settings = eight_bits(plain) if bits == "mixed" else layer_settings(wrapper.base)
+    return plain if settings is None or bits in ("8", "16") else plain.to_quantized(**settings)
 
 
 def eight_bits(layer: nn.Module) -> dict[str, Any]:
@@ -113,12 +112,14 @@ def _updates(wrappers: Wrappers, modules: dict[str, nn.Module]) -> Iterator[tupl
 
 def _convert(stored: LoadedModel, touched: list[str], bits: str) -> None:
     """Bring the untouched layers along where `bits` is about all of them, and make config.json say what is stored."""
-    if bits in ("8", "16"):
-        dequantize_model(stored, stored.stored)
+    eight = {"mode": "affine", "bits": 8, "group_size": 64}
+    if bits == "16":
+        dequantize_model(stored, half(stored.stored))
+        stored.model.set_dtype(half(stored.stored))
     if bits == "8":
-        stored.config["quantization"] = quantize(stored.model, {"mode": "affine", "bits": 8, "group_size": 64}).config
-    if bits not in ("mixed", "keep") or "quantization" not in stored.config:
-        return
-    modules = dict(stored.model.named_modules())
-    layers = {path: layer_settings(modules[path]) for path in touched}
-    stored.config["quantization"] = {**stored.config["quantization"], **layers}
+        dequantize_model(stored, stored.stored)
+        stored.config["quantization"] = quantize(stored.model, eight).config
+    if bits == "mixed" or (bits == "keep" and "quantization" in stored.config):
+        modules = dict(stored.model.named_modules())
+        layers = {path: layer_settings(modules[path]) for path in touched}
+        stored.config["quantization"] = {**stored.config.get("quantization", eight), **layers}

@@ -69,11 +69,17 @@ def find_model(model: str) -> Path:
         return paths.room("models", model)
     if cached := _in_hub_cache(model):
         return cached
-    models = paths.home() / "models"
-    names = [entry.name for entry in models.iterdir() if entry.is_dir()] if models.is_dir() else []
-    where = f"no directory {model!r}, and no model of that name in {models}"
+    names = model_names()
+    where = f"no directory {model!r}, and no model of that name in {paths.home() / 'models'}"
     similar = nearest(model, names) if names else ""
     raise ModelError(where + similar, hint=f"mlx-lora pull {model if REPO.fullmatch(model) else 'REPO'}")
+
+
+def model_names() -> list[str]:
+    """Names of the models in the home. Directories with other names are unfinished work."""
+    models = paths.home() / "models"
+    entries = models.iterdir() if models.is_dir() else []
+    return sorted(entry.name for entry in entries if entry.is_dir() and paths.NAME.fullmatch(entry.name))
 
 
 def _in_hub_cache(repo: str) -> Path | None:
@@ -206,6 +212,11 @@ def _stored_dtype(model: nn.Module) -> mx.Dtype:
         if mx.issubdtype(array.dtype, mx.floating):
             sizes[array.dtype] = sizes.get(array.dtype, 0) + array.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else mx.float32
+
+
+def half(dtype: mx.Dtype) -> mx.Dtype:
+    """`dtype` if it is half precision, else float16."""
+    return dtype if dtype in (mx.float16, mx.bfloat16) else mx.float16
 
 
 def dequantize_model(loaded: LoadedModel, dtype: mx.Dtype = mx.float16) -> None:

@@ -34,9 +34,9 @@ def pull(repo: str, *, name: str | None = None) -> Path:
         needed = _bytes(HfApi().model_info(repo, files_metadata=True))
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
-        if needed + SPARE > free:
-            raise ModelError(f"{repo} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {target.parent}")
         partial = target.parent / f".{target.name}.partial"
+        if needed - paths.directory_bytes(partial) + SPARE > free:
+            raise ModelError(f"{repo} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {target.parent}")
         snapshot_download(repo, local_dir=partial, allow_patterns=WANTED)
     except MlxLoraError:
         raise

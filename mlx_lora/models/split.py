@@ -9,6 +9,7 @@ checked numerically against the whole before it is used.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,22 @@ def split(model: nn.Module) -> Split | None:
         if logits.shape == whole[0].shape and _close(logits, whole[0][order]):
             return parts
     return None
+
+
+def logits_at(model: nn.Module, parts: Split | None) -> Callable[[mx.array, mx.array], mx.array]:
+    """A function (tokens (B, T), positions (N,) in the flattened batch) -> logits (N, V).
+
+    Only those positions enter the output head; without a split the whole model runs and they are picked afterwards.
+    """
+
+    def logits(tokens: mx.array, positions: mx.array) -> mx.array:
+        if parts is None:
+            whole = model(tokens)
+            return whole.reshape(-1, whole.shape[-1])[positions]
+        hidden = parts.trunk(tokens)
+        return parts.head(hidden.reshape(-1, hidden.shape[-1])[positions])
+
+    return logits
 
 
 def _close(a: mx.array, b: mx.array) -> bool:

@@ -73,6 +73,8 @@ def quantize(
     nn.quantize(model, class_predicate=predicate)
     if not norm:
         raise ModelError(f"no layer can be quantized with group size {settings['group_size']}")
+    if settings["mode"] != "affine":  # these unpack to bfloat16: beside float16 every activation would be float32
+        model.apply(lambda array: array.astype(mx.bfloat16) if array.dtype == mx.float16 else array)
     mx.eval(model.parameters())
     size = model_bytes(model)
     return Quantized(

@@ -7,12 +7,13 @@ from prompt_toolkit on a terminal and from plain stdin elsewhere, so a script ca
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_lora import ui
+from mlx_lora import paths, ui
 from mlx_lora.errors import AdapterError, MlxLoraError, nearest
 from mlx_lora.serve.answer import Answer, prompt_tokens, stream_text
 from mlx_lora.serve.engine import Engine, Sampling
@@ -39,13 +40,13 @@ class Chat:
             "/reset": (self.reset, "forget the conversation"),
             "/save": (self.save, "FILE  append the conversation as a line of training data"),
             "/help": (self.help, "this list"),
-            "/bye": (self.help, "leave"),
+            "/?": (self.help, "this list"),
+            "/clear": (self.reset, "forget the conversation"),
         }
-        self.commands["/?"] = (self.help, "this list")
-        self.commands["/clear"] = (self.reset, "forget the conversation")
 
     def run(self) -> None:
         """Answer lines until /bye or the end of input."""
+        self._tell_template()
         for line in _lines(self._label):
             line = line.strip()
             if line == "/bye":
@@ -100,17 +101,20 @@ class Chat:
         if not name:
             raise MlxLoraError("/use NAME needs a name", hint="/adapters lists them")
         path = registry.find(name)
-        if path.name not in self.engine.adapters:
+        name = path.name if path == paths.room("adapters", path.name) else str(path)
+        if name not in self.engine.adapters:
             stored = store.read(path)
             registry.check_belongs(stored, self.engine.loaded)
-            self.engine.add(stored.name, store.wrappers_for(self.engine.loaded.model, stored))
-            self.templates[stored.name] = stored.manifest.template or "chat"
-        self._swap(path.name)
+            self.engine.add(name, store.wrappers_for(self.engine.loaded.model, stored))
+            self.templates[name] = stored.manifest.template or "chat"
+        self._swap(name)
 
     def base(self, _: str) -> None:
         self._swap(None)
 
     def system(self, text: str) -> None:
+        if text and self.template == "none":
+            raise MlxLoraError("this adapter was trained without a chat template, it has no system message")
         if self.messages and self.messages[0]["role"] == "system":
             self.messages.pop(0)
         if text:
@@ -128,7 +132,12 @@ class Chat:
             number = SETTINGS[name](value.strip())
         except ValueError:
             raise MlxLoraError(f"{value!r} is not a value for {name}") from None
-        if number < 0 or (name == "max_tokens" and number < 1) or (name == "top_p" and not 0 < number <= 1):
+        if (
+            not math.isfinite(number)
+            or number < 0
+            or (name == "max_tokens" and number < 1)
+            or (name == "top_p" and not 0 < number <= 1)
+        ):
             raise MlxLoraError(f"{number} is out of range for {name}")
         self.settings[name] = number
 
@@ -149,11 +158,17 @@ class Chat:
     def help(self, _: str) -> None:
         for word, command in self.commands.items():
             ui.result(f"{word:10} {command[1]}")
+        ui.result(f"{'/bye':10} leave")
 
     def _swap(self, name: str | None) -> None:
         took = self.engine.use(name)
         self.template = self.templates[name]
         ui.note(f"{name or 'base'} in {took:.1f} ms")
+        self._tell_template()
+
+    def _tell_template(self) -> None:
+        if self.template == "none":
+            ui.note("(trained without a chat template: each line is continued by itself, earlier ones aren't read)")
 
     def _fits(self, name: str) -> bool:
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora import device
-from mlx_lora.adapters.attach import Wrappers, attached, put
+from mlx_lora.adapters.attach import Wrappers, put
 from mlx_lora.errors import AdapterError, MlxLoraError, nearest
 from mlx_lora.models.load import LoadedModel
 
@@ -87,12 +87,18 @@ class Engine:
         steps = generate_step(
             mx.array(rest), self.loaded.model, max_tokens=max_tokens, sampler=sampler, prompt_cache=layers
         )
-        with device.memory_limits():
-            for token, _ in steps:
-                self.cache.tokens.append(int(token))
-                if int(token) in self.ends:
-                    return
-                yield int(token)
+        try:
+            with device.memory_limits():
+                for token, _ in steps:
+                    self.cache.tokens.append(int(token))
+                    if int(token) in self.ends:
+                        return
+                    yield int(token)
+        except GeneratorExit:  # whoever listens has enough: the cache is whole
+            raise
+        except BaseException:  # broken off inside a pass: some layers hold one token more than others
+            self.forget()
+            raise
 
     def batch(self, prompts: Sequence[Sequence[int]], *, max_tokens: int = 256) -> Iterator[tuple[int, list[int]]]:
         """Answer many prompts greedily, several at a time; yield (index of the prompt, its tokens) as they end."""
@@ -118,11 +124,6 @@ class Engine:
     def ends(self) -> set[int]:
         """Token ids that end an answer."""
         return set(self.loaded.tokenizer.eos_token_ids)
-
-    @property
-    def attached(self) -> Wrappers:
-        """What is on the model now."""
-        return attached(self.loaded.model)
 
     def _resume(self, prompt: list[int]) -> tuple[list[Any], list[int]]:
         """A cache holding a beginning of `prompt`, and the tokens it lacks (at least one)."""

@@ -152,12 +152,20 @@ def read(path: Path) -> StoredAdapter:
     faults = []
     if manifest.weights_sha256 and sha256(path / WEIGHTS) != manifest.weights_sha256:
         faults.append(f"{WEIGHTS} is not the file that the manifest describes")
+    if manifest.weights_sha256 and [rank, scale] != _implied(manifest):
+        faults.append(f"{CONFIG} says rank {rank} and scale {scale:g}, which is not what the manifest describes")
     if not arrays:
         faults.append(f"{WEIGHTS} holds no tensors")
     faults += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not mx.isfinite(array).all().item()]
     if faults:
         raise AdapterError(f"{path}: " + _listed(faults), hint="train it again, or restore it from a copy")
     return StoredAdapter(path, manifest, arrays, rank, scale)
+
+
+def _implied(manifest: Manifest) -> list[float]:
+    """The one rank and scale that the file of a manifest's modules has, as `save` wrote them."""
+    settings = Adapter.model_validate(manifest.adapter)
+    return [max(map(settings.rank_of, manifest.modules)), manifest.scales[manifest.modules[0]]]
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -44,7 +44,7 @@ def find(adapter: str) -> Path:
         return paths.room("adapters", adapter)
     path = Path(os.path.expanduser(adapter))
     if os.path.isdir(path):  # unlike Path.is_dir, False for what is too long to be a name
-        return path
+        return path.resolve()
     known = names()
     closest = nearest(adapter, known) if known else "; there are none yet"
     raise AdapterError(f"no adapter {adapter!r}{closest}", hint="mlx-lora adapters list")

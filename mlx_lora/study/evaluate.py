@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from mlx_lora.serve.engine import Engine
 from mlx_lora.train.loss import as_arrays, loss_function
 
 BATCH = 8
+# What a measurement of a model reads: test rows are for judging adapters.
+VALID_FIRST = ("valid", "test", "train")
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,18 @@ class Questions:
     answers: list[str]
 
 
-def questions(path: str, settings: Data, tokenizer: Any, *, exact: bool, progress: OnFile = silent) -> Questions:
-    """Read the test file of a path (else valid, else the only file). Raises DataError listing every fault."""
+def questions(
+    path: str,
+    settings: Data,
+    tokenizer: Any,
+    *,
+    exact: bool,
+    prefer: tuple[str, ...] = ("test", "valid", "train"),
+    progress: OnFile = silent,
+) -> Questions:
+    """Read the first file of a path that `prefer` names. Raises DataError listing every fault."""
     splits = find_splits(path)
-    file = splits.get("test") or splits.get("valid") or splits["train"]
+    file = next(splits[split] for split in prefer if split in splits)
     source, encoder = read(file, settings), Encoder(tokenizer, settings)
     encoded = encoder.encode(source, progress(f"reading {file.name}", len(source.examples)))
     problems = source.problems + encoded.problems
@@ -71,27 +81,26 @@ def questions(path: str, settings: Data, tokenizer: Any, *, exact: bool, progres
 
 def evaluate(
     engine: Engine,
-    names: Sequence[str | None],
+    name: str | None,
     asked: Questions,
     *,
     max_tokens: int = 256,
-    on_row: Callable[[str | None, int], None] = lambda name, rows: None,
-) -> Iterator[Result]:
-    """Evaluate each adapter in turn (None: the base). `on_row(name, rows)` reports rows done, for a progress bar."""
-    for name in names:
-        engine.use(name)
-        loss, tokens = mean_loss(engine, asked.rows, lambda rows, name=name: on_row(name, rows))  # type: ignore[misc]
-        exact = None
-        if asked.prompts:
-            right = 0
-            for index, answer in engine.batch(asked.prompts, max_tokens=max_tokens):
-                right += engine.loaded.tokenizer.decode(answer).strip() == asked.answers[index].strip()
-                on_row(name, 1)
-            exact = right / len(asked.prompts)
-        yield Result(name, loss, math.exp(min(loss, 700)), tokens, len(asked.rows), exact)
+    on_row: Callable[[], None] = lambda: None,
+) -> Result:
+    """Evaluate one adapter of an engine, or its base with None. `on_row` is called once a row and once an answer."""
+    engine.use(name)
+    loss, tokens = mean_loss(engine, asked.rows, on_row)
+    exact = None
+    if asked.prompts:
+        right = 0
+        for index, answer in engine.batch(asked.prompts, max_tokens=max_tokens):
+            right += engine.loaded.tokenizer.decode(answer).strip() == asked.answers[index].strip()
+            on_row()
+        exact = right / len(asked.prompts)
+    return Result(name, loss, math.exp(min(loss, 700)), tokens, len(asked.rows), exact)
 
 
-def mean_loss(engine: Engine, rows: Sequence[Row], on_rows: Callable[[int], None]) -> tuple[float, int]:
+def mean_loss(engine: Engine, rows: Sequence[Row], on_row: Callable[[], None]) -> tuple[float, int]:
     """(mean loss per token, tokens) over `rows` with whatever is attached."""
     model = engine.loaded.model
     loss_sum = loss_function(model, split(model))
@@ -99,7 +108,8 @@ def mean_loss(engine: Engine, rows: Sequence[Row], on_rows: Callable[[int], None
     for batch in by_length(rows, BATCH):
         total += float(mx.array(loss_sum(*as_arrays(batch))).item())
         tokens += batch.trained
-        on_rows(len(batch.inputs))
+        for _ in batch.inputs:
+            on_row()
     return total / tokens, tokens
 
 

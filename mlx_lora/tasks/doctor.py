@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from mlx_lora import __version__, device, paths
+from mlx_lora.models.load import model_names
 from mlx_lora.store import registry
 
 PACKAGES = ("mlx", "mlx-lm", "transformers", "numpy")
@@ -26,7 +27,6 @@ def examine() -> Examination:
     machine = device.describe()
     home = paths.home()
     disk = shutil.disk_usage(home)
-    models = home / "models"
     examination = Examination(
         {
             "version": __version__,
@@ -35,7 +35,7 @@ def examine() -> Examination:
             "home": str(home),
             "home_bytes": paths.directory_bytes(home),
             "disk_free_bytes": disk.free,
-            "models": sorted(entry.name for entry in models.iterdir() if entry.is_dir()) if models.is_dir() else [],
+            "models": model_names(),
             "adapters": registry.names(),
         }
     )

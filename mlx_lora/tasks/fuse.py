@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlx_lora import paths
 from mlx_lora.config import Data
 from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.errors import NameTaken
 from mlx_lora.interop.fuse import Fused, fuse
 from mlx_lora.measure import rows_of_tokens
-from mlx_lora.models.load import LoadedModel
+from mlx_lora.models.load import LoadedModel, find_model
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
-from mlx_lora.study.evaluate import questions
+from mlx_lora.study.evaluate import VALID_FIRST, questions
 
 GENERATED_ROWS, GENERATED_TOKENS = 8, 64
 MOST_ROWS = 32
@@ -31,13 +32,15 @@ def fuse_adapter(
     progress: OnFile = silent,
 ) -> Fused:
     """Merge and measure. Raises before loading when `out` exists, and CannotFuse when the update doesn't survive."""
-    if out.exists() and not force:
-        raise NameTaken(f"{out} exists", hint="choose another directory, or --force to replace it")
+    paths.check_target(out, force=force)
+    if out.resolve() == find_model(model).resolve():
+        raise NameTaken(f"{out} is the model itself", hint="choose another directory")
     stored_adapter = read(registry.find(adapter))
     reference = registry.open_base(model, [stored_adapter])
     if data is not None:
         settings = Data.model_validate((stored_adapter.manifest.recipe or {}).get("data", {}))
-        rows = questions(data, settings, reference.tokenizer, exact=False, progress=progress).rows[:MOST_ROWS]
+        asked = questions(data, settings, reference.tokenizer, exact=False, prefer=VALID_FIRST, progress=progress)
+        rows = asked.rows[:MOST_ROWS]
     else:
         rows = generated_rows(reference, stored_adapter, progress=progress)
     stored = registry.open_stored(model, [stored_adapter])

@@ -11,9 +11,9 @@ from mlx_lora.config import Data, Quantize
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.errors import NameTaken
 from mlx_lora.measure import as_dict, compare
-from mlx_lora.models.load import dequantize_model, load, load_stored, save
+from mlx_lora.models.load import dequantize_model, find_model, half, load, load_stored, save
 from mlx_lora.quant.quantize import is_quantized, quantize
-from mlx_lora.study.evaluate import questions
+from mlx_lora.study.evaluate import VALID_FIRST, questions
 
 
 def quantize_model(
@@ -30,13 +30,17 @@ def quantize_model(
 
     Raises before loading when `out` exists, and DataError when the rows to verify on can't be used.
     """
-    if out.exists() and not force:
-        raise NameTaken(f"{out} exists", hint="choose another directory, or --force to replace it")
+    paths.check_target(out, force=force)
+    if out.resolve() == find_model(model).resolve():
+        raise NameTaken(f"{out} is the model itself", hint="choose another directory")
     loaded = load_stored(model)
-    rows = questions(verify, Data(), loaded.tokenizer, exact=False).rows if verify else []
+    rows = []
+    if verify:
+        whole = Data(too_long="truncate-end")
+        rows = questions(verify, whole, loaded.tokenizer, exact=False, prefer=VALID_FIRST, progress=progress).rows
     if is_quantized(loaded.model):
         warn(f"{model} is quantized already; going through half precision adds to its error")
-        dequantize_model(loaded)
+        dequantize_model(loaded, half(loaded.stored))
     advance = progress("quantizing", sum("weight" in module for _, module in loaded.model.named_modules()))
     done = quantize(loaded.model, settings.complete(), on_layer=lambda path: advance())
     loaded.config["quantization"] = done.config

@@ -48,15 +48,19 @@ class Outcome:
         }
 
 
-def quickstart(listener: Callable[[str, int], Listener], stage: Callable[[str], None]) -> Outcome:
-    """Run it all. `listener(task, steps)` gives each training its screen; `stage` hears what comes next."""
+def quickstart(listener: Callable[[], Listener], stage: Callable[[str], None]) -> Outcome:
+    """Run it all. `listener()` gives each training its screen; `stage` hears what comes next.
+
+    Raises KeyboardInterrupt when a training was asked to stop."""
     stage("quantizing the base to 4 bits")
     base_bytes = _quantize_base()
     trained = {}
     for task in TASKS:
         stage(f"training an adapter for {task}")
         recipe = _recipe(task)
-        trained[task] = train_adapter(recipe, force=True, listener=listener(task, recipe.train.iters or 0))
+        trained[task] = train_adapter(recipe, force=True, listener=listener())
+        if trained[task].finished.stopped_by == "interrupted":
+            raise KeyboardInterrupt
     stage("loading the base once and answering test rows with each adapter")
     adapters = {task: read(paths.room("adapters", f"quickstart-{task}")) for task in TASKS}
     engine = Engine(registry.open_base(BASE, list(adapters.values())))
@@ -65,7 +69,7 @@ def quickstart(listener: Callable[[str, int], Listener], stage: Callable[[str], 
         engine.add(task, wrappers_for(engine.loaded.model, adapter))
     for task in TASKS:
         asked = _questions(task, engine)
-        base, with_adapter = evaluate(engine, [None, task], asked, max_tokens=MAX_TOKENS)
+        base, with_adapter = (evaluate(engine, name, asked, max_tokens=MAX_TOKENS) for name in (None, task))
         swaps += [engine.use(other) for other in (None, *TASKS)]
         samples.append((task, *_sample(engine, task, asked)))
         rows.append(

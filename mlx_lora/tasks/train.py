@@ -6,7 +6,6 @@ recipe, a line of metrics per event, the last adapter, and snapshots when asked 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import yaml
 
-from mlx_lora import device, paths
+from mlx_lora import device, paths, ui
 from mlx_lora.adapters.attach import Wrappers, attach
 from mlx_lora.config import Recipe
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
@@ -46,16 +45,18 @@ class Run:
 
 @dataclass
 class Listener:
-    """What a screen may want to hear. The defaults hear nothing."""
+    """What a screen may want to hear; `started` comes before the first step. The defaults hear nothing."""
 
     event: Callable[[Event], None] = lambda event: None
     stage: Callable[[str], None] = lambda text: None
+    started: Callable[[], None] = lambda: None
     progress: OnFile = silent
     should_stop: Callable[[], bool] = lambda: False
 
 
 def train_adapter(recipe: Recipe, *, force: bool = False, listener: Listener | None = None) -> Run:
-    """Run a recipe. Raises before any weight is loaded when the recipe is incomplete or its name is taken."""
+    """Run a recipe. Raises before any weight is loaded when the recipe is incomplete or its name is taken, and
+    KeyboardInterrupt when it was asked to stop before the first step, with nothing written."""
     hear = listener or Listener()
     name = check(recipe, force=force)
     assert recipe.model is not None and recipe.data.path is not None
@@ -64,10 +65,13 @@ def train_adapter(recipe: Recipe, *, force: bool = False, listener: Listener | N
     base = registry.describe_base(loaded)
     ready(loaded)
     prepared = prepare(recipe.data.path, recipe.data, loaded.tokenizer, seed=recipe.seed, progress=hear.progress)
+    if recipe.train.patience and not prepared.valid:
+        raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
     wrappers = attach(loaded.model, recipe.adapter, seed=recipe.seed)
     hear.stage(summary(recipe, prepared, wrappers))
     manifest = describe(recipe, loaded, prepared, wrappers, base)
     keeper = _Keeper(recipe, name, manifest, wrappers, len(layers_of(loaded.model)))
+    hear.started()
     with device.memory_limits():
         events = train(
             loaded.model,
@@ -81,8 +85,11 @@ def train_adapter(recipe: Recipe, *, force: bool = False, listener: Listener | N
         for event in events:
             keeper.hear(event)
             hear.event(event)
-    path = keeper.save(force=force)
     assert keeper.finished is not None
+    if not keeper.finished.iters:
+        shutil.rmtree(keeper.run)
+        raise KeyboardInterrupt
+    path = keeper.save(force=force)
     return Run(name, path, keeper.finished, loaded, prepared)
 
 
@@ -98,6 +105,9 @@ def check(recipe: Recipe, *, force: bool) -> str:
     target = paths.room("adapters", recipe.name)
     if target.exists() and not force:
         raise NameTaken(f"an adapter {recipe.name!r} exists", hint="--name another one, or --force to replace it")
+    run = paths.room("runs", recipe.name)
+    if list(run.glob("checkpoint-*")) and not force:
+        raise NameTaken(f"{run} holds checkpoints of an unfinished run", hint="--name another one, or --force")
     return recipe.name
 
 
@@ -128,9 +138,17 @@ def describe(
         tokenizer=fingerprint.of_tokenizer(loaded.path),
         chat_template=fingerprint.of_template(loaded.tokenizer),
         template="chat" if chat else "none",
-        recipe=recipe.model_dump(),
+        recipe=shareable(recipe, base),
         data=prepared.files,
     )
+
+
+def shareable(recipe: Recipe, base: store.Base) -> dict[str, Any]:
+    """The recipe as a manifest holds it: an adapter may be given away, and paths of this machine stay here."""
+    values = recipe.model_dump()
+    values["model"] = base.name
+    values["data"]["path"] = Path(values["data"]["path"]).name
+    return values
 
 
 class _Keeper:
@@ -162,7 +180,7 @@ class _Keeper:
         if isinstance(event, Step | Evaluated | Finished):
             line = {"event": type(event).__name__.lower(), **asdict(event)}
             with open(self.metrics, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+                stream.write(ui.json_text(line) + "\n")
 
     def save(self, *, force: bool) -> Path:
         """The best adapter under its name, the last one in the run; the model is left with what was stored."""

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.data.batch import Batch
-from mlx_lora.models.split import Split
+from mlx_lora.models.split import Split, logits_at
 
 Arrays = tuple[mx.array, mx.array, mx.array, mx.array]
 LossFunction = Callable[..., mx.array]
@@ -27,20 +27,12 @@ def as_arrays(batch: Batch) -> Arrays:
 
 
 def loss_function(model: nn.Module, split: Split | None) -> LossFunction:
-    """A function (inputs, positions, targets, weights) -> Σ weight · nll, a float32 scalar.
+    """A function (inputs, positions, targets, weights) -> Σ weight · nll, a float32 scalar."""
 
-    Without a split the whole model runs and rows are picked from its logits.
-    """
-
-    def logits_at(inputs: mx.array, positions: mx.array) -> mx.array:
-        if split is None:
-            logits = model(inputs)
-            return logits.reshape(-1, logits.shape[-1])[positions]
-        hidden = split.trunk(inputs)
-        return split.head(hidden.reshape(-1, hidden.shape[-1])[positions])
+    logits = logits_at(model, split)
 
     def loss_sum(inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        return (negative_log_likelihood(logits_at(inputs, positions), targets) * weights).sum()
+        return (negative_log_likelihood(logits(inputs, positions), targets) * weights).sum()
 
     return loss_sum
 

@@ -82,7 +82,7 @@ def test_layers_choose_all_the_last_n_or_a_list(tiny: LoadedModel, layers: Any, 
 def test_what_matches_nothing_is_an_error_that_says_what_exists(
     tiny: LoadedModel, settings: dict[str, Any], message: str, hint: str | None
 ) -> None:
-    """PITFALLS 21: attaching to keys that match nothing must not train nothing in silence."""
+    """Attaching to keys that match nothing must not train nothing in silence."""
     with pytest.raises(AdapterError, match=message) as caught:
         attach(tiny.model, Adapter(**settings))
     assert hint is None or re.search(hint, caught.value.hint or "")
@@ -102,7 +102,7 @@ def test_attention_of_a_model_without_any_is_an_error() -> None:
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "quantized"])
 @pytest.mark.parametrize("model", ["llama", "qwen3 experts", "phi3 fused qkv"])
 def test_a_to_b_to_a_to_base_gives_bit_identical_logits_and_the_same_arrays(model: str, quantized: bool) -> None:
-    """PITFALLS 24: every kind of layer comes off, and attaching twice is a swap."""
+    """Every kind of layer comes off, and attaching twice is a swap."""
     base = network(model)
     if quantized:
         quantize(base, {"mode": "affine", "bits": 4, "group_size": 32})
@@ -180,7 +180,7 @@ def test_base_layers_are_seen_through_an_adapter_in_the_models_order(tiny: Loade
 
 
 def test_a_half_precision_model_stays_in_half_precision() -> None:
-    """PITFALLS 15: float32 factors must not promote every adapted activation."""
+    """Float32 factors must not promote every adapted activation."""
     model = network("llama", dtype=mx.bfloat16)
     noisy(attach(model, Adapter(rank=2, targets="all-linear")))
     assert model(TOKENS).dtype == mx.bfloat16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Ran
+from tests.conftest import write_model
 
 Run = Callable[..., Ran]
 
@@ -138,3 +140,68 @@ def test_an_adapter_over_a_base_quantized_on_the_way_in(run: Run, data: Path, ti
     assert run("quantize", tiny_path, tmp_path / "q8", "--bits", 8).code == 0
     refused = run("eval", "--model", tmp_path / "q8", "--adapter", "q", "--data", data)
     assert refused.code == 1 and "another base" in refused.err
+
+
+def test_each_adapter_is_evaluated_with_the_settings_it_was_trained_with(run: Run, data: Path, tiny_path: Path) -> None:
+    for name, template in (("chatty", "chat"), ("plain", "none")):
+        words = ["train", "--model", tiny_path, "--data", data, "--name", name, "train.iters=1"]
+        assert run(*words, f"data.template={template}").code == 0
+    alone = [run("eval", "--model", tiny_path, "--adapter", name, "--data", data, "--json").json["results"][1]["loss"]
+             for name in ("chatty", "plain")]  # fmt: skip
+    both = run("eval", "--model", tiny_path, "--adapter", "chatty", "--adapter", "plain", "--data", data, "--json")
+    assert [result["loss"] for result in both.json["results"][1:]] == alone
+
+
+def test_adapters_of_one_name_in_two_places_are_two(
+    trained: Ran, run: Run, home: Path, data: Path, tiny_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(home / "adapters" / "mine", tmp_path / "mine")
+    words = [
+        "eval",
+        "--model",
+        tiny_path,
+        "--adapter",
+        "mine",
+        "--adapter",
+        tmp_path / "mine",
+        "--data",
+        data,
+        "--json",
+    ]
+    names = [result["adapter"] for result in run(*words).json["results"]]
+    assert len(names) == len(set(names)) == 3
+
+
+@pytest.mark.parametrize("word", ["train.batch_size=3", "model=x", "data.path=/nowhere"])
+def test_settings_that_eval_does_not_use_are_errors(run: Run, data: Path, tiny_path: Path, word: str) -> None:
+    ran = run("eval", "--model", tiny_path, "--data", data, word)
+    assert ran.code == 1 and "only data settings" in ran.err
+
+
+def test_a_manifest_holds_no_path_of_this_machine(trained: Ran, home: Path, tmp_path: Path) -> None:
+    """An adapter may be given away."""
+    manifest = (home / "adapters" / "mine" / "manifest.json").read_text()
+    assert str(tmp_path) not in manifest and "/" not in json.loads(manifest)["recipe"]["model"]
+
+
+def test_losses_that_are_not_finite_end_with_an_explanation_and_what_there_was(
+    run: Run, home: Path, data: Path, tiny_path: Path
+) -> None:
+    words = ["train", "--model", tiny_path, "--data", data, "--name", "hot", "train.learning_rate=1e30", "--json",
+             "train.optimizer=sgd", "train.max_grad_norm=null", "train.iters=12", "train.warmup=0"]  # fmt: skip
+    ran = run(*words)
+    assert ran.code == 1 and "not finite" in ran.err and "learning_rate" in ran.err
+    assert ran.json["stopped_by"] == "nonfinite" and (home / "adapters" / "hot").is_dir()
+    assert "NaN" not in (home / "runs" / "hot" / "metrics.jsonl").read_text()
+
+
+def test_out_may_not_be_the_model_itself(trained: Ran, run: Run, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    for words in (["quantize", base, base], ["fuse", "--model", base, "--adapter", "mine", "--out", base]):
+        ran = run(*words, "--force")
+        assert ran.code == 1 and "model itself" in ran.err
+
+
+def test_a_table_in_a_pipe_is_not_folded(trained: Ran, run: Run) -> None:
+    assert run("adapters", "rename", "mine", "m" * 100).code == 0
+    assert "m" * 100 in run("adapters", "list").out

@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_directories_that_are_broken_or_run_code_are_refused(directory: Path, case: str) -> None:
-    """PITFALLS 34 and 36."""
+    """Nothing in a model directory is run, and no header is trusted before it is checked."""
     breaking, message = REFUSED[case]
     breaking(directory)
     with pytest.raises(ModelError, match=message) as caught:
@@ -135,7 +135,7 @@ def test_everything_missing_is_listed_at_once(directory: Path) -> None:
     ],
 )
 def test_what_is_not_on_disk_is_an_error_that_names_pull(name: str, message: str, hint: str, home: Path) -> None:
-    """PITFALLS 31: a mistyped path or a repo id never goes to a hub (conftest refuses connections)."""
+    """A mistyped path or a repo id never goes to a hub (conftest refuses connections)."""
     (home / "models" / "qwen3").mkdir(parents=True)
     with pytest.raises(ModelError, match=message) as caught:
         load(name)
@@ -227,7 +227,7 @@ def run_python(code: str, **environment: str) -> str:
 
 
 def test_importing_leaves_file_limits_and_yaml_as_they_were() -> None:
-    """PITFALLS 37."""
+    """Importing a library must not change the process's limits."""
     code = (
         "import resource, yaml; before = resource.getrlimit(resource.RLIMIT_NOFILE), yaml.safe_load('a: 1e-4')\n"
         "import mlx_lora.models.load, mlx_lora.serve.engine\n"

@@ -53,7 +53,7 @@ def test_relative_error_and_bits_per_weight_are_what_numpy_says(mode: str, bits:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_parameters_are_counted_as_what_packed_weights_stand_for(bits: int) -> None:
-    """PITFALLS 23: packed · (32 // bits) is wrong for 3, 5 and 6 bits."""
+    """Packed · (32 // bits) is wrong for 3, 5 and 6 bits."""
     model = network("qwen3 experts")
     before = parameter_count(model)
     quantize(model, settings_of(bits=bits, group_size=32))

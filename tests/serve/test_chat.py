@@ -85,6 +85,7 @@ def test_the_base_is_the_same_object_after_a_swap(talk: Talk, tiny: LoadedModel)
         ("/set temprature 1", "temperature"),
         ("/set temperature hot", "not a value"),
         ("/set max_tokens 0", "out of range"),
+        ("/set temperature nan", "out of range"),
         ("/save", "/save FILE"),
     ],
 )

@@ -83,6 +83,22 @@ def test_a_continued_prompt_reuses_its_cache_with_the_same_answer(engine: Engine
     assert list(engine.stream(PROMPT[:10] + [60], max_tokens=6)) == greedy(engine, PROMPT[:10] + [60], 6)
 
 
+def test_a_pass_that_breaks_off_takes_its_cache_along(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some layers would hold one token more than others, and the next answer would be nonsense."""
+    list(engine.stream(PROMPT, max_tokens=3))
+    layer = engine.loaded.model.layers[-1]
+    monkeypatch.setattr(type(layer), "__call__", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.stream([*PROMPT, 50], max_tokens=3))
+    monkeypatch.undo()
+    assert engine.cache.layers is None
+    assert list(engine.stream([*PROMPT, 51], max_tokens=5)) == greedy(engine, [*PROMPT, 51], 5)
+
+
+def _interrupted(*arguments: Any, **named: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_batch_answers_as_one_by_one(engine: Engine) -> None:
     engine.use("b")
     prompts = [PROMPT[:length] for length in (3, 17, 9, 20, 5)]

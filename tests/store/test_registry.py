@@ -76,7 +76,7 @@ def test_rename_and_remove_take_the_run_along(write: Write, home: Path) -> None:
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("verb", ["remove", "rename from", "rename to"])
 def test_names_that_leave_the_home_are_refused(write: Write, home: Path, verb: str, name: str) -> None:
-    """PITFALLS 32."""
+    """A name can't reach outside the home."""
     write("mail")
     actions = {
         "remove": lambda: registry.remove(name),
@@ -132,7 +132,7 @@ def test_an_adapter_opens_its_base_as_it_was_trained_over(
 def test_another_base_or_quantization_is_refused_for_every_adapter_at_once(
     write: Write, tiny_path: Path, tmp_path: Path
 ) -> None:
-    """PITFALLS 22."""
+    """An adapter for another base, or with missing tensors, is refused."""
     other = write_model(tmp_path / "other", seed=1)
     mail, notes = read(write("mail")), read(write("notes"))
     with pytest.raises(AdapterError, match="(?s)mail belongs to another base.*notes belongs to another") as caught:

@@ -59,7 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_mlx_lm_and_we_read_what_was_written_with_the_same_logits(
     tmp_path: Path, settings: str, bits: int | None
 ) -> None:
-    """PITFALLS 30: ranks and scales of single modules survive, by zero-padding and by folding into lora_b."""
+    """Ranks and scales of single modules survive, by zero-padding and by folding into lora_b."""
     base = write_model(tmp_path / "base")
     if bits:
         save_model(load_stored(base, quantization=Quantize(bits=bits, group_size=32)), tmp_path / "packed")
@@ -112,7 +112,7 @@ def test_arrays_come_back_bit_for_bit_after_the_one_rounding(tiny: LoadedModel, 
 
 
 def test_files_are_mlx_lms_and_the_manifest_says_what_is_in_them(written: Path) -> None:
-    """PITFALLS 33: no data in it; Ollama reads `alpha` and takes a missing one for 0."""
+    """No data in it; Ollama reads `alpha` and takes a missing one for 0."""
     assert sorted(file.name for file in written.iterdir()) == sorted([WEIGHTS, CONFIG, MANIFEST])
     config = json.loads((written / CONFIG).read_text())
     assert config["fine_tune_type"] == "lora" and config["num_layers"] == 3 and config["alpha"] == 16
@@ -130,7 +130,7 @@ def test_files_are_mlx_lms_and_the_manifest_says_what_is_in_them(written: Path) 
 def test_an_adapter_in_mlx_lms_format_reads_with_its_logits(
     tiny_path: Path, tmp_path: Path, keys: list[str], rank: int
 ) -> None:
-    """PITFALLS 26: its scale is its own, here 20 and not alpha / rank."""
+    """Its scale is its own, here 20 and not alpha / rank."""
     theirs, _ = mlx_lm.utils.load(str(tiny_path))
     parameters = {"rank": rank, "scale": 20.0, "dropout": 0.1, "keys": keys}
     linear_to_lora_layers(theirs, 2, parameters)
@@ -202,7 +202,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_adapter_is_refused_before_a_base_is_needed(written: Path, case: str) -> None:
-    """PITFALLS 22 and 36."""
+    """Damaged files are refused, whatever the damage."""
     damage, messages = DAMAGED[case]
     damage(written)
     with pytest.raises(AdapterError) as caught:
@@ -234,7 +234,7 @@ MISFIT["all at once"] = (
 
 @pytest.mark.parametrize("case", MISFIT)
 def test_tensors_that_do_not_fit_are_listed_in_one_error(written: Path, tiny: LoadedModel, case: str) -> None:
-    """PITFALLS 22: nothing missing, extra or misshapen is let through."""
+    """Nothing missing, extra or misshapen is let through."""
     change, messages = MISFIT[case]
     arrays_changed(change)(written)
     with pytest.raises(AdapterError) as caught:
@@ -243,7 +243,7 @@ def test_tensors_that_do_not_fit_are_listed_in_one_error(written: Path, tiny: Lo
 
 
 def test_a_name_in_use_is_refused_and_force_replaces_it(written: Path, tiny: LoadedModel) -> None:
-    """PITFALLS 20."""
+    """Nothing is written in place: a crash must not pair new files with old ones."""
     before = (written / WEIGHTS).read_bytes()
     wrappers, manifest = trained(tiny, rank=2)
     with pytest.raises(NameTaken):

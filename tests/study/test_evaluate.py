@@ -30,14 +30,14 @@ def test_exact_match_counts_the_answers_that_generation_gives(
         says = tiny.tokenizer.decode(list(engine.stream(tokens, max_tokens=6)))
         rows.append({"prompt": prompt, "completion": says if index else "something else"})
     asked = questions(str(write_rows(rows)), Data(), tiny.tokenizer, exact=True)
-    (result,) = evaluate(engine, [None], asked, max_tokens=6)
+    result = evaluate(engine, None, asked, max_tokens=6)
     assert result.exact_match == 3 / 4
 
 
 def test_loss_is_the_mean_over_tokens_of_all_rows(tiny: LoadedModel, write_rows: Callable[..., Path]) -> None:
     rows = [{"prompt": prompt, "completion": prompt * 3} for prompt in PROMPTS * 3]
     asked = questions(str(write_rows(rows)), Data(), tiny.tokenizer, exact=False)
-    (result,) = evaluate(Engine(tiny), [None], asked)
+    result = evaluate(Engine(tiny), None, asked)
     total = sum(loss_function(tiny.model, None)(*as_arrays(collate([row]))).item() for row in asked.rows)
     assert result.tokens == sum(row.trained for row in asked.rows) and result.exact_match is None
     assert result.loss == pytest.approx(total / result.tokens, rel=1e-5)
