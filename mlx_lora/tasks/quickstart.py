@@ -24,7 +24,9 @@ from mlx_lora.tasks.train import Listener, train_adapter
 TASKS = ("notes", "mail", "sql")
 BASE = "quickstart-base"
 MAX_TOKENS = 64
-FUSED_ROWS = 25
+FUSED_ROWS = 40
+# Eight bits round: an answer may turn on a tie. Fewer equal answers than this would not be the same model.
+SAME_ANSWERS = 0.95
 
 
 @dataclass
@@ -87,7 +89,7 @@ def quickstart(listener: Callable[[], Listener], stage: Callable[[str], None]) -
 
 
 def _quantize_base() -> int:
-    loaded = load_stored(paths.bundled("data", "base"), quantization=Quantize(bits=4))
+    loaded = load_stored(paths.bundled("data", "base"), quantization=Quantize(bits=4, group_size=32))
     return save(loaded, paths.room("models", BASE), force=True)
 
 
@@ -122,4 +124,5 @@ def _fuse(engine: Engine, adapter: StoredAdapter) -> tuple[bool, dict[str, Any]]
     engine.use(task)
     expected = dict(engine.batch(prompts, max_tokens=MAX_TOKENS))
     answers = dict(Engine(registry.open_base(str(out))).batch(prompts, max_tokens=MAX_TOKENS))
-    return answers == expected, fused.as_dict()
+    same = sum(answers[index] == answer for index, answer in expected.items()) / len(expected)
+    return same >= SAME_ANSWERS, {**fused.as_dict(), "same_answers": same}

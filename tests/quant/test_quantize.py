@@ -139,3 +139,10 @@ def test_unpacking_computes_in_float32_whatever_the_scales_are() -> None:
     scales, biases = np.array(packed.scales, np.float64), np.array(packed.biases, np.float64)
     codes = np.array(packed.weight).view(np.uint8).reshape(64, 64)
     np.testing.assert_allclose(dequantize_layer(packed, mx.float32), codes * scales + biases, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4", "mxfp8"])
+def test_activations_of_a_half_precision_model_stay_in_half_precision(tmp_path: Path, mode: str) -> None:
+    """The modes whose scales are integers unpack to bfloat16; float16 norms beside it would give float32."""
+    loaded = load_stored(write_model(tmp_path / "half", dtype=mx.float16), quantization=Quantize(mode=mode))
+    assert loaded.model(mx.array([[1, 2, 3]])).dtype == (mx.float16 if mode == "affine" else mx.bfloat16)
