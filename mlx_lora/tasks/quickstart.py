@@ -23,7 +23,7 @@ from mlx_lora.tasks.train import Listener, train_adapter
 
 TASKS = ("notes", "mail", "sql")
 BASE = "quickstart-base"
-MAX_TOKENS = 64
+MAX_TOKENS = 80
 FUSED_ROWS = 40
 # Eight bits round: an answer may turn on a tie. Fewer equal answers than this would not be the same model.
 SAME_ANSWERS = 0.95
