@@ -98,7 +98,7 @@ def fuse(
     model: Model,
     adapter: Annotated[str, typer.Option("--adapter", help="An adapter directory, or a name in the home.")],
     out: Annotated[Path, typer.Option("--out", help="The directory to write.")],
-    bits: Annotated[Bits | None, typer.Option("--bits", help="mixed: touched layers at 8 bits.")] = None,
+    bits: Annotated[Bits | None, typer.Option("--bits", help="mixed: touched layers at 8 bits or more.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Measure on these rows instead of generated text.")] = None,
     force: Force = False,
     json: Json = False,

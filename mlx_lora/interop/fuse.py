@@ -1,8 +1,8 @@
 """Merge an adapter into its base, and measure whether it survived.
 
 Requantizing a merged weight to 4 bits can erase the update in silence: it is often smaller than a quantization step.
-So over a quantized base the touched layers become 8-bit by default, survival is measured on the weights before
-anything is written, and a merge that loses more than half is refused.
+So over a quantized base the touched layers become 8-bit by default, or stay plain where even 8 bits would lose most of
+the update; survival is measured on the weights before anything is written, and losing more than half is refused.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def fuse(
     """Merge `adapter` into `stored` (tensors as on disk), write it to `out`, and compare it with `reference`.
 
     `reference` is the same base ready to compute; it comes back carrying the adapter. `bits` is `keep` (each layer
-    its base's own format), `mixed` (touched layers at 8 bits), `8` or `16` (the whole model, `16` in half precision);
-    the default is mixed over a quantized base and keep over a plain one. Raises CannotFuse under 0.5 survival without
-    `force`.
+    its base's own format), `mixed` (touched layers at 8 bits, or plain where 8 bits lose most of their update), or `8`
+    or `16` (the whole model, `16` in half precision); the default is mixed over a quantized base and keep over a plain
+    one. Raises CannotFuse under 0.5 survival without `force`.
     """
     quantized = "quantization" in stored.config
     bits = bits or ("mixed" if quantized else "keep")
@@ -87,17 +87,24 @@ def fuse(
 
 
 def merge(wrapper: AdapterLayer, bits: str, dtype: mx.Dtype) -> nn.Module:
-    """The wrapped layer with its update merged: packed as its base for `keep`, at 8 bits for `mixed`, else plain."""
+    """The wrapped layer with its update merged, in the format that `bits` asks for.
+
+    Under `mixed` that is 8 bits, unless 8 bits would lose most of this layer's update: then it stays plain. A short
+    training moves weights by less than an 8-bit step.
+    """
     plain = wrapper.fuse()
     plain.set_dtype(half(dtype) if bits == "16" else dtype)
-    settings = eight_bits(plain) if bits == "mixed" else layer_settings(wrapper.base)
+    if bits == "mixed":
+        packed = plain.to_quantized(**eight_bits(plain))
+        return packed if survival([_update(wrapper, packed)]) >= LEAST_SURVIVAL else plain
+    settings = layer_settings(wrapper.base)
     return plain if settings is None or bits in ("8", "16") else plain.to_quantized(**settings)
 
 
 def eight_bits(layer: nn.Module) -> dict[str, Any]:
     """Affine 8-bit settings that divide a layer's input dimension. Raises CannotFuse when none does."""
     columns = layer["weight"].shape[-1]
-    for group_size in (64, 32, 128):
+    for group_size in (32, 64, 128):
         if columns % group_size == 0:
             return {"mode": "affine", "bits": 8, "group_size": group_size}
     raise CannotFuse(f"no 8-bit group size divides {columns} columns", hint="--bits 16")
@@ -106,8 +113,12 @@ def eight_bits(layer: nn.Module) -> dict[str, Any]:
 def _updates(wrappers: Wrappers, modules: dict[str, nn.Module]) -> Iterator[tuple[mx.array, mx.array]]:
     """(intended, realised) updates of every touched weight."""
     for path, wrapper in wrappers.items():
-        base = dequantize_layer(wrapper.base, mx.float32)
-        yield wrapper.delta(), dequantize_layer(modules[path], mx.float32) - base
+        yield _update(wrapper, modules[path])
+
+
+def _update(wrapper: AdapterLayer, merged: nn.Module) -> tuple[mx.array, mx.array]:
+    base = dequantize_layer(wrapper.base, mx.float32)
+    return wrapper.delta(), dequantize_layer(merged, mx.float32) - base
 
 
 def _convert(stored: LoadedModel, touched: list[str], bits: str) -> None:
@@ -121,5 +132,5 @@ def _convert(stored: LoadedModel, touched: list[str], bits: str) -> None:
         stored.config["quantization"] = quantize(stored.model, eight).config
     if bits == "mixed" or (bits == "keep" and "quantization" in stored.config):
         modules = dict(stored.model.named_modules())
-        layers = {path: layer_settings(modules[path]) for path in touched}
+        layers = {path: layer_settings(modules[path]) or False for path in touched}
         stored.config["quantization"] = {**stored.config.get("quantization", eight), **layers}

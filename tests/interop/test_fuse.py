@@ -76,7 +76,7 @@ def test_sixteen_bits_are_half_precision_and_mixed_is_eight_bits_over_a_plain_ba
     assert {array.dtype for _, array in tree_flatten(load_stored(tmp_path / "half").model.parameters())} == {mx.float16}
     run(tiny_path, tmp_path / "mixed", 0.3, quantize=False, bits="mixed")
     layers = dict(load_stored(tmp_path / "mixed").model.named_modules())
-    assert layer_settings(layers["model.layers.0.self_attn.q_proj"]) == {"mode": "affine", "bits": 8, "group_size": 64}
+    assert layer_settings(layers["model.layers.0.self_attn.q_proj"]) == {"mode": "affine", "bits": 8, "group_size": 32}
     assert layer_settings(layers["model.layers.0.mlp.up_proj"]) is None
 
 
@@ -86,10 +86,19 @@ def test_mixed_keeps_untouched_layers_as_they_were(tiny_path: Path, tmp_path: Pa
     before = dict(load_stored(tiny_path, quantization=settings).model.named_modules())
     after = dict(load_stored(tmp_path / "out").model.named_modules())
     touched = layer_settings(after["model.layers.0.self_attn.q_proj"])
-    assert touched == {"mode": "affine", "bits": 8, "group_size": 64}
+    assert touched == {"mode": "affine", "bits": 8, "group_size": 32}
     untouched = "model.layers.0.mlp.up_proj"
     assert layer_settings(after[untouched]) == {"mode": "affine", "bits": 4, "group_size": 32}
     assert mx.array_equal(before[untouched].weight, after[untouched].weight)
+
+
+def test_mixed_keeps_layers_plain_whose_update_eight_bits_would_lose(tiny_path: Path, tmp_path: Path) -> None:
+    """A short training moves weights by less than an 8-bit step."""
+    fused = run(tiny_path, tmp_path / "out", 0.003, quantize=True, bits="mixed")
+    layers = dict(load_stored(tmp_path / "out").model.named_modules())
+    assert layer_settings(layers["model.layers.0.self_attn.q_proj"]) is None and fused.delta_survival > 0.99
+    assert layer_settings(layers["model.layers.0.mlp.up_proj"]) == {"mode": "affine", "bits": 4, "group_size": 32}
+    mlx_lm.utils.load(str(tmp_path / "out"))
 
 
 def test_an_update_lost_in_four_bits_is_refused(tiny_path: Path, tmp_path: Path) -> None:
