@@ -111,7 +111,7 @@ def _sample(engine: Engine, task: str, asked: Questions) -> tuple[str, str, str]
     for name in (None, task):
         engine.use(name)
         answers.append(decode(list(engine.stream(asked.prompts[0], max_tokens=MAX_TOKENS))))
-    return decode(asked.prompts[0]), answers[0], answers[1]
+    return decode(asked.prompts[0], skip_special_tokens=True), answers[0], answers[1]
 
 
 def _fuse(engine: Engine, adapter: StoredAdapter) -> tuple[bool, dict[str, Any]]:
