@@ -73,7 +73,7 @@ def test_a_role_the_template_refuses(run: Run, tmp_path: Path, tiny_path: Path) 
         (["generate", "--model", "nowhere", "--prompt", "x"], 1, ["nowhere", "pull"]),
         (["generate", "--model", "some/repo", "--prompt", "x"], 1, ["some/repo", "mlx-lora pull some/repo"]),
         (["eval", "--model", "nowhere"], 2, ["--data"]),
-        (["adapters", "show", "../../etc"], 1, ["adapter_config.json"]),
+        (["adapters", "show", "../../no-such-place"], 1, ["no adapter", "../../no-such-place"]),
         (["adapters", "remove", "..", "--yes"], 1, ["'..'"]),
         (["adapters", "rename", "a", "b/../c"], 1, ["a"]),
         (["data", "check", "nowhere"], 1, ["nowhere", "no such file"]),
