@@ -192,8 +192,7 @@ def load_tokenizer(model: str | Path) -> Any:
 def ready(loaded: LoadedModel) -> LoadedModel:
     """Cast to the dtype this device computes in, choose its multiply, and freeze: a base never trains."""
     if not device.on_gpu():
-        loaded.model.set_dtype(loaded.dtype)
-    use_fast_multiply(loaded.model)
+        use_fast_multiply(loaded.model)
     loaded.model.freeze()
     loaded.model.eval()
     mx.eval(loaded.model.parameters())

@@ -1,13 +1,15 @@
-"""Multiply by a quantized weight through a temporary dequantized copy, where MLX's own kernel is slow.
+"""Multiply by a quantized weight through temporary dequantized blocks, where MLX's own kernel is slow.
 
 On a GPU `mx.quantized_matmul` is the fast path and nothing here is used. On the CPU backend it reaches 2 to 6
-GFLOP/s, while dequantizing and calling BLAS reaches 60 and more from a few rows on. The copy must not live until the
-backward pass: the vjp dequantizes again, and `mx.depends` keeps a compiled graph from merging the two.
+GFLOP/s, while dequantizing and calling BLAS reaches 60 and more from a few rows on. No dense copy may live until the
+backward pass: the vjp dequantizes again, and `mx.depends` keeps a compiled graph from merging the two. Within a pass
+the weight is unpacked a block of rows at a time, each block after the one before, because MLX evaluates independent
+operations side by side and would hold all of them at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -19,14 +21,26 @@ from mlx_lora import device
 
 # Below this many rows the packed weight is cheaper to read once than to unpack (measured on two cores).
 FEW_ROWS = 3
+# Bytes of a dequantized block: large enough for BLAS, small enough for the processor's cache and for a laptop.
+BLOCK_BYTES = 8 << 20
 
 
 def dequantize(
     weight: mx.array, scales: mx.array, biases: mx.array | None, *, group_size: int, bits: int, mode: str
 ) -> mx.array:
     """Dequantized float weight in the scales' dtype (float32 for the modes whose scales are integers)."""
+    if biases is not None and 32 % bits == 0 and not device.on_gpu():
+        return _unpacked(weight, scales, biases, group_size, bits)
     dtype = scales.dtype if biases is not None else mx.float32
     return mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=dtype)
+
+
+def _unpacked(weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> mx.array:
+    """scale · q + bias where a word of 32 bits holds whole numbers q: twice as fast as MLX's own on a CPU."""
+    shifts = mx.arange(0, 32, bits, dtype=mx.uint32)
+    values = mx.bitwise_and(mx.right_shift(weight[..., None], shifts), (1 << bits) - 1).astype(scales.dtype)
+    groups = values.reshape(*scales.shape, group_size)
+    return (groups * scales[..., None] + biases[..., None]).reshape(*weight.shape[:-1], -1)
 
 
 @lru_cache
@@ -36,20 +50,39 @@ def _dequantizing_multiply(group_size: int, bits: int, mode: str) -> Callable[..
     Everything is an explicit input: a custom function's vjp gives silent zeros for what its closure holds.
     """
 
-    def unpack(weight: mx.array, scales: mx.array, biases: tuple[mx.array, ...], after: mx.array) -> mx.array:
-        (weight,) = mx.depends([weight], [after])
-        bias = biases[0] if biases else None
-        return dequantize(weight, scales, bias, group_size=group_size, bits=bits, mode=mode).astype(after.dtype)
+    def unpack(packed: list[mx.array], after: mx.array) -> mx.array:
+        """A dense block in the dtype of `after`, made only once `after` is there."""
+        weight, *rest = (mx.depends([array], [after])[0] for array in packed)
+        scales, biases = rest[0], rest[1] if len(rest) > 1 else None
+        if biases is not None:  # dequantizing in half precision would round once more
+            scales, biases = scales.astype(after.dtype), biases.astype(after.dtype)
+        return dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode).astype(after.dtype)
+
+    def blocks(packed: tuple[mx.array, ...]) -> Iterator[tuple[slice, list[mx.array]]]:
+        rows, columns = packed[0].shape[0], packed[0].shape[1] * 32 // bits
+        step = max(BLOCK_BYTES // (4 * columns), 1)
+        for start in range(0, rows, step):
+            here = slice(start, start + step)
+            yield here, [array[here] for array in packed]
 
     @mx.custom_function  # type: ignore[untyped-decorator]
-    def multiply(x: mx.array, weight: mx.array, scales: mx.array, *biases: mx.array) -> mx.array:
-        return x @ unpack(weight, scales, biases, x).T
+    def multiply(x: mx.array, *packed: mx.array) -> mx.array:
+        parts, after = [], x
+        for _, block in blocks(packed):
+            after = x @ unpack(block, after).T
+            parts.append(after)
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
     @multiply.vjp  # type: ignore[untyped-decorator]
     def multiply_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-        _, weight, scales, *biases = primals
-        frozen = tuple(mx.zeros_like(array) for array in primals[1:])
-        return (cotangent @ unpack(weight, scales, tuple(biases), cotangent), *frozen)
+        packed, rows = primals[1:], cotangent.reshape(-1, cotangent.shape[-1])
+        total = None
+        for here, block in blocks(packed):
+            weight = unpack(block, rows if total is None else total)
+            total = rows[:, here] @ weight if total is None else mx.addmm(total, rows[:, here], weight)
+        assert total is not None
+        frozen = tuple(mx.broadcast_to(mx.zeros((), array.dtype), array.shape) for array in packed)
+        return (total.reshape(*cotangent.shape[:-1], -1), *frozen)
 
     return multiply  # type: ignore[return-value, no-any-return]
 
@@ -73,13 +106,14 @@ class DequantizingLinear(nn.QuantizedLinear):
 
 
 class DequantizingEmbedding(nn.QuantizedEmbedding):
-    """A QuantizedEmbedding for the CPU backend, whose use as output head goes through BLAS.
-
-    The modes without zero-points unpack to bfloat16; its values are taken to float32 as they are.
-    """
+    """A QuantizedEmbedding for the CPU backend: float32 out, and BLAS where it serves as output head."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(x).astype(mx.float32)
+        scales, biases = self["scales"][x], self["biases"][x] if self.get("biases") is not None else None
+        if biases is not None:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        settings = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return dequantize(self["weight"][x], scales, biases, **settings).astype(mx.float32)
 
     def as_linear(self, x: mx.array) -> mx.array:
         return multiply_transposed(x, self)
@@ -89,15 +123,25 @@ _FASTER: dict[type, type] = {nn.QuantizedLinear: DequantizingLinear, nn.Quantize
 
 
 def use_fast_multiply(model: nn.Module) -> None:
-    """On a CPU, give every quantized layer of `model` the dequantizing multiply; on a GPU do nothing."""
-    if device.on_gpu():
-        return
+    """Give every quantized layer of `model` the dequantizing multiply, and every other float array float32.
+
+    For a CPU. The scales of those layers stay as they are stored, a tenth of a packed model: they are cast by block.
+    """
 
     def faster(module: Any) -> Any:
         return like(module, _FASTER[type(module)]) if type(module) in _FASTER else module
 
+    def cast(array: mx.array) -> mx.array:
+        half = mx.issubdtype(array.dtype, mx.floating) and array.dtype != mx.float32
+        return array.astype(mx.float32) if half else array
+
+    def to_cast(module: nn.Module, key: str, value: Any) -> bool:
+        packed = type(module) in _FASTER.values() and key in ("scales", "biases")
+        return nn.Module.valid_parameter_filter(module, key, value) and not packed
+
     leaves = tree_map(faster, model.leaf_modules(), is_leaf=nn.Module.is_module)
     model.update_modules(leaves)
+    model.apply(cast, to_cast)
 
 
 def like(module: nn.Module, cls: type) -> Any:

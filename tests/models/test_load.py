@@ -169,8 +169,10 @@ def test_models_are_found_by_path_by_name_and_in_the_hub_cache(
 def test_the_base_is_frozen_in_evaluation_and_float32_on_a_cpu(tmp_path: Path) -> None:
     loaded = load(write_model(tmp_path / "half", dtype=mx.bfloat16), quantization=Quantize(bits=4))
     assert loaded.stored == mx.bfloat16 and loaded.dtype == mx.float32
-    floats = {array.dtype for _, array in tree_flatten(loaded.model.parameters()) if array.dtype != mx.uint32}
-    assert floats == {mx.float32}
+    dtypes = {path: array.dtype for path, array in tree_flatten(loaded.model.parameters()) if array.dtype != mx.uint32}
+    packed = {path for path in dtypes if path.endswith((".scales", ".biases"))}
+    assert {dtypes[path] for path in packed} == {mx.bfloat16}
+    assert {dtypes[path] for path in dtypes if path not in packed} == {mx.float32}
     assert not tree_flatten(loaded.model.trainable_parameters()) and not loaded.model.training
     assert isinstance(loaded.model.layers[0].self_attn.q_proj, DequantizingLinear)
     assert loaded.model(TOKENS).dtype == mx.float32
