@@ -1,13 +1,17 @@
-"""The device: its dtype, the BLAS under it, and limits that are put back."""
+"""The device: its dtype, the BLAS under it, limits that are put back, and an exponential that is as good as MLX's."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_lora import device
@@ -61,6 +65,143 @@ def test_memory_limits_are_put_back() -> None:
         assert mx.set_cache_limit(cache) == 1 << 30
     finally:
         mx.set_cache_limit(cache)
+
+
+@pytest.mark.skipif(device.on_gpu(), reason="a GPU has another limit")
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_cpu_waits_for_each_operation_inside_and_has_its_old_limit_back(fails: bool) -> None:
+    original = mx.set_memory_limit(3 << 30)
+    try:
+        with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+            with device.memory_limits():
+                assert limit_now() == 0
+                device.hold_back()
+                assert not fails or 1 / 0
+        assert limit_now() == 3 << 30
+    finally:
+        mx.set_memory_limit(original)
+
+
+@pytest.mark.skipif(device.on_gpu(), reason="a GPU isn't held back")
+def test_memory_is_held_back_a_little_below_its_peak_and_never_below_nothing() -> None:
+    original = mx.set_memory_limit(3 << 30)
+    try:
+        mx.reset_peak_memory()
+        mx.eval(mx.zeros((64 << 20) // 4))
+        device.hold_back()
+        peak = mx.get_peak_memory()
+        assert peak >= 64 << 20 and limit_now() == peak - device.HELD_BACK
+        mx.reset_peak_memory()
+        if mx.get_active_memory() < device.HELD_BACK:
+            device.hold_back()
+            assert limit_now() == 0
+    finally:
+        mx.set_memory_limit(original)
+
+
+def limit_now() -> int:
+    """MLX tells the limit only while setting another."""
+    limit = mx.set_memory_limit(0)
+    mx.set_memory_limit(limit)
+    return int(limit)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "compiled"])
+def compiled(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    return mx.compile if request.param else lambda function: function  # type: ignore[no-any-return]
+
+
+LOWEST = float(np.finfo(np.float32).min)
+SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+def test_the_exponential_is_as_exact_as_mlxs_own(compiled: Callable[..., Any]) -> None:
+    grid = np.linspace(-80, 0, 400_001).astype(np.float32)
+    halves = (np.arange(-230, 1) / 2 * np.log(2)).astype(np.float32)  # where another power of two begins
+    near = np.concatenate([np.nextafter(halves, np.float32(-np.inf)), halves, -np.logspace(-30, 0, 200)])
+    x = np.concatenate([grid, near[(near >= -80) & (near <= 0)].astype(np.float32)])
+    ours, exact = np.array(compiled(device.exp_below_one)(mx.array(x))), np.exp(x.astype(np.float64))
+    # what grows with x is the rounding of x·log₂e
+    errors = np.abs(ours - exact) / exact
+    assert (errors / (2e-7 + 8e-8 * np.abs(x))).max() < 1
+    assert errors.max() < 4e-6
+    assert errors.max() < 1.1 * (np.abs(np.array(mx.exp(mx.array(x))) - exact) / exact).max() + 1e-7
+    assert ours.dtype == np.float32
+
+
+def test_the_exponential_of_zero_is_one_and_of_very_little_is_zero(compiled: Callable[..., Any]) -> None:
+    exponential = compiled(device.exp_below_one)
+    np.testing.assert_array_equal(exponential(mx.array([0.0, -0.0])), [1, 1])
+    little = np.concatenate([np.linspace(-90, -2000, 5000), -np.logspace(3.3, 38, 200), [LOWEST, -np.inf]])
+    assert not np.array(exponential(mx.array(little.astype(np.float32)))).any()
+
+
+@pytest.mark.skipif(device.on_gpu(), reason="MLX's own")
+def test_the_exponential_never_rises_where_it_falls_and_is_hardly_ever_denormal(compiled: Callable[..., Any]) -> None:
+    x = np.linspace(-95, 0, 1_000_001).astype(np.float32)
+    ours = np.array(compiled(device.exp_below_one)(mx.array(x)))
+    assert (np.diff(ours.astype(np.float64)) >= -1e-6 * ours[:-1]).all()
+    denormal = x[(ours > 0) & (ours < SMALLEST)]
+    assert denormal.size == 0 or np.ptp(denormal) < np.log(2) / 2 + 1e-3
+
+
+def test_the_exponential_of_nan_is_nan() -> None:
+    """A step that isn't finite has to be seen as such."""
+    assert np.isnan(np.array(device.exp_below_one(mx.array([float("nan"), -1.0])))).tolist() == [True, False]
+    assert np.isnan(np.array(device.softmax(mx.array([[float("nan"), 1.0, 2.0], [0.0, 1.0, 2.0]])))).any(axis=1)[0]
+
+
+def test_the_sigmoid_is_exact_on_both_sides_and_at_the_ends(compiled: Callable[..., Any]) -> None:
+    x = np.concatenate([np.linspace(-80, 80, 100_001), [0.0, -0.0, 1e-20, -1e-20]]).astype(np.float32)
+    exact = 1 / (1 + np.exp(-x.astype(np.float64)))
+    ours = np.array(compiled(device.sigmoid)(mx.array(x)))
+    assert (np.abs(ours - exact) / exact / (4e-7 + 8e-8 * np.abs(np.minimum(x, 0)))).max() < 1
+    ends = [-np.inf, LOWEST, -1e4, -100, 100, 1e4, -LOWEST, np.inf]
+    np.testing.assert_allclose(device.sigmoid(mx.array(ends)), [0, 0, 0, 0, 1, 1, 1, 1], atol=1e-37)
+
+
+@pytest.mark.parametrize("never", [LOWEST, -np.inf], ids=["lowest", "infinite"])
+def test_the_softmax_is_exact_with_masked_entries(never: float, compiled: Callable[..., Any]) -> None:
+    draw = np.random.default_rng(0)
+    x = (draw.normal(size=(40, 3, 70)) * draw.choice([0.1, 5, 1000], (40, 1, 1))).astype(np.float32)
+    x[draw.random(x.shape) < 0.4] = never
+    x[:, :, 0] = draw.normal(size=(40, 3))  # something may be looked at
+    powers = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
+    exact = powers / powers.sum(axis=-1, keepdims=True)
+    ours = np.array(compiled(device.softmax)(mx.array(x)))
+    np.testing.assert_allclose(ours, exact, rtol=2e-5, atol=1e-37)
+    np.testing.assert_allclose(ours.sum(axis=-1), 1, rtol=1e-6)
+    assert not ours[x == never].any()
+
+
+def test_a_row_that_may_look_at_nothing_looks_at_everything_alike() -> None:
+    """As mlx-lm's masks do with padding: finite, and without weight in any loss."""
+    np.testing.assert_allclose(device.softmax(mx.full((2, 5), LOWEST)), np.full((2, 5), 0.2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["exp_below_one", "sigmoid", "softmax"])
+def test_gradients_are_right_or_an_error_and_never_silently_zero(name: str) -> None:
+    ours = getattr(device, name)
+    theirs = {"exp_below_one": mx.exp, "sigmoid": mx.sigmoid, "softmax": lambda x: mx.softmax(x, axis=-1)}[name]
+    x = -mx.abs(mx.random.normal((4, 50), key=mx.random.key(0))) * 5
+    cotangent = mx.random.normal(x.shape, key=mx.random.key(1))
+    try:
+        _, (gradient,) = mx.vjp(ours, [x], [cotangent])
+    except ValueError:
+        return
+    _, (expected,) = mx.vjp(theirs, [x], [cotangent])
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_halves_are_left_to_mlx(dtype: mx.Dtype) -> None:
+    x = -mx.abs(mx.random.normal((4, 50), key=mx.random.key(0))).astype(dtype) * 5
+    for ours, theirs in (
+        (device.exp_below_one(x), mx.exp(x)),
+        (device.sigmoid(x), mx.sigmoid(x)),
+        (device.softmax(x), mx.softmax(x, axis=-1, precise=True)),
+    ):
+        assert ours.dtype == dtype and mx.array_equal(ours, theirs)
 
 
 def test_a_description_has_what_doctor_shows() -> None:

@@ -1,0 +1,188 @@
+"""Attention and gated activations that keep their inputs for the backward pass and compute the rest again.
+
+What a layer keeps decides how long a row fits in memory: attention's scores grow with the square of its length, and a
+gated activation holds five arrays of the widest size where two are enough. Both are cheap to compute again, unlike the
+matrix products around them. mlx-lm's layers call one function for each, so the layers run here with their own code and
+two functions of ours in place of mlx-lm's, object by object and undone on leaving; no class and no module is patched.
+
+Attention runs over a few queries at a time, so no square of the length is ever held; under a causal mask the keys
+behind a part are left out, which halves the work of long rows.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora import device
+
+with device.file_limits_kept():
+    from mlx_lm.models import activations, base
+
+# Bytes of the scores of one part of the queries.
+SCORES_BYTES = 16 << 20
+
+
+@contextmanager
+def lean(layers: list[nn.Module]) -> Iterator[None]:
+    """While the block runs, `layers` keep less for the backward pass; on a GPU, evaluation is left as it is."""
+    modules = {id(module): module for layer in layers for module in layer.modules()}.values()  # some are shared
+    changes = [(module, type(module), cls) for module in modules if (cls := _lean_class(type(module)))]  # type: ignore[arg-type]
+    try:
+        for module, _, cls in changes:
+            module.__class__ = cls  # type: ignore[assignment]
+        yield
+    finally:
+        for module, original, _ in changes:
+            module.__class__ = original  # type: ignore[assignment]
+
+
+@lru_cache
+def _lean_class(original: type[nn.Module]) -> type[nn.Module] | None:
+    """A subclass whose forward pass calls the lean functions, or None where it would call neither."""
+    call = original.__call__
+    if not isinstance(call, types.FunctionType):
+        return None
+    ours = {
+        name: function
+        for name, (theirs, function) in _FUNCTIONS.items()
+        if name in call.__code__.co_names and call.__globals__.get(name) is theirs
+    }
+    if not ours:
+        return None
+    again = types.FunctionType(
+        call.__code__, {**call.__globals__, **ours}, call.__name__, call.__defaults__, call.__closure__
+    )
+    again.__kwdefaults__ = call.__kwdefaults__
+
+    def forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+        return (again if self.training or not device.on_gpu() else call)(self, *arguments, **named)
+
+    return type(f"Lean{original.__name__}", (original,), {"__call__": forward})
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """silu(gate) · x, keeping gate and x."""
+    return _swiglu(gate, x)  # type: ignore[no-any-return]
+
+
+@mx.custom_function  # type: ignore[untyped-decorator]
+def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    return gate * device.sigmoid(gate) * x
+
+
+@_swiglu.vjp  # type: ignore[untyped-decorator]
+def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: Any) -> tuple[mx.array, mx.array]:
+    gate, x = mx.depends(list(primals), [cotangent])  # or a compiled graph would keep what it has computed before
+    switch = device.sigmoid(gate)
+    passed = gate * switch
+    return cotangent * x * (switch + passed * (1 - switch)), cotangent * passed
+
+
+def scaled_dot_product_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
+) -> mx.array:
+    """softmax(scale · q kᵀ + mask) v, keeping q, k and v; (B, heads, T, d) with fewer heads of keys and values.
+
+    Quantized caches and attention sinks take mlx-lm's own way.
+    """
+    if hasattr(cache, "bits") or sinks is not None:
+        return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)  # type: ignore[no-any-return]
+    masks = [mask] if isinstance(mask, mx.array) else []
+    return _attention(scale, mask == "causal" if not masks else False)(queries, keys, values, *masks)
+
+
+@lru_cache
+def _attention(scale: float, causal: bool) -> Callable[..., mx.array]:
+    def parts(queries: mx.array, keys: mx.array) -> Iterator[tuple[slice, slice]]:
+        """Which queries run together, and the keys that they may look at."""
+        lines, heads, length, _ = queries.shape
+        before = keys.shape[2] - length
+        count = -(-4 * lines * heads * length * keys.shape[2] // SCORES_BYTES)
+        step = -(-length // count)
+        for start in range(0, length, step):
+            end = min(start + step, length)
+            yield slice(start, end), slice(0, before + end if causal else None)
+
+    def probabilities(queries: mx.array, keys: mx.array, here: slice, masks: tuple[mx.array, ...]) -> mx.array:
+        """(B, kv heads, queries of a key, part, keys)."""
+        scores = (queries * scale) @ keys.swapaxes(-1, -2)
+        if causal:
+            first = keys.shape[-2] - (here.stop - here.start)
+            allowed = mx.arange(first, keys.shape[-2])[:, None] >= mx.arange(keys.shape[-2])
+            scores = mx.where(allowed, scores, mx.finfo(scores.dtype).min)
+        for mask in masks:
+            mask = _grouped(mask, scores)[..., here, :] if mask.shape[-2] > 1 else _grouped(mask, scores)
+            boolean = mask.dtype == mx.bool_
+            scores = (
+                mx.where(mask, scores, mx.finfo(scores.dtype).min) if boolean else scores + mask.astype(scores.dtype)
+            )
+        return device.softmax(scores)
+
+    @mx.custom_function  # type: ignore[untyped-decorator]
+    def attend(queries: mx.array, keys: mx.array, values: mx.array, *masks: mx.array) -> mx.array:
+        grouped, k, v = _by_key(queries, keys), keys[:, :, None], values[:, :, None]
+        made = [grouped]
+        for here, seen in parts(queries, keys):
+            (part,) = mx.depends([grouped[..., here, :]], made[-1:])  # one after another
+            made.append(probabilities(part, k[..., seen, :], here, masks) @ v[..., seen, :])
+        return _joined(made[1:]).reshape(*queries.shape[:-1], values.shape[-1])
+
+    @attend.vjp  # type: ignore[untyped-decorator]
+    def attend_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
+        queries, keys, values, *masks = mx.depends(list(primals), [cotangent])
+        grouped, k, v = _by_key(queries, keys), keys[:, :, None], values[:, :, None]
+        out = cotangent.reshape(*grouped.shape[:-1], values.shape[-1])
+        by_queries: list[mx.array] = []
+        by_keys = by_values = None
+        after, length = [grouped], keys.shape[2]
+        for here, seen in parts(queries, keys):
+            (part,) = mx.depends([grouped[..., here, :]], after)
+            chosen = probabilities(part, k[..., seen, :], here, tuple(masks))
+            by_chosen = out[..., here, :] @ v[..., seen, :].swapaxes(-1, -2)
+            by_scores = chosen * (by_chosen - (chosen * by_chosen).sum(axis=-1, keepdims=True)) * scale
+            by_queries.append(by_scores @ k[..., seen, :])
+            by_keys = _added(by_keys, (by_scores.swapaxes(-1, -2) @ part).sum(axis=2), length)
+            by_values = _added(by_values, (chosen.swapaxes(-1, -2) @ out[..., here, :]).sum(axis=2), length)
+            after = [by_queries[-1], by_keys, by_values]
+        frozen = (mx.broadcast_to(mx.zeros((), mask.dtype), mask.shape) for mask in masks)
+        return (_joined(by_queries).reshape(queries.shape), by_keys, by_values, *frozen)
+
+    return attend  # type: ignore[no-any-return]
+
+
+def _by_key(queries: mx.array, keys: mx.array) -> mx.array:
+    """Queries (B, heads, T, d) by the head of keys that they look at: (B, kv heads, queries of a key, T, d)."""
+    lines, heads, length, width = queries.shape
+    return queries.reshape(lines, keys.shape[1], heads // keys.shape[1], length, width)
+
+
+def _grouped(mask: mx.array, scores: mx.array) -> mx.array:
+    """A mask that fits scores (B, heads, T, T), as one that fits them by head of keys."""
+    if mask.ndim < 3 or mask.shape[-3] == 1:
+        return mask if mask.ndim < 3 else mask[..., None, :, :]
+    return mask.reshape(*mask.shape[:-3], *scores.shape[1:3], *mask.shape[-2:])
+
+
+def _added(total: mx.array | None, part: mx.array, length: int) -> mx.array:
+    """`total` plus what the first keys of `length` get."""
+    missing = length - part.shape[2]
+    part = mx.pad(part, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else part
+    return part if total is None else total + part
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    """Parts of the queries behind one another."""
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-2)
+
+
+_FUNCTIONS: dict[str, tuple[Any, Callable[..., mx.array]]] = {
+    "swiglu": (activations.swiglu, swiglu),
+    "scaled_dot_product_attention": (base.scaled_dot_product_attention, scaled_dot_product_attention),
+}
