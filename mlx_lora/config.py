@@ -156,13 +156,14 @@ class Data(Section):
     max_seq_length: Integer = Field(default=2048, ge=2)
     too_long: Literal["error", "drop", "truncate-start", "truncate-end", "split"] = "error"
     valid_fraction: Number = Field(default=0.1, ge=0, lt=1)
-    packing: Literal[False] = False
+    packing: bool = False
 
 
 class Train(Section):
-    """The loop. One optimizer step is batch_size × grad_accumulation rows.
+    """The loop. One optimizer step is batch_size × grad_accumulation rows, over all processes together.
 
-    `auto` means off for grad_checkpoint and cache_prefix, as long as nothing plans memory before a run.
+    grad_checkpoint `auto` recomputes layers where a step's activations would not fit the free memory; cache_prefix
+    `auto` keeps what enters the first adapted layer where that is a later one, there is room, and rows come again.
     """
 
     epochs: Integer = Field(default=1, ge=1)
@@ -180,7 +181,7 @@ class Train(Section):
     save_every: Integer | None = Field(default=None, ge=1)
     patience: Integer | None = Field(default=None, ge=1)
     grad_checkpoint: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
-    cache_prefix: Annotated[Literal["auto", "off"], BeforeValidator(_switch)] = "auto"
+    cache_prefix: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     memory_limit_gb: None = None
 
     @model_validator(mode="after")

@@ -25,6 +25,11 @@ out = Console(highlight=False, soft_wrap=True, markup=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
+def silence() -> None:
+    """From now on show nothing but errors: of several processes that share a terminal, one speaks."""
+    out.quiet = err.quiet = True
+
+
 def result(text: str = "") -> None:
     """A line of result, to stdout."""
     out.print(text)
@@ -38,6 +43,8 @@ def piece(text: str) -> None:
 
 def as_json(value: Any) -> None:
     """One JSON value as the last line of stdout."""
+    if out.quiet:
+        return
     sys.stdout.write(json_text(value) + "\n")
     sys.stdout.flush()
 
@@ -66,6 +73,7 @@ def warning(text: str) -> None:
 
 def error(fault: MlxLoraError) -> None:
     """An error and its hint, to stderr."""
+    err.quiet = False
     err.print(f"error: {fault.message}", style="red")
     if fault.hint:
         err.print(f"hint: {fault.hint}")

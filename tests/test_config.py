@@ -125,6 +125,8 @@ def test_quantize_takes_the_modes_own_defaults(text: str, complete: dict[str, An
         ("train.grad_checkpoint=no", "train.grad_checkpoint", "off"),
         ("train.grad_checkpoint=auto", "train.grad_checkpoint", "auto"),
         ("train.cache_prefix=false", "train.cache_prefix", "off"),
+        ("train.cache_prefix=true", "train.cache_prefix", "on"),
+        ("data.packing=true", "data.packing", True),
         ("train.max_grad_norm=null", "train.max_grad_norm", None),
     ],
 )
@@ -200,8 +202,7 @@ def test_a_refused_value_is_named_with_what_is_taken(text: str, said: str) -> No
     "text",
     [
         "adapter: {method: dora}", "adapter: {init: pissa}", "quantize: {mode: nf4}", "quantize: {double_quant: true}",
-        "data: {format: csv}", "data: {format: folder}", "data: {format: preference}", "data: {packing: true}",
-        "train: {cache_prefix: on}", "train: {cache_prefix: true}", "train: {memory_limit_gb: 4}",
+        "data: {format: csv}", "data: {format: folder}", "data: {format: preference}", "train: {memory_limit_gb: 4}",
         "train: {loraplus_ratio: 16}",
     ],
 )  # fmt: skip
@@ -211,7 +212,7 @@ def test_a_value_that_nothing_serves_is_refused(text: str) -> None:
 
 
 def test_all_faults_are_reported_at_once() -> None:
-    message = refused("foo: 1\nseed: x\nadapter: {rank: 0, rnak: 1}\ntrain: {schedule: 5}\ndata: {packing: true}")
+    message = refused("foo: 1\nseed: x\nadapter: {rank: 0, rnak: 1}\ntrain: {schedule: 5}\ndata: {packing: some}")
     for key in ("'foo'", "seed:", "adapter.rank:", "'adapter.rnak'", "train.schedule:", "data.packing:"):
         assert key in message
     assert len(message.splitlines()) == 6

@@ -36,14 +36,18 @@ def train(
     """Train an adapter from a recipe, from options, or from both. Ctrl-C saves what there is."""
     from mlx_lora.config import load_recipe
     from mlx_lora.tasks.train import train_adapter
+    from mlx_lora.train.distributed import processes
 
     words = list(settings or [])
     file = Path(words.pop(0)) if words and "=" not in words[0] else None
     given = {key: value for key, value in (("model", model), ("data.path", data), ("name", name)) if value is not None}
     recipe = load_recipe(file, words, settings=given)
+    group = processes()
+    if group.rank:
+        ui.silence()  # the first process speaks for all
     with ExitStack() as stack:
         stop = StopSignal(stack)
-        run = train_adapter(recipe, force=force, listener=listener(stack, stop))
+        run = train_adapter(recipe, force=force, listener=listener(stack, stop), group=group)
     if json:
         ui.as_json(run.as_dict())
     else:
@@ -100,7 +104,7 @@ class StopSignal:
 def listener(stack: ExitStack, stop: StopSignal, *, quiet: bool = False) -> Listener:
     """A screen for one training run: bars on a terminal, plain lines elsewhere."""
     from mlx_lora.tasks.train import Listener
-    from mlx_lora.train.events import Evaluated, Finished, Step
+    from mlx_lora.train.events import Evaluated, Finished, Note, Step
 
     bars = stack.enter_context(ExitStack())
     advance: Callable[[int, str], None] | None = None
@@ -116,6 +120,8 @@ def listener(stack: ExitStack, stop: StopSignal, *, quiet: bool = False) -> List
         elif isinstance(event, Evaluated):
             untrained = event.loss if not event.step else untrained
             ui.note(f"step {event.step}: validation loss {event.loss:.4f}{' (best)' if event.best else ''}")
+        elif isinstance(event, Note):
+            ui.note(event.text)
         elif isinstance(event, Finished):
             bars.close()
             if untrained is not None and (event.best_valid_loss or 0) > untrained:

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
 from mlx_lora import device, paths
@@ -195,7 +195,8 @@ def ready(loaded: LoadedModel) -> LoadedModel:
         use_fast_multiply(loaded.model)
     loaded.model.freeze()
     loaded.model.eval()
-    mx.eval(loaded.model.parameters())
+    for _, array in tree_flatten(loaded.model.parameters()):
+        mx.eval(array)  # one by one: the stored array behind each is freed before the next is read
     return loaded
 
 

@@ -39,11 +39,12 @@ class _Holding:
 
 @dataclass
 class Split:
-    """`trunk(tokens (B, T)) -> hidden (B, T, d)` and `head(hidden (N, d)) -> logits (N, V)`."""
+    """`trunk(tokens (B, T)) -> hidden (B, T, d)` and `head(hidden (N, d)) -> logits (N, V)`; V is `vocabulary`."""
 
     model: nn.Module
     name: str
     language: str | None = None
+    vocabulary: int = 0
 
     @property
     def _whole(self) -> nn.Module:
@@ -76,7 +77,7 @@ def split(model: nn.Module) -> Split | None:
     for name in TRUNKS:
         if not isinstance(outer.get(name), nn.Module):
             continue
-        parts = Split(model, name, language)
+        parts = Split(model, name, language, whole.shape[-1])
         try:
             logits = parts.head(parts.trunk(tokens)[0][order])
         except Exception:  # an architecture whose trunk or head takes something else: not splittable

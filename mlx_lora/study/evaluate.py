@@ -18,7 +18,7 @@ from mlx_lora.data.read import HINT, find_splits, read
 from mlx_lora.errors import DataError, Problem
 from mlx_lora.models.split import split
 from mlx_lora.serve.engine import Engine
-from mlx_lora.train.loss import as_arrays, loss_function
+from mlx_lora.train.loss import Loss, as_arrays
 
 BATCH = 8
 # What a measurement of a model reads: test rows are for judging adapters.
@@ -103,10 +103,10 @@ def evaluate(
 def mean_loss(engine: Engine, rows: Sequence[Row], on_row: Callable[[], None]) -> tuple[float, int]:
     """(mean loss per token, tokens) over `rows` with whatever is attached."""
     model = engine.loaded.model
-    loss_sum = loss_function(model, split(model))
+    loss_sum = Loss(model, split(model))
     total, tokens = 0.0, 0
     for batch in by_length(rows, BATCH):
-        total += float(mx.array(loss_sum(*as_arrays(batch))).item())
+        total += float(mx.array(loss_sum(as_arrays(batch))).item())
         tokens += batch.trained
         for _ in batch.inputs:
             on_row()

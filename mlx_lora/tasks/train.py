@@ -15,15 +15,16 @@ from typing import Any
 import mlx.core as mx
 import yaml
 
-from mlx_lora import device, paths, ui
+from mlx_lora import paths, ui
 from mlx_lora.adapters.attach import Wrappers, attach
 from mlx_lora.config import Recipe
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
-from mlx_lora.errors import NameTaken, RecipeError
+from mlx_lora.errors import NameTaken, RecipeError, TrainingError
 from mlx_lora.models.load import LoadedModel, find_model, load_stored, ready
 from mlx_lora.models.split import layers_of, split
 from mlx_lora.store import adapter as store
 from mlx_lora.store import fingerprint, registry
+from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Evaluated, Event, Finished, Saved, Step
 from mlx_lora.train.trainer import train
 
@@ -54,11 +55,16 @@ class Listener:
     should_stop: Callable[[], bool] = lambda: False
 
 
-def train_adapter(recipe: Recipe, *, force: bool = False, listener: Listener | None = None) -> Run:
-    """Run a recipe. Raises before any weight is loaded when the recipe is incomplete or its name is taken, and
-    KeyboardInterrupt when it was asked to stop before the first step, with nothing written."""
-    hear = listener or Listener()
-    name = check(recipe, force=force)
+def train_adapter(
+    recipe: Recipe, *, force: bool = False, listener: Listener | None = None, group: Processes | None = None
+) -> Run:
+    """Run a recipe, alone or as one of a group of processes of which the first one writes.
+
+    Raises before any weight is loaded when the recipe is incomplete or its name is taken, and KeyboardInterrupt when it
+    was asked to stop before the first step, with nothing written.
+    """
+    hear, group = listener or Listener(), group or Processes()
+    name = check(recipe, force=force or group.rank > 0)
     assert recipe.model is not None and recipe.data.path is not None
     hear.stage(f"loading {recipe.model}" + (" and quantizing it" if recipe.quantize else ""))
     loaded = load_stored(recipe.model, quantization=recipe.quantize)
@@ -70,24 +76,31 @@ def train_adapter(recipe: Recipe, *, force: bool = False, listener: Listener | N
     wrappers = attach(loaded.model, recipe.adapter, seed=recipe.seed)
     hear.stage(summary(recipe, prepared, wrappers))
     manifest = describe(recipe, loaded, prepared, wrappers, base)
-    keeper = _Keeper(recipe, name, manifest, wrappers, len(layers_of(loaded.model)))
+    group.check_same(_alike(recipe, base, prepared))
+    keeper = _Keeper(recipe, name, manifest, wrappers, len(layers_of(loaded.model)), writes=group.rank == 0)
     hear.started()
-    with device.memory_limits():
-        events = train(
-            loaded.model,
-            prepared.train,
-            prepared.valid,
-            recipe.train,
-            seed=recipe.seed,
-            split=split(loaded.model),
-            should_stop=hear.should_stop,
-        )
+    events = train(
+        loaded.model,
+        prepared.train,
+        prepared.valid,
+        recipe.train,
+        seed=recipe.seed,
+        split=split(loaded.model),
+        packing=recipe.data.packing,
+        scratch=keeper.run if keeper.writes else None,
+        processes=group,
+        should_stop=hear.should_stop,
+    )
+    try:
         for event in events:
             keeper.hear(event)
             hear.event(event)
+    except TrainingError:  # raised before the first step
+        keeper.forget()
+        raise
     assert keeper.finished is not None
     if not keeper.finished.iters:
-        shutil.rmtree(keeper.run)
+        keeper.forget()
         raise KeyboardInterrupt
     path = keeper.save(force=force)
     return Run(name, path, keeper.finished, loaded, prepared)
@@ -151,20 +164,31 @@ def shareable(recipe: Recipe, base: store.Base) -> dict[str, Any]:
     return values
 
 
+def _alike(recipe: Recipe, base: store.Base, prepared: Prepared) -> dict[str, str]:
+    """What every process of a group must have in common, wherever their files lie."""
+    files = [(file["sha256"], file["rows"]) for file in prepared.files]
+    settings = recipe.model_dump(exclude={"model": True, "name": True, "data": {"path"}})
+    return {"model": base.model_dump_json(exclude={"name"}), "data": str(files), "recipe": str(settings)}
+
+
 class _Keeper:
     """Listens to the events and keeps what should outlive the process."""
 
-    def __init__(self, recipe: Recipe, name: str, manifest: store.Manifest, wrappers: Wrappers, layers: int):
-        self.manifest, self.wrappers, self.layers, self.name = manifest, wrappers, layers, name
+    def __init__(
+        self, recipe: Recipe, name: str, manifest: store.Manifest, wrappers: Wrappers, layers: int, *, writes: bool
+    ):
+        self.manifest, self.wrappers, self.layers, self.name, self.writes = manifest, wrappers, layers, name, writes
         self.best: dict[str, mx.array] | None = None
         self.last: dict[str, mx.array] = {}
         self.finished: Finished | None = None
         self.run = paths.room("runs", name)
+        self.metrics = self.run / "metrics.jsonl"
+        if not writes:
+            return
         if self.run.exists():
             shutil.rmtree(self.run)
         self.run.mkdir(parents=True, mode=0o700)
         (self.run / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
-        self.metrics = self.run / "metrics.jsonl"
 
     def hear(self, event: Event) -> None:
         if isinstance(event, Saved):
@@ -177,10 +201,15 @@ class _Keeper:
             return
         if isinstance(event, Finished):
             self.finished = event
-        if isinstance(event, Step | Evaluated | Finished):
+        if self.writes and isinstance(event, Step | Evaluated | Finished):
             line = {"event": type(event).__name__.lower(), **asdict(event)}
             with open(self.metrics, "a", encoding="utf-8") as stream:
                 stream.write(ui.json_text(line) + "\n")
+
+    def forget(self) -> None:
+        """Leave nothing of a run that learned nothing."""
+        if self.writes:
+            shutil.rmtree(self.run)
 
     def save(self, *, force: bool) -> Path:
         """The best adapter under its name, the last one in the run; the model is left with what was stored."""
@@ -194,5 +223,7 @@ class _Keeper:
         for path, wrapper in self.wrappers.items():
             for name in wrapper.adapter_params():
                 wrapper[name] = arrays[f"{path}.{name}"]
+        if not self.writes:
+            return out
         manifest = self.manifest.model_copy(update={"metrics": metrics})
         return store.save(out, self.wrappers, manifest, self.layers, force=force)

@@ -23,6 +23,13 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Note:
+    """Something that training chose by itself, and why."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """Validation loss over all validation rows after `step` steps; `best` when the lowest of any trained adapter."""
 
@@ -68,4 +75,4 @@ class Interrupted:
     step: int
 
 
-Event = Step | Evaluated | Saved | Finished | Interrupted
+Event = Note | Step | Evaluated | Saved | Finished | Interrupted

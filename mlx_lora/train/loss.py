@@ -1,40 +1,173 @@
-"""Cross-entropy over the positions that carry loss, and only those.
+"""Cross-entropy over the positions that carry loss, and only those, without ever holding all of their logits.
 
     loss = Σ weight · nll / Σ weight
 
 Sums are returned, never means: micro-batches, processes and evaluations add sums and divide once. Only the rows with
-loss enter the output head, so the logits are (trained tokens, vocabulary) and never (batch, time, vocabulary).
+loss enter the output head, a tile of them at a time. Where gradients are wanted, a tile's are computed right behind
+its logits, which are then gone: no pass over the vocabulary is made twice, and what is kept is a gradient of the
+hidden states' size. The head is the model's own ending, whatever soft cap, scale, packing or adapter is in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_lora import device
+from mlx_lora.adapters.base import Dropout
 from mlx_lora.data.batch import Batch
-from mlx_lora.models.split import Split, logits_at
+from mlx_lora.models.prefix import Below
+from mlx_lora.models.segments import caches
+from mlx_lora.models.split import Split, layers_of
 
-Arrays = tuple[mx.array, mx.array, mx.array, mx.array]
-LossFunction = Callable[..., mx.array]
+# Bytes of float32 logits in one tile; four to six times as much is alive at once. A GPU wants more rows at a time, and
+# with too few of them every tile would only wait for the head's weights.
+TILE_BYTES, TILE_BYTES_GPU, LEAST_ROWS = 16 << 20, 64 << 20, 64
+
+Arrays = dict[str, mx.array]
 
 
-def as_arrays(batch: Batch) -> Arrays:
-    """(inputs (B, T), positions (N,), targets (N,), weights (N,)) on the device; N counts positions with loss."""
+def as_arrays(batch: Batch, states: mx.array | None = None) -> Arrays:
+    """A batch on the device: inputs (B, T), and positions, targets and weights (N,) of the positions with loss.
+
+    `segments` (B, T) where rows are packed; `states` (B, T, d) in place of the inputs where a prefix is kept.
+    """
     positions, targets, weights = batch.with_loss()
-    return mx.array(batch.inputs), mx.array(positions), mx.array(targets), mx.array(weights)
+    arrays = {"positions": mx.array(positions), "targets": mx.array(targets), "weights": mx.array(weights)}
+    arrays |= {"inputs": mx.array(batch.inputs)} if states is None else {"states": states}
+    return arrays if batch.segments is None else arrays | {"segments": mx.array(batch.segments)}
 
 
-def loss_function(model: nn.Module, split: Split | None) -> LossFunction:
-    """A function (inputs, positions, targets, weights) -> Σ weight · nll, a float32 scalar."""
+class Loss:
+    """Σ weight · nll of a batch's arrays, a float32 scalar. `differentiable` is the same sum, to be differentiated.
 
-    logits = logits_at(model, split)
+    Without a split the whole model runs on every position, and its logits are picked afterwards.
+    """
 
-    def loss_sum(inputs: mx.array, positions: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        return (negative_log_likelihood(logits(inputs, positions), targets) * weights).sum()
+    def __init__(self, model: nn.Module, split: Split | None, below: Below | None = None):
+        self._model, self._split, self._below = model, split, below
 
-    return loss_sum
+    def __call__(self, arrays: Arrays) -> mx.array:
+        hidden = self._hidden(arrays)
+        total = mx.array(0.0)
+        for tile in self._tiles(hidden):
+            (part,) = mx.depends([hidden[tile]], [total])  # one after another, or all logits are made side by side
+            nll = negative_log_likelihood(self._head(part), arrays["targets"][tile])
+            total = total + (nll * arrays["weights"][tile]).sum()
+        return total
+
+    def differentiable(self, arrays: Arrays) -> mx.array:
+        """The sum, with gradients for the hidden states and for what is trained outside the layers.
+
+        A custom function's vjp gives silent zeros for what its closure holds: both are explicit inputs.
+        """
+        hidden, outside = self._hidden(arrays), self._trained_outside_layers()
+        tiles = self._tiles(hidden)
+        endings = [self._ending(list(outside)) for _ in tiles]
+
+        @mx.custom_function  # type: ignore[untyped-decorator]
+        def summed(hidden: mx.array, targets: mx.array, weights: mx.array, *trained: mx.array) -> list[mx.array]:
+            total, parts, sums = mx.array(0.0), [hidden], [mx.array(0.0)] * len(trained)
+            for tile, ending in zip(tiles, endings, strict=True):
+                (part,) = mx.depends([hidden[tile]], parts[-1:])
+                loss, gradient, *others = _tile(ending, part, targets[tile], weights[tile], trained)
+                total, sums = total + loss, [a + b for a, b in zip(sums, others, strict=True)]
+                parts.append(gradient)
+            return [total, mx.concatenate(parts[1:]), *sums]
+
+        @summed.vjp  # type: ignore[untyped-decorator]
+        def summed_vjp(
+            primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+        ) -> list[mx.array]:
+            of_hidden, *of_trained = ((cotangents[0] * output).astype(output.dtype) for output in outputs[1:])
+            return [of_hidden, *(mx.zeros_like(array) for array in primals[1:3]), *of_trained]
+
+        return summed(hidden, arrays["targets"], arrays["weights"], *outside.values())[0]  # type: ignore[no-any-return]
+
+    def _hidden(self, arrays: Arrays) -> mx.array:
+        """What enters the head, (N, d); the logits themselves, (N, V), of a model that has no split."""
+        cache = caches(self._model, arrays["segments"]) if "segments" in arrays else None
+        if "states" in arrays:
+            assert self._below is not None
+            hidden = self._below.trunk(arrays["states"], cache)
+        elif self._split is not None:
+            hidden = self._split.trunk(arrays["inputs"], cache)
+        else:
+            hidden = self._model(arrays["inputs"], cache=cache)
+        return hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]
+
+    def _head(self, hidden: mx.array) -> mx.array:
+        return hidden if self._split is None else self._split.head(hidden)
+
+    def _ending(self, names: list[str]) -> Callable[..., mx.array]:
+        """The head as a function of hidden states (n, d) and of the trained arrays called `names`.
+
+        Its dropout draws the same mask whenever it runs: for the logits, and for their gradient.
+        """
+        if not names:
+            return self._head
+        model = self._model
+        inside = {id(module) for layer in layers_of(model) for module in layer.modules()}
+        dropouts = [module for module in model.modules() if isinstance(module, Dropout) and id(module) not in inside]
+        keys = [mx.random.randint(0, 2**31, (2,)).astype(mx.uint32) for _ in dropouts]
+
+        def logits(hidden: mx.array, *trained: mx.array) -> mx.array:
+            before = [(name, array) for name, array in tree_flatten(model.trainable_parameters()) if name in names]
+            model.update(tree_unflatten(list(zip(names, trained, strict=True))))
+            _draw_from(dropouts, keys)
+            try:
+                return self._head(hidden)
+            finally:
+                model.update(tree_unflatten(before))
+                _draw_from(dropouts, [None] * len(dropouts))
+
+        return logits
+
+    def _trained_outside_layers(self) -> Arrays:
+        """Trainable arrays that the head may use, by name: those of adapters on embeddings or on the head."""
+        inside = {
+            id(array) for layer in layers_of(self._model) for _, array in tree_flatten(layer.trainable_parameters())
+        }
+        trained = tree_flatten(self._model.trainable_parameters())
+        return {name: array for name, array in trained if id(array) not in inside}
+
+    def _tiles(self, hidden: mx.array) -> list[slice]:
+        """Equal parts of the rows, up to one, whose logits fit TILE_BYTES, or of LEAST_ROWS."""
+        vocabulary = hidden.shape[1] if self._split is None else self._split.vocabulary
+        rows = hidden.shape[0]
+        size = TILE_BYTES_GPU if device.on_gpu() else TILE_BYTES
+        count = -(-rows // max(size // (4 * vocabulary), LEAST_ROWS))
+        return [slice(rows * index // count, rows * (index + 1) // count) for index in range(count)]
+
+
+def _draw_from(dropouts: list[Dropout], keys: Sequence[mx.array | None]) -> None:
+    for dropout, key in zip(dropouts, keys, strict=True):
+        dropout.drawn_from(key)
+
+
+def _tile(
+    head: Callable[..., mx.array], hidden: mx.array, targets: mx.array, weights: mx.array, trained: Sequence[mx.array]
+) -> list[mx.array]:
+    """[Σ weight · nll, its gradient by hidden (n, d), its gradients by what is trained]; one exponential a logit."""
+    logits = head(hidden, *trained)
+    columns = targets[:, None]
+    rows = logits.astype(mx.float32)
+    top, chosen = rows.max(axis=-1, keepdims=True), mx.take_along_axis(rows, columns, axis=-1)
+    # each of these arrays is read for the last time where the next one is made, which takes its memory
+    (rows,) = mx.depends([rows], [top, chosen])
+    powers = device.exp_below_one(rows - top)
+    total, power = powers.sum(axis=-1, keepdims=True), mx.take_along_axis(powers, columns, axis=-1)
+    (powers,) = mx.depends([powers], [total, power])
+    # d nll / d logits = softmax − one-hot
+    share = weights[:, None] / total
+    gradient = mx.put_along_axis(powers * share, columns, power * share - weights[:, None], axis=-1)
+    gradient = gradient.astype(logits.dtype)
+    nll = mx.log(total) + top - chosen
+    _, gradients = mx.vjp(head, [hidden, *trained], [gradient])
+    return [(nll[:, 0] * weights).sum(), *gradients]
 
 
 def negative_log_likelihood(logits: mx.array, targets: mx.array) -> mx.array:

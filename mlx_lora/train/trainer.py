@@ -1,8 +1,8 @@
 """The training loop: rows in, events out.
 
-It knows nothing about files, screens or recipes' paths: it is given a model with adapters attached, rows, and
-settings, and yields events. Gradients and losses are sums until the optimizer step, which divides once by the number
-of tokens. A step that isn't finite changes nothing and is counted.
+It knows nothing about screens or recipes: it is given a model with adapters attached, rows, and settings, and yields
+events. While the device computes a step, a thread prepares the batches of the next ones and the events of the last one
+are handled: a step's figures are read only when the step after it is on its way.
 """
 
 from __future__ import annotations
@@ -10,29 +10,36 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
+from mlx_lora import device, ui
 from mlx_lora.config import Train
-from mlx_lora.data.batch import Batch, by_length, collate, epoch_steps, steps_per_epoch
+from mlx_lora.data.ahead import ahead
+from mlx_lora.data.batch import Batch, by_length, collate, epoch_steps, pack, positions, steps_per_epoch
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
+from mlx_lora.models.lean import lean
+from mlx_lora.models.prefix import lowest_trainable
+from mlx_lora.models.segments import refusal
 from mlx_lora.models.split import Split, layers_of
-from mlx_lora.train import optim
-from mlx_lora.train.events import Evaluated, Event, Finished, Interrupted, Saved, Step
-from mlx_lora.train.loss import Arrays, as_arrays, loss_function
+from mlx_lora.train import memory, optim, prefix
+from mlx_lora.train.distributed import Processes
+from mlx_lora.train.events import Evaluated, Event, Finished, Interrupted, Note, Saved, Step
+from mlx_lora.train.loss import Arrays, Loss, as_arrays
 from mlx_lora.train.recompute import recomputed
+from mlx_lora.train.step import Pending, Stepper
 
 MOST_SKIPPED = 3
-# Compiled graphs are kept by shape; beyond this many the old ones are dropped, since each holds megabytes.
-MOST_SHAPES = 32
 LOSS_WINDOW = 10
+# Kept states may differ by rounding between shapes of batches, and by no more.
+PREFIX_TOLERANCE = 1e-3
 
 
 @dataclass
@@ -50,6 +57,18 @@ class Progress:
     evaluated_at: int = 0
     best_loss: float | None = None
     evaluations_without_gain: int = 0
+    stop_asked: bool = False
+
+    def count(self, loss: float, tokens: int, *, finite: bool) -> None:
+        """One more step; a skipped one adds nothing to the training loss."""
+        self.step += 1
+        self.trained_tokens += tokens
+        if finite:
+            self.skipped_in_a_row = 0
+            self.recent.append((loss, tokens))
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
 
     @property
     def train_loss(self) -> float | None:
@@ -66,83 +85,76 @@ def train(
     *,
     seed: int = 0,
     split: Split | None = None,
+    packing: bool = False,
+    scratch: Path | None = None,
+    processes: Processes | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Train what is trainable in `model` on `rows`, evaluating on `valid`; see `events` for what is yielded.
 
     The same seed and rows give the same bytes. Three steps in a row that are not finite end the run, with what was
-    learned before them. Raises TrainingError when there is nothing to train.
+    learned before them. `scratch` is a folder for a file without a name, where a kept prefix doesn't fit memory.
+    Raises TrainingError when there is nothing to train, or when what was asked for can't be had for this model.
     """
     if not tree_flatten(model.trainable_parameters()):
         raise TrainingError("nothing is trainable", hint="attach an adapter first")
-    per_epoch = steps_per_epoch(len(rows), batch_size=settings.batch_size, grad_accumulation=settings.grad_accumulation)
-    steps = settings.iters or settings.epochs * per_epoch
+    model.eval()
     with ExitStack() as stack:
-        if settings.grad_checkpoint == "on":
-            stack.enter_context(recomputed(layers_of(model)))
+        stack.enter_context(device.memory_limits())
+        run = _Run(model, rows, valid, settings, seed, packing, processes or Processes())
         stack.callback(model.eval)
-        run = _Run(model, settings, steps, seed, split)
-        yield from _loop(run, rows, valid, should_stop, per_epoch)
+        yield from run.prepare(split, scratch, stack)
+        yield from _loop(run, should_stop)
 
 
-def _loop(
-    run: _Run, rows: Sequence[Row], valid: Sequence[Row], should_stop: Callable[[], bool], per_epoch: int
-) -> Iterator[Event]:
+def _loop(run: _Run, should_stop: Callable[[], bool]) -> Iterator[Event]:
     settings, done = run.settings, run.progress
     stopped_by = "iters" if settings.iters else "epochs"
 
     # where it starts from
-    yield from _evaluate(run, valid, should_stop)
-    for step_rows in _endless(rows, settings, run.seed):
-        # leave early, with everything kept
-        if done.step == run.steps:
-            break
-        if reason := _reason_to_stop(run, should_stop):
-            stopped_by = reason
-            break
-        # one optimizer step
-        yield run.step([collate([rows[index] for index in micro]) for micro in step_rows])
-        # evaluate once in a while, and at the end
-        last = done.step == run.steps
-        if last or (settings.eval_every and done.step % settings.eval_every == 0):
-            yield from _evaluate(run, valid, should_stop)
-        if settings.save_every and done.step % settings.save_every == 0 and not last:
-            yield Saved(done.step, "step", run.adapter())
+    yield from _evaluate(run, should_stop)
+    with closing(ahead(run.batches())) as steps:
+        for batches in steps:
+            # a step in trouble is looked at before the next one
+            if done.skipped_in_a_row:
+                yield from run.collect()
+            # leave early, with everything kept
+            if reason := _reason_to_stop(run, should_stop):
+                stopped_by = reason
+                break
+            # one optimizer step, and the figures of the one before
+            yield from run.step(batches, stop=run.processes.size > 1 and should_stop())
+            # evaluate once in a while, and at the end
+            last = run.dispatched == run.steps
+            if last or (settings.eval_every and run.dispatched % settings.eval_every == 0):
+                yield from run.collect()
+                yield from _evaluate(run, should_stop)
+            if settings.save_every and run.dispatched % settings.save_every == 0 and not last:
+                yield from run.collect()
+                yield Saved(done.step, "step", run.stepper.adapter())
+    yield from run.collect()
     if stopped_by == "interrupted":
         yield Interrupted(done.step)
     if done.step:
-        yield Saved(done.step, "last", run.adapter())
-    yield run.finished(stopped_by, done.step / per_epoch)
+        yield Saved(done.step, "last", run.stepper.adapter())
+    yield run.finished(stopped_by)
 
 
 def _reason_to_stop(run: _Run, should_stop: Callable[[], bool]) -> str | None:
-    if should_stop():
+    done = run.progress
+    # one process stops at once; several agree on it with the sums of a step
+    if done.stop_asked or (run.processes.size == 1 and should_stop()):
         return "interrupted"
-    if run.progress.skipped_in_a_row == MOST_SKIPPED:
+    if done.skipped_in_a_row >= MOST_SKIPPED:
         return "nonfinite"
     patience = run.settings.patience
-    return "patience" if patience and run.progress.evaluations_without_gain >= patience else None
+    return "patience" if patience and done.evaluations_without_gain >= patience else None
 
 
-def _endless(rows: Sequence[Row], settings: Train, seed: int) -> Iterator[list[Any]]:
-    """The micro-batches of one optimizer step after another, epoch after epoch."""
-    lengths = [len(row) for row in rows]
-    epoch = 0
-    while True:
-        yield from epoch_steps(
-            lengths,
-            batch_size=settings.batch_size,
-            grad_accumulation=settings.grad_accumulation,
-            seed=seed,
-            epoch=epoch,
-        )
-        epoch += 1
-
-
-def _evaluate(run: _Run, valid: Sequence[Row], should_stop: Callable[[], bool]) -> Iterator[Event]:
+def _evaluate(run: _Run, should_stop: Callable[[], bool]) -> Iterator[Event]:
     """One evaluation, unless there is nothing to evaluate on or it was interrupted on the way."""
     done = run.progress
-    loss = run.evaluate(valid, should_stop) if valid else None
+    loss = run.evaluate(should_stop) if run.valid else None
     if loss is None:
         return
     # the untrained adapter is where it starts from, never the best: whoever stops early keeps what was learned
@@ -152,134 +164,190 @@ def _evaluate(run: _Run, valid: Sequence[Row], should_stop: Callable[[], bool]) 
     yield Evaluated(done.step, loss, best)
     if best:
         done.best_loss = loss
-        yield Saved(done.step, "best", run.adapter())
+        yield Saved(done.step, "best", run.stepper.adapter())
 
 
 class _Run:
-    """The compiled step and its state."""
+    """One training run: its rows, its steps, and how far it is."""
 
-    def __init__(self, model: nn.Module, settings: Train, steps: int, seed: int, split: Split | None):
-        self.model, self.settings, self.steps, self.seed = model, settings, steps, seed
-        self.progress = Progress()
-        self.optimizer = optim.build(settings, steps)
-        self.optimizer.init(model.trainable_parameters())
-        self.rate = optim.schedule(settings, steps)
-        self.zeros = tree_map(mx.zeros_like, model.trainable_parameters())
-        self.loss_sum = loss_function(model, split)
-        mx.random.seed(seed)
-        mx.eval(model.state, self.optimizer.state)
+    stepper: Stepper
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        valid: Sequence[Row],
+        settings: Train,
+        seed: int,
+        packing: bool,
+        processes: Processes,
+    ):
+        self.model, self.rows, self.valid, self.settings, self.seed = model, rows, valid, settings, seed
+        self.packing, self.processes, self.progress = packing, processes, Progress()
+        self.lengths = [len(row) for row in rows]
+        self.per_epoch = steps_per_epoch(
+            len(rows), batch_size=settings.batch_size, grad_accumulation=settings.grad_accumulation
+        )
+        self.steps = settings.iters or settings.epochs * self.per_epoch
+        self.rate = optim.schedule(settings, self.steps)
+        self.prefix: prefix.Prefix | None = None
+        self.dispatched = 0
+        self._pending: Pending | None = None
+
+    def prepare(self, split: Split | None, scratch: Path | None, stack: ExitStack) -> Iterator[Note]:
+        """Decide how the model is run, undone by `stack`, and compile the step; says what isn't as one would expect."""
+        if self.packing and (reason := refusal(self.model, length=self._longest_line())):
+            raise TrainingError(f"rows can't be packed for this model: {reason}", hint="set data.packing=false")
+        if split is None:
+            yield Note("the output head can't be taken apart from this model: it computes logits at every position")
+        yield from self._keep_prefix(split, scratch, stack)
+        first = lowest_trainable(self.model)
+        adapted = layers_of(self.model)[first if isinstance(first, int) else 0 :]
+        stack.enter_context(lean(layers_of(self.model)))
+        if self.settings.grad_checkpoint == "on" or (yield from self._must_recompute(adapted)):
+            stack.enter_context(recomputed(adapted))
+        loss = Loss(self.model, split, self.prefix.below if self.prefix else None)
+        self.stepper = Stepper(self.model, loss, self.settings, self.steps, self.seed, self.processes)
         mx.reset_peak_memory()
-        self.start = time.perf_counter()
-        self.shapes: set[tuple[int, ...]] = set()
-        self._compile()
+        self.start = self._mark = time.perf_counter()
 
-    def _compile(self) -> None:
-        model, optimizer = self.model, self.optimizer
-        loss_and_gradients = nn.value_and_grad(model, self.loss_sum)
-        state = [model.state, optimizer.state, mx.random.state]
+    def _must_recompute(self, adapted: list[nn.Module]) -> Generator[Note, None, bool]:
+        """Whether `auto` has to save memory by recomputing layers, going by the largest micro-batch."""
+        if self.settings.grad_checkpoint != "auto":
+            return False
+        largest = max(positions(micro, self.lengths) for step in self._plan(0) for micro in step)
+        logits = self.model(mx.zeros((1, 1), mx.int32))  # never evaluated: its dtype is that of activations
+        needed, free = memory.kept_bytes(adapted, largest, logits.dtype), memory.free_bytes()
+        if needed <= memory.SHARE * free:
+            return False
+        yield Note(
+            f"gradient checkpointing is on: a step would keep {ui.size(needed)} of activations, {ui.size(free)} is free"
+        )
+        return True
 
-        def accumulate(loss: mx.array, totals: Any, *arrays: mx.array) -> tuple[mx.array, Any]:
-            loss_here, gradients = loss_and_gradients(*arrays)
-            return loss + loss_here, tree_map(mx.add, totals, gradients)
+    def _keep_prefix(self, split: Split | None, scratch: Path | None, stack: ExitStack) -> Iterator[Note]:
+        """Keep what enters the first adapted layer where that saves work and is proven on the first batch."""
+        choice = self.settings.cache_prefix
+        if choice == "off" or (choice == "auto" and self.steps <= self.per_epoch):
+            return
+        lengths = {"train": self.lengths, "valid": [len(row) for row in self.valid]}
+        made = prefix.plan(self.model, split, lengths, scratch)
+        if not isinstance(made, str):
+            stack.callback(made.close)
+            made = self._proven(made, split)
+        if isinstance(made, prefix.Prefix):
+            self.prefix = made
+            yield Note(str(made))
+        elif choice == "on":
+            raise TrainingError(f"train.cache_prefix can't be used: {made}", hint="train.cache_prefix=off")
 
-        def apply(loss: mx.array, totals: Any, tokens: mx.array) -> tuple[mx.array, mx.array]:
-            gradients = tree_map(lambda total: total / tokens, totals)
-            norm = optim.global_norm(gradients)
-            finite = mx.isfinite(loss) & mx.isfinite(norm)
-            if self.settings.max_grad_norm is not None:
-                shrink = mx.minimum(self.settings.max_grad_norm / (norm + 1e-6), 1.0)
-                gradients = tree_map(lambda gradient: gradient * shrink, gradients)
-            parameters, memory = model.trainable_parameters(), tree_map(lambda array: array, optimizer.state)
-            optimizer.update(model, gradients)
-            model.update(_where(finite, model.trainable_parameters(), parameters))
-            optimizer.state.update(_where(finite, optimizer.state, memory))  # in place: the compiled step holds it
-            return norm, finite
+    def _proven(self, made: prefix.Prefix, split: Split | None) -> prefix.Prefix | str:
+        """A kept prefix whose states make no difference on the first batch, or by how much they do."""
+        micro = next((micro for step in self._plan(0) for micro in step), None)
+        if micro is None or split is None:
+            return made
+        difference = made.difference(split, self._collate(micro))
+        if difference <= PREFIX_TOLERANCE:  # not so for NaN
+            return made
+        made.close()
+        return f"kept states differ from computed ones by {difference:.2g}"
 
-        self.accumulate = mx.compile(accumulate, inputs=state, outputs=state)
-        self.apply = mx.compile(apply, inputs=state, outputs=state)
-        self.evaluated = mx.compile(self.loss_sum, inputs=[model.state], outputs=[])
+    def _longest_line(self) -> int:
+        lines = pack(sorted(range(len(self.rows)), key=self.lengths.__getitem__), self.lengths)
+        return max(sum(self.lengths[index] - 1 for index in line) for line in lines)
 
-    def arrays(self, batch: Batch) -> Arrays:
-        """A batch on the device; its shape is remembered, and graphs are compiled anew when there are too many."""
-        arrays = as_arrays(batch)
-        self.shapes.add((*arrays[0].shape, arrays[1].size, self.model.training))
-        if len(self.shapes) > MOST_SHAPES:
-            self.shapes.clear()
-            self._compile()
-        return arrays
-
-    def step(self, batches: list[Batch]) -> Step:
-        """One optimizer step over micro-batches whose gradients are summed."""
-        began, done = time.perf_counter(), self.progress
-        self.model.train()
-        loss, totals = mx.array(0.0), self.zeros
-        tokens = sum(batch.trained for batch in batches)
-        for batch in batches:
-            loss, totals = self.accumulate(loss, totals, *self.arrays(batch))
-            mx.async_eval(loss, totals)  # so that one micro-batch's activations are freed before the next one's
-            done.computed_tokens += batch.inputs.size
-            done.real_tokens += batch.real
-        rate = float(self.rate(mx.array(done.step - done.skipped)).item())
-        norm, finite = self.apply(loss, totals, mx.array(float(tokens)))
-        mx.eval(loss, norm, finite, self.model.trainable_parameters(), self.optimizer.state, mx.random.state)
-        done.step += 1
-        done.trained_tokens += tokens
-        self._count(bool(finite.item()), float(loss.item()), tokens)
-        return Step(
-            step=done.step,
-            steps=self.steps,
-            loss=float(loss.item()) / tokens,
-            learning_rate=rate,
-            gradient_norm=float(norm.item()),
-            tokens=tokens,
-            tokens_per_second=tokens / (time.perf_counter() - began),
-            peak_memory=mx.get_peak_memory(),
-            skipped=not finite.item(),
+    def _plan(self, epoch: int) -> list[list[list[list[int]]]]:
+        return epoch_steps(
+            self.lengths,
+            batch_size=self.settings.batch_size,
+            grad_accumulation=self.settings.grad_accumulation,
+            seed=self.seed,
+            epoch=epoch,
+            packing=self.packing,
+            share=self.processes.share,
         )
 
-    def _count(self, finite: bool, loss: float, tokens: int) -> None:
-        done = self.progress
-        if finite:
-            done.skipped_in_a_row = 0
-            done.recent.append((loss, tokens))
+    def _collate(self, lines: list[list[int]]) -> Batch:
+        return collate(self.rows, lines, packed=self.packing)
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """The micro-batches of one optimizer step after another, as many steps as the run has."""
+        epoch, made = 0, 0
+        while made < self.steps:
+            for step in self._plan(epoch)[: self.steps - made]:
+                yield [self._collate(lines) for lines in step]
+                made += 1
+            epoch += 1
+
+    def arrays(self, of: str, batch: Batch) -> Arrays:
+        """A batch on the device, with its hidden states where a prefix is kept."""
+        return as_arrays(batch, self.prefix.states(of, batch) if self.prefix else None)
+
+    def step(self, batches: list[Batch], *, stop: bool) -> Iterator[Step]:
+        """Dispatch one optimizer step; yields the one before it, now that the device has something to do."""
+        tokens = sum(batch.trained for batch in batches)
+        pending = self.stepper.dispatch((self.arrays("train", batch) for batch in batches), tokens, stop=stop)
+        yield from self.collect()
+        self.dispatched += 1
+        self._pending = pending
+        if not device.on_gpu():  # where dispatching takes as long as the step
+            yield from self.collect()
+        self.progress.computed_tokens += sum(batch.inputs.size for batch in batches)
+        self.progress.real_tokens += sum(batch.real for batch in batches)
+
+    def collect(self) -> Iterator[Step]:
+        """Wait for the step on its way, if there is one, and count it."""
+        if self._pending is None:
             return
-        done.skipped += 1
-        done.skipped_in_a_row += 1
+        pending, self._pending, done = self._pending, None, self.progress
+        rate = float(self.rate(mx.array(done.step - done.skipped)).item())
+        loss, tokens, finite = float(pending.loss.item()), int(pending.tokens.item()), bool(pending.finite.item())
+        began, self._mark = self._mark, time.perf_counter()
+        device.hold_back()
+        done.count(loss, tokens, finite=finite)
+        done.stop_asked |= pending.stop.item() > 0
+        yield Step(
+            step=done.step,
+            steps=self.steps,
+            loss=loss / tokens,
+            learning_rate=rate,
+            gradient_norm=float(pending.norm.item()),
+            tokens=tokens,
+            tokens_per_second=tokens / (self._mark - began),
+            peak_memory=mx.get_peak_memory(),
+            skipped=not finite,
+        )
 
-    def evaluate(self, rows: Sequence[Row], should_stop: Callable[[], bool]) -> float | None:
-        """Mean loss per token over all of `rows`, always in the same order and batches; None when asked to stop."""
-        self.model.eval()
-        total, tokens = 0.0, 0
-        for batch in by_length(rows, self.settings.batch_size):
-            if should_stop():
+    def evaluate(self, should_stop: Callable[[], bool]) -> float | None:
+        """Mean loss per token over all validation rows, always in the same batches; None when asked to stop."""
+        total, tokens = mx.array(0.0), 0
+        for batch in by_length(self.valid, self.settings.batch_size, self.processes.share):
+            if self.processes.size == 1 and should_stop():
                 return None
-            total += float(self.evaluated(*self.arrays(batch)).item())
+            total = total + self.stepper.evaluate(self.arrays("valid", batch))
+            mx.eval(total)
+            device.hold_back()
             tokens += batch.trained
-        return total / tokens
+        total, counted = self.processes.sum((total, mx.array(float(tokens))))
+        self._mark = time.perf_counter()
+        return float(total.item()) / float(counted.item())
 
-    def adapter(self) -> dict[str, mx.array]:
-        """The trainable arrays as they are now; arrays are immutable, so this copies nothing."""
-        return dict(tree_flatten(self.model.trainable_parameters()))
-
-    def finished(self, stopped_by: str, epochs: float) -> Finished:
+    def finished(self, stopped_by: str) -> Finished:
         done, seconds = self.progress, time.perf_counter() - self.start
+        computed, real = self.processes.count(done.computed_tokens, done.real_tokens)
         return Finished(
             iters=done.step,
-            epochs=round(epochs, 4),
+            epochs=round(done.step / self.per_epoch, 4),
             train_loss=done.train_loss,
             valid_loss=done.valid_loss if done.evaluated_at == done.step else None,
             best_valid_loss=done.best_loss,
             trained_tokens=done.trained_tokens,
-            computed_tokens=done.computed_tokens,
-            padding_fraction=1 - done.real_tokens / done.computed_tokens if done.computed_tokens else 0.0,
+            computed_tokens=computed,
+            padding_fraction=1 - real / computed if computed else 0.0,
             seconds=seconds,
             tokens_per_second=done.trained_tokens / seconds,
             peak_memory_bytes=mx.get_peak_memory(),
-            trainable_parameters=sum(array.size for array in self.adapter().values()),
+            trainable_parameters=sum(array.size for array in self.stepper.adapter().values()),
             skipped_steps=done.skipped,
             stopped_by=stopped_by,
         )
-
-
-def _where(condition: mx.array, new: Any, old: Any) -> Any:
-    return tree_map(lambda a, b: mx.where(condition, a, b) if isinstance(a, mx.array) else a, new, old)

@@ -62,7 +62,7 @@ def test_a_role_the_template_refuses(run: Run, tmp_path: Path, tiny_path: Path) 
         (["train", "nothing.yaml"], 1, ["no such recipe"]),
         (["train", "adapter.rnak=3", "--name", "x"], 1, ["adapter.rnak", "adapter.rank"]),
         (
-            ["train", "data.packing=true", "train.batch_size=many", "--name", "x"],
+            ["train", "data.packing=some", "train.batch_size=many", "--name", "x"],
             1,
             ["data.packing", "train.batch_size"],
         ),

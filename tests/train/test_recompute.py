@@ -12,16 +12,21 @@ from mlx_lora.adapters.base import Dropout
 from mlx_lora.config import Adapter
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.split import layers_of
-from mlx_lora.train.loss import loss_function
+from mlx_lora.train.loss import Loss
 from mlx_lora.train.recompute import recomputed
 
-ARRAYS = (mx.arange(64).reshape(2, 32), mx.arange(64), mx.arange(64) % 50, mx.ones(64))
+ARRAYS = {
+    "inputs": mx.arange(64).reshape(2, 32),
+    "positions": mx.arange(64),
+    "targets": mx.arange(64) % 50,
+    "weights": mx.ones(64),
+}
 
 
 def gradients(model: nn.Module) -> dict[str, mx.array]:
     """Gradients of one batch, with every dropout layer's mask fixed by its place."""
     model.train()
-    _, tree = nn.value_and_grad(model, loss_function(model, None))(*ARRAYS)
+    _, tree = nn.value_and_grad(model, Loss(model, None))(ARRAYS)
     model.eval()
     return dict(tree_flatten(tree))
 
@@ -41,11 +46,11 @@ def test_dropout_draws_the_same_mask_in_both_passes(tiny: LoadedModel) -> None:
     wrappers = attach(tiny.model, Adapter(rank=4, dropout=0.5, layers=1, targets=["v_proj"]))
     (wrapper,) = wrappers.values()
     wrapper.lora_b = 0.3 * mx.random.normal(wrapper.lora_b.shape, key=mx.random.key(1))
-    loss_sum = loss_function(tiny.model, None)
+    loss_sum = Loss(tiny.model, None)
     tiny.model.train()
     with recomputed(layers_of(tiny.model)):
         mx.random.seed(5)
-        _, tree = nn.value_and_grad(tiny.model, loss_sum)(*ARRAYS)
+        _, tree = nn.value_and_grad(tiny.model, loss_sum)(ARRAYS)
         gradient = next(array for name, array in tree_flatten(tree) if name.endswith("lora_a"))
         mx.eval(gradient)
         original, direction = wrapper.lora_a, mx.random.normal(wrapper.lora_a.shape, key=mx.random.key(2))
@@ -53,7 +58,7 @@ def test_dropout_draws_the_same_mask_in_both_passes(tiny: LoadedModel) -> None:
         for step in (1e-3, -1e-3):
             wrapper.lora_a = original + step * direction
             mx.random.seed(5)
-            values.append(loss_sum(*ARRAYS).item())
+            values.append(loss_sum(ARRAYS).item())
     expected = (gradient * direction).sum().item()
     assert abs((values[0] - values[1]) / 2e-3 - expected) < 0.02 * abs(expected) + 1e-3
 
@@ -72,14 +77,16 @@ def test_classes_come_back_and_no_class_is_patched(tiny: LoadedModel) -> None:
 
 def test_less_memory_is_kept(tiny: LoadedModel) -> None:
     attach(tiny.model, Adapter(rank=4))
-    wide = (mx.zeros((8, 256), mx.int32), mx.arange(16), mx.arange(16), mx.ones(16))
+    wide = {"inputs": mx.zeros((8, 256), mx.int32)} | {
+        name: mx.arange(16) for name in ("positions", "targets", "weights")
+    }
     peaks = []
     for layers in ([], layers_of(tiny.model)):
         with recomputed(layers):
             tiny.model.train()
             mx.reset_peak_memory()
             before = mx.get_active_memory()
-            mx.eval(nn.value_and_grad(tiny.model, loss_function(tiny.model, None))(*wide)[1])
+            mx.eval(nn.value_and_grad(tiny.model, Loss(tiny.model, None))(wide)[1])
             peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < 0.7 * peaks[0], peaks
 

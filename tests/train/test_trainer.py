@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -12,15 +13,19 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
-from mlx_lora.data.batch import collate, steps_per_epoch
+from mlx_lora.data import batch
+from mlx_lora.data.batch import Batch, collate, epoch_steps, steps_per_epoch
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.split import split
-from mlx_lora.train import trainer
+from mlx_lora.train import optim, step, trainer
 from mlx_lora.train.events import Evaluated, Finished, Interrupted, Saved, Step
-from mlx_lora.train.loss import as_arrays, loss_function
+from mlx_lora.train.loss import Loss, as_arrays
 from mlx_lora.train.trainer import train
+
+# Of events: what differs between two runs of the same.
+MEASURED = {"tokens_per_second", "peak_memory", "peak_memory_bytes", "seconds", "arrays"}
 
 
 def make_rows(count: int, *, seed: int = 0, longest: int = 24) -> list[Row]:
@@ -98,17 +103,17 @@ def test_one_sgd_step_equals_finite_differences(tiny: LoadedModel) -> None:
     wrappers = attach(tiny.model, Adapter(rank=2))
     path, wrapper = next(iter(wrappers.items()))
     wrapper.lora_b = 0.1 * mx.random.normal(wrapper.lora_b.shape, key=mx.random.key(1))
-    loss_sum = loss_function(tiny.model, split(tiny.model))
+    loss_sum = Loss(tiny.model, split(tiny.model))
     arrays = as_arrays(collate(rows))
-    _, gradients = nn.value_and_grad(tiny.model, loss_sum)(*arrays)
+    _, gradients = nn.value_and_grad(tiny.model, loss_sum)(arrays)
     gradient = dict(tree_flatten(gradients))[f"{path}.lora_a"]
     original = wrapper.lora_a
     direction = mx.random.normal(original.shape, key=mx.random.key(2))
     direction = direction / mx.sqrt(mx.square(direction).sum())
     values = []
-    for step in (0.05, -0.05):
-        wrapper.lora_a = original + step * direction
-        values.append(loss_sum(*arrays).item())
+    for move in (0.05, -0.05):
+        wrapper.lora_a = original + move * direction
+        values.append(loss_sum(arrays).item())
     assert (values[0] - values[1]) / 0.1 == pytest.approx((gradient * direction).sum().item(), rel=2e-2, abs=2e-4)
 
 
@@ -126,7 +131,7 @@ def test_validation_smaller_than_a_batch_is_evaluated_whole(tiny: LoadedModel) -
     evaluations = of(events, Evaluated)
     assert [event.step for event in evaluations] == [0, 1, 2]
     attach(tiny.model, Adapter(rank=4))
-    total = sum(loss_function(tiny.model, None)(*as_arrays(collate([row]))).item() for row in valid)
+    total = sum(Loss(tiny.model, None)(as_arrays(collate([row]))).item() for row in valid)
     assert evaluations[0].loss == pytest.approx(total / sum(row.trained for row in valid), rel=1e-5)
 
 
@@ -158,10 +163,10 @@ def test_accumulating_costs_no_activations(tiny: LoadedModel) -> None:
 
 
 def test_graphs_of_old_shapes_are_dropped(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "MOST_SHAPES", 2)
+    monkeypatch.setattr(step, "MOST_SHAPES", 2)
     compiled: list[int] = []
-    original = trainer._Run._compile
-    monkeypatch.setattr(trainer._Run, "_compile", lambda self: compiled.append(1) or original(self))
+    original = step.Stepper._compile
+    monkeypatch.setattr(step.Stepper, "_compile", lambda self: compiled.append(1) or original(self))
     rows = [
         Row(np.arange(n, dtype=np.int32) % 60, np.array([0.0] + [1.0] * (n - 1), np.float32)) for n in range(9, 90, 8)
     ]
@@ -238,3 +243,149 @@ def test_every_optimizer_learns(tiny: LoadedModel, optimizer: str) -> None:
     events = run(tiny, make_rows(16), make_rows(16), epochs=6, optimizer=optimizer, learning_rate=rate)
     evaluations = of(events, Evaluated)
     assert evaluations[-1].loss < evaluations[0].loss - 0.1
+
+
+def ahead_of_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dispatch each step before the figures of the last one are read, as on a GPU."""
+    here = trainer.device
+    monkeypatch.setattr(
+        trainer,
+        "device",
+        SimpleNamespace(on_gpu=lambda: True, hold_back=here.hold_back, memory_limits=here.memory_limits),
+    )
+
+
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Trained tokens of every step from now on, in the order in which they are dispatched."""
+    tokens: list[int] = []
+    original = step.Stepper.dispatch
+
+    def noted(self: step.Stepper, batches: Any, trained: int, **named: Any) -> step.Pending:
+        tokens.append(trained)
+        return original(self, batches, trained, **named)
+
+    monkeypatch.setattr(step.Stepper, "dispatch", noted)
+    return tokens
+
+
+def figures(events: list[Any]) -> list[str]:
+    """What events say, but for times, memory and arrays; as text, so that NaN equals itself."""
+    return [
+        f"{type(event).__name__} " + ", ".join(f"{key}={vars(event)[key]}" for key in vars(event).keys() - MEASURED)
+        for event in events
+    ]
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_steps_are_reported_once_in_order_each_with_its_own_figures(
+    tiny: LoadedModel, overlapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of a step with a rate of nothing is that of its rows, so another step's would show."""
+    if overlapped:
+        ahead_of_figures(monkeypatch)
+    tokens = dispatched(monkeypatch)
+    rows = make_rows(23)
+    events = run(tiny, rows, [], epochs=2, batch_size=3, learning_rate=1e-12)
+    steps = of(events, Step)
+    assert [event.step for event in steps] == list(range(1, 17)) and {event.steps for event in steps} == {16}
+    assert [event.tokens for event in steps] == tokens
+    loss = Loss(tiny.model, split(tiny.model))
+    lengths = [len(row) for row in rows]
+    plans = [
+        plan
+        for epoch in range(2)
+        for plan in epoch_steps(lengths, batch_size=3, grad_accumulation=1, seed=0, epoch=epoch)
+    ]
+    for event, plan in zip(steps, plans, strict=True):
+        batches = [collate(rows, lines) for lines in plan]
+        total = sum(loss(as_arrays(one)).item() for one in batches)
+        assert event.tokens == sum(one.trained for one in batches)
+        assert event.loss == pytest.approx(total / event.tokens, rel=1e-5)
+    assert len({round(event.loss, 6) for event in steps}) > 12
+
+
+def test_learning_rates_are_those_of_their_steps(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = Train(iters=6, warmup=0.34, learning_rate=1e-2)
+    rate = optim.schedule(chosen, 6)
+    expected = [pytest.approx(rate(mx.array(number)).item(), rel=1e-6) for number in range(6)]
+    settings = chosen.model_dump(include={"iters", "warmup", "learning_rate"})
+    assert [event.learning_rate for event in of(run(tiny, make_rows(8), [], **settings), Step)] == expected
+    ahead_of_figures(monkeypatch)
+    assert [event.learning_rate for event in of(run(tiny, make_rows(8), [], **settings), Step)] == expected
+
+
+def test_dispatching_ahead_changes_neither_events_nor_bytes(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, valid = make_rows(18), make_rows(4, seed=1)
+    rows[5] = Row(rows[5].tokens, np.where(rows[5].weights > 0, np.inf, 0.0).astype(np.float32))
+    settings = {"iters": 9, "eval_every": 4, "save_every": 3, "adapter": Adapter(rank=4, dropout=0.1)}
+    waited = run(tiny, rows, valid, **settings)
+    ahead_of_figures(monkeypatch)
+    overlapped = run(tiny, rows, valid, **settings)
+    assert figures(waited) == figures(overlapped)
+    assert any(event.skipped for event in of(waited, Step))
+    for one, other in zip(of(waited, Saved), of(overlapped, Saved), strict=True):
+        assert all(mx.array_equal(array, other.arrays[name]) for name, array in one.arrays.items()), one.kind
+
+
+def test_dispatched_ahead_a_step_is_read_after_the_next_is_on_its_way(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead_of_figures(monkeypatch)
+    tokens = dispatched(monkeypatch)
+    attach(tiny.model, Adapter(rank=4))
+    chosen = Train(iters=5, batch_size=4)
+    seen = []
+    for event in train(tiny.model, make_rows(20), [], chosen, split=split(tiny.model)):
+        if isinstance(event, Step):
+            seen.append((event.step, len(tokens)))
+    assert seen == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 5)]
+
+
+def test_dispatched_ahead_three_steps_not_finite_still_end_the_run_at_the_third(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead_of_figures(monkeypatch)
+    tokens = dispatched(monkeypatch)
+    rows = [Row(row.tokens, np.where(row.weights > 0, np.inf, 0).astype(np.float32)) for row in make_rows(40)]
+    events = run(tiny, rows, [], epochs=1)
+    assert events[-1].stopped_by == "nonfinite" and events[-1].iters == len(tokens) == 3
+    assert [event.skipped for event in of(events, Step)] == [True] * 3
+
+
+def test_dispatched_ahead_an_interruption_reports_the_step_on_its_way(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead_of_figures(monkeypatch)
+    tokens = dispatched(monkeypatch)
+    asked = iter([False, False, False, True])  # the one validation batch, before the first three steps
+    events = run(tiny, make_rows(40), make_rows(4), epochs=1, should_stop=lambda: next(asked))
+    assert [type(event) for event in events] == [Evaluated, Step, Step, Interrupted, Saved, Finished]
+    assert [event.step for event in events[1:5]] == [1, 2, 2, 2] and events[-1].iters == len(tokens) == 2
+    assert events[-1].trained_tokens == sum(tokens)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_small_budget_of_positions_changes_neither_steps_nor_result(
+    tiny: LoadedModel, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(20)
+    settings = {"epochs": 1, "batch_size": 6, "optimizer": optimizer, "learning_rate": 1e-3, "eval_every": 2}
+    whole = run(tiny, rows, make_rows(6, seed=1), **settings)
+    micros: list[int] = []
+    original = trainer.as_arrays
+
+    def noted(one: Batch, *states: Any) -> Any:
+        micros.append(len(one.lines))
+        return original(one, *states)
+
+    monkeypatch.setattr(trainer, "as_arrays", noted)
+    monkeypatch.setattr(batch, "MOST_POSITIONS", 48)
+    parts = run(tiny, rows, make_rows(6, seed=1), **settings)
+    assert max(micros) < 6 and len(micros) > 8, "the budget has to cut steps"
+    assert len(of(whole, Step)) == len(of(parts, Step)) == 4
+    for one, other in zip(of(whole, Step), of(parts, Step), strict=True):
+        assert (one.tokens, one.loss) == (other.tokens, pytest.approx(other.loss, rel=1e-5))
+    for one, other in zip(of(whole, Evaluated), of(parts, Evaluated), strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    for name, array in arrays_of(whole).items():
+        np.testing.assert_allclose(array, arrays_of(parts)[name], atol=1e-5, err_msg=name)

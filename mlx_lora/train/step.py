@@ -1,0 +1,112 @@
+"""One optimizer step on the device: gradients summed over micro-batches, divided once, clipped, applied.
+
+A step is dispatched without waiting for it, so that the host prepares the next one while the device computes; its
+figures are read later. A step that isn't finite changes nothing. Knows nothing of rows, epochs or events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_lora.config import Train
+from mlx_lora.train import optim
+from mlx_lora.train.distributed import Processes
+from mlx_lora.train.loss import Arrays, Loss
+
+# Compiled graphs are kept by shape; beyond this many the old ones are dropped, since each holds megabytes.
+MOST_SHAPES = 64
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Figures of a dispatched step, on their way: sums over all processes. Reading one waits for the step."""
+
+    loss: mx.array
+    tokens: mx.array
+    norm: mx.array
+    finite: mx.array
+    stop: mx.array
+
+
+class Stepper:
+    """The compiled step and the state it changes: adapter, optimizer, random numbers."""
+
+    def __init__(self, model: nn.Module, loss: Loss, settings: Train, steps: int, seed: int, processes: Processes):
+        self._model, self._loss, self._settings, self._processes = model, loss, settings, processes
+        self._optimizer = optim.build(settings, steps)
+        self._optimizer.init(model.trainable_parameters())
+        self._zeros = tree_map(mx.zeros_like, model.trainable_parameters())
+        self._shapes: set[Any] = set()
+        mx.random.seed(seed + processes.rank)  # each process drops out its own rows' activations
+        mx.eval(model.state, self._optimizer.state, self._zeros)
+        self._compile()
+
+    def _compile(self) -> None:
+        model, optimizer = self._model, self._optimizer
+        loss_and_gradients = nn.value_and_grad(model, self._loss.differentiable)
+        state = [model.state, optimizer.state, mx.random.state]
+
+        def accumulate(loss: mx.array, totals: Any, arrays: Arrays) -> tuple[mx.array, Any]:
+            loss_here, gradients = loss_and_gradients(arrays)
+            return loss + loss_here, tree_map(mx.add, totals, gradients)
+
+        def apply(loss: mx.array, totals: Any, tokens: mx.array) -> tuple[mx.array, mx.array]:
+            gradients = tree_map(lambda total: total / tokens, totals)
+            norm = optim.global_norm(gradients)
+            finite = mx.isfinite(loss) & mx.isfinite(norm)
+            if self._settings.max_grad_norm is not None:
+                shrink = mx.minimum(self._settings.max_grad_norm / (norm + 1e-6), 1.0)
+                gradients = tree_map(lambda gradient: gradient * shrink, gradients)
+            parameters, memory = model.trainable_parameters(), tree_map(lambda array: array, optimizer.state)
+            optimizer.update(model, gradients)
+            model.update(_where(finite, model.trainable_parameters(), parameters))
+            optimizer.state.update(_where(finite, optimizer.state, memory))  # in place: the compiled step holds it
+            return norm, finite
+
+        self._accumulate = mx.compile(accumulate, inputs=state, outputs=state)
+        self._apply = mx.compile(apply, inputs=state, outputs=state)
+        self._evaluate = mx.compile(self._loss, inputs=[model.state], outputs=[])
+
+    def dispatch(self, batches: Iterable[Arrays], tokens: int, *, stop: bool = False) -> Pending:
+        """Start one step over micro-batches, of which there may be none here when other processes have some.
+
+        `tokens` are those with loss in `batches`; `stop` asks all processes to stop.
+        """
+        self._model.train()
+        loss, totals = mx.array(0.0), self._zeros
+        for arrays in batches:
+            self._remember(arrays)
+            loss, totals = self._accumulate(loss, totals, arrays)
+            mx.async_eval(loss, totals)  # so that one micro-batch's activations are freed before the next one's
+        counts = mx.array([float(tokens), float(stop)])
+        loss, totals, counts = self._processes.sum((loss, totals, counts))
+        norm, finite = self._apply(loss, totals, counts[0])
+        mx.async_eval(loss, counts, norm, finite, self._model.trainable_parameters(), self._optimizer.state)
+        return Pending(loss, counts[0], norm, finite, counts[1])
+
+    def evaluate(self, arrays: Arrays) -> mx.array:
+        """Σ weight · nll, lazily, with dropout off."""
+        self._model.eval()
+        self._remember(arrays)
+        return self._evaluate(arrays)
+
+    def adapter(self) -> dict[str, mx.array]:
+        """The trainable arrays as they are now; arrays are immutable, so this copies nothing."""
+        return dict(tree_flatten(self._model.trainable_parameters()))
+
+    def _remember(self, arrays: Arrays) -> None:
+        """Compile anew when there are too many shapes."""
+        self._shapes.add((self._model.training, *((name, array.shape) for name, array in sorted(arrays.items()))))
+        if len(self._shapes) > MOST_SHAPES:
+            self._shapes.clear()
+            self._compile()
+
+
+def _where(condition: mx.array, new: Any, old: Any) -> Any:
+    return tree_map(lambda a, b: mx.where(condition, a, b) if isinstance(a, mx.array) else a, new, old)

@@ -1,0 +1,1 @@
+"""The benchmarks, a module each; the module's name is the benchmark's."""
