@@ -22,7 +22,8 @@ BLAS_LIBRARY = "libopenblas.so.0"
 BLAS_HINT = "apt-get install libopenblas0-pthread"
 # 2^f = Σ cᵢ fⁱ: the first terms of its series, whose error is below float32's rounding for |f| ≤ ½.
 POWERS = [math.log(2) ** i / math.factorial(i) for i in range(8)]
-# Bytes below its peak from which on MLX's CPU backend waits for each operation.
+# Bytes below its peak from which on MLX's CPU backend waits for each operation, at most an eighth of the way down to
+# what stays: below a small peak everything is near it.
 HELD_BACK = 20 << 20
 _blas: str | None = None
 
@@ -132,7 +133,8 @@ def hold_back() -> None:
     import mlx.core as mx
 
     if not on_gpu():
-        mx.set_memory_limit(max(mx.get_peak_memory() - HELD_BACK, 0))
+        peak = mx.get_peak_memory()
+        mx.set_memory_limit(peak - min(HELD_BACK, max(peak - mx.get_active_memory(), 0) // 8))
 
 
 @contextlib.contextmanager
