@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_lora import device, ui
 from mlx_lora.config import Train
 from mlx_lora.data.ahead import ahead
-from mlx_lora.data.batch import Batch, by_length, collate, epoch_steps, pack, positions, steps_per_epoch
+from mlx_lora.data.batch import PACKED_POSITIONS, Batch, by_length, collate, epoch_steps, positions, steps_per_epoch
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.lean import lean
@@ -215,7 +215,8 @@ class _Run:
         """Whether `auto` has to save memory by recomputing layers, going by the largest micro-batch."""
         if self.settings.grad_checkpoint != "auto":
             return False
-        largest = max(positions(micro, self.lengths) for step in self._plan(0) for micro in step)
+        sizes = (positions(micro, self.lengths) for step in self._plan(0) for micro in step)
+        largest = max(sizes, default=0)  # of several processes, one may have no rows
         logits = self.model(mx.zeros((1, 1), mx.int32))  # never evaluated: its dtype is that of activations
         needed, free = memory.kept_bytes(adapted, largest, logits.dtype), memory.free_bytes()
         if needed <= memory.SHARE * free:
@@ -253,8 +254,10 @@ class _Run:
         return f"kept states differ from computed ones by {difference:.2g}"
 
     def _longest_line(self) -> int:
-        lines = pack(sorted(range(len(self.rows)), key=self.lengths.__getitem__), self.lengths)
-        return max(sum(self.lengths[index] - 1 for index in line) for line in lines)
+        """Positions that no packed line exceeds: those of a line, or of the longest rows of one step."""
+        longest = sorted(length - 1 for length in self.lengths)
+        in_a_step = sum(longest[-self.settings.batch_size * self.settings.grad_accumulation :])
+        return min(max(PACKED_POSITIONS, longest[-1]), in_a_step)
 
     def _plan(self, epoch: int) -> list[list[list[list[int]]]]:
         return epoch_steps(
