@@ -58,8 +58,8 @@ class LoRALinear(LoRA):
         self.lora_b = mx.zeros((self.rank, outputs))
 
     def __call__(self, x: mx.array) -> mx.array:
-        z = self.dropout(x) @ self.lora_a.astype(x.dtype) @ self.lora_b.astype(x.dtype)
-        return self.linear(x) + self.scale * z
+        z = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        return mx.addmm(self.linear(x), z, self.lora_b.astype(x.dtype), alpha=self.scale)
 
     def delta(self) -> mx.array:
         return self.scale * (self.lora_a @ self.lora_b).T
@@ -81,8 +81,8 @@ class LoRAEmbedding(LoRA):
         return y + (self.scale * z).astype(y.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        z = self.dropout(x) @ self.lora_b.T.astype(x.dtype) @ self.lora_a.T.astype(x.dtype)
-        return self.embedding.as_linear(x) + self.scale * z
+        z = self.dropout(x) @ self.lora_b.T.astype(x.dtype)
+        return mx.addmm(self.embedding.as_linear(x), z, self.lora_a.T.astype(x.dtype), alpha=self.scale)
 
     def delta(self) -> mx.array:
         return self.scale * (self.lora_a @ self.lora_b)

@@ -37,11 +37,11 @@ def rows_of(found: list[plain.PlainRow]) -> list[Row]:
     return [Row(np.array(row.tokens, np.int32), np.array(row.weights, np.float32)) for row in found]
 
 
-def run(*, model: str, rows: str, steps: int, grad_checkpoint: str = "off", optimizer: str = "adam") -> dict[str, Any]:
-    """The same rows in every step: rank 8 on every linear of the last layers."""
+def run(*, model: str, rows: str, steps: int, **settings: Any) -> dict[str, Any]:
+    """The same rows in every step: rank 8 on every linear of the last layers, Adam where `settings` don't say else."""
     loaded = load(model)
     attach(loaded.model, Adapter(targets="all-linear", layers=LAYERS))
-    return train(loaded.model, plain.read(rows), steps, grad_checkpoint=grad_checkpoint, optimizer=optimizer)
+    return train(loaded.model, plain.read(rows), steps, **settings)
 
 
 def length(*, model: str, length: int, steps: int, grad_checkpoint: str, mask: str = "completion") -> dict[str, Any]:
