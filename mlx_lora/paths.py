@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mlx_lora.errors import MlxLoraError, NameTaken
 
 # The folders that come with the package.
 SHIPPED = ("data", "recipes")
 # Files that tell a directory made by this package, or by another tool for the same purpose, from anything else.
-MARKS = ("config.json", "adapter_config.json")
+MARKS = ("config.json", "adapter_config.json", "training.json")
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
@@ -72,20 +73,41 @@ def existing(path: str | Path) -> Path | None:
 def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside `target` that takes its place by rename, only if the block succeeds.
 
-    Raises NameTaken when `target` exists and `force` is false, or when it holds anything but a model or an adapter.
-    With `force` the old directory goes only after the new one is complete.
+    Everything in it is on the disk before the rename, and the rename before this returns; inside the home, only the
+    user can read it. Raises NameTaken when `target` exists and `force` is false, or when it holds anything but a model,
+    an adapter or a checkpoint. With `force` the old directory goes only after the new one is complete.
     """
     target = Path(os.path.abspath(target))
     check_target(target, force=force)
-    if target.is_relative_to(_home().absolute()):
+    private = target.is_relative_to(_home().absolute())
+    if private:
         home()  # private from the start
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            if private:
+                path.chmod(0o700 if path.is_dir() else 0o600)
+            synchronize(path)
         _replace(temporary, target)
+        synchronize(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def synchronize(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def created(path: Path, mode: str = "wb") -> Any:
+    """Open a file for writing that only the user can read."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600))
 
 
 def check_target(target: Path, *, force: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_lora import ui
+from mlx_lora import paths, ui
 from mlx_lora.cli.options import Adapters, Force, Json, MaxTokens, Model, Overrides, data_settings, progress
 from mlx_lora.errors import TrainingError
 
@@ -30,16 +30,19 @@ def train(
     model: Annotated[str | None, typer.Option("--model", help="The base: a directory or a name.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="A file, or a folder with train, valid and test.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="The adapter's name; the recipe's by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run of this name.")] = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Train an adapter from a recipe, from options, or from both. Ctrl-C saves what there is."""
+    """Train an adapter from a recipe, from options, or from both. Ctrl-C saves what there is; --resume goes on."""
     from mlx_lora.config import load_recipe
     from mlx_lora.tasks.train import train_adapter
     from mlx_lora.train.distributed import processes
 
     words = list(settings or [])
     file = Path(words.pop(0)) if words and "=" not in words[0] else None
+    if resume and file is None and name is not None and model is None and data is None:
+        file = paths.room("runs", name) / "recipe.yaml"  # the run knows its own
     given = {key: value for key, value in (("model", model), ("data.path", data), ("name", name)) if value is not None}
     recipe = load_recipe(file, words, settings=given)
     group = processes()
@@ -47,7 +50,7 @@ def train(
         ui.silence()  # the first process speaks for all
     with ExitStack() as stack:
         stop = StopSignal(stack)
-        run = train_adapter(recipe, force=force, listener=listener(stack, stop), group=group)
+        run = train_adapter(recipe, force=force, resume=resume, listener=listener(stack, stop), group=group)
     if json:
         ui.as_json(run.as_dict())
     else:

@@ -41,7 +41,8 @@ def ahead(items: Iterable[T], depth: int = DEPTH) -> Generator[T, None, None]:
             yield item
     finally:
         closed.set()
-        thread.join()
+        if threading.current_thread() is not thread:  # where the garbage collector may run this
+            thread.join()
 
 
 def _put(made: queue.Queue[Any], item: Any, closed: threading.Event) -> bool:

@@ -5,8 +5,9 @@ gated activation holds five arrays of the widest size where two are enough. Both
 matrix products around them. mlx-lm's layers call one function for each, so the layers run here with their own code and
 two functions of ours in place of mlx-lm's, object by object and undone on leaving; no class and no module is patched.
 
-Attention runs over a few queries at a time, so no square of the length is ever held; under a causal mask the keys
-behind a part are left out, which halves the work of long rows.
+Attention runs over a few queries at a time, so no square of scores is ever held; under a causal mask the keys behind a
+part are left out, which halves the work of long rows. A mask that is an array (packed rows, some sliding windows) is a
+square of its own, of one byte an entry, and leaves no keys out.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from mlx_lora import device
 with device.file_limits_kept():
     from mlx_lm.models import activations, base
 
-# Bytes of the scores of one part of the queries.
-SCORES_BYTES = 16 << 20
+# Bytes of the scores of one part of the queries; a GPU wants more of them at a time.
+SCORES_BYTES, SCORES_BYTES_GPU = 16 << 20, 128 << 20
 
 
 @contextmanager
@@ -104,7 +105,8 @@ def _attention(scale: float, causal: bool) -> Callable[..., mx.array]:
         """Which queries run together, and the keys that they may look at."""
         lines, heads, length, _ = queries.shape
         before = keys.shape[2] - length
-        count = -(-4 * lines * heads * length * keys.shape[2] // SCORES_BYTES)
+        size = SCORES_BYTES_GPU if device.on_gpu() else SCORES_BYTES
+        count = -(-queries.dtype.size * lines * heads * length * keys.shape[2] // size)
         step = -(-length // count)
         for start in range(0, length, step):
             end = min(start + step, length)
@@ -127,6 +129,9 @@ def _attention(scale: float, causal: bool) -> Callable[..., mx.array]:
 
     @mx.custom_function  # type: ignore[untyped-decorator]
     def attend(queries: mx.array, keys: mx.array, values: mx.array, *masks: mx.array) -> mx.array:
+        if device.on_gpu():  # its kernel holds no square either
+            mask = "causal" if causal else masks[0] if masks else None
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
         grouped, k, v = _by_key(queries, keys), keys[:, :, None], values[:, :, None]
         made = [grouped]
         for here, seen in parts(queries, keys):

@@ -96,7 +96,8 @@ def save(out: Path, wrappers: Wrappers, manifest: Manifest, layers: int, *, forc
     """
     with paths.written_whole(out, force=force) as folder:
         arrays, config = _for_mlx_lm(wrappers, manifest, layers)
-        mx.save_safetensors(str(folder / WEIGHTS), arrays, metadata={"format": "mlx"})
+        with paths.created(folder / WEIGHTS) as stream:
+            mx.save_safetensors(stream, arrays, metadata={"format": "mlx"})
         _write(folder / CONFIG, config)
         complete = manifest.model_copy(
             update={
@@ -283,4 +284,5 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with paths.created(file) as stream:
+        stream.write((json.dumps(values, indent=2, sort_keys=True) + "\n").encode())

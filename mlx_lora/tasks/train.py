@@ -1,21 +1,17 @@
-"""A training run from recipe to stored adapter: load, quantize, attach, read, train, save.
+"""A training run from recipe to stored adapter: load, quantize, attach, read, train, save; or going on with one.
 
-Writes `adapters/<name>` (the best by validation loss, or the last without validation rows) and `runs/<name>`: the
-recipe, a line of metrics per event, the last adapter, and snapshots when asked for. Training text is never written.
+What it leaves on disk is `tasks.run`'s business. Training text is never written.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import yaml
-
-from mlx_lora import paths, ui
+from mlx_lora import paths
 from mlx_lora.adapters.attach import Wrappers, attach
 from mlx_lora.config import Recipe
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
@@ -24,8 +20,11 @@ from mlx_lora.models.load import LoadedModel, find_model, load_stored, ready
 from mlx_lora.models.split import layers_of, split
 from mlx_lora.store import adapter as store
 from mlx_lora.store import fingerprint, registry
+from mlx_lora.tasks import run
+from mlx_lora.tasks.run import RunFolder
+from mlx_lora.train import checkpoint
 from mlx_lora.train.distributed import Processes
-from mlx_lora.train.events import Evaluated, Event, Finished, Saved, Step
+from mlx_lora.train.events import Event, Finished
 from mlx_lora.train.trainer import train
 
 
@@ -56,15 +55,31 @@ class Listener:
 
 
 def train_adapter(
-    recipe: Recipe, *, force: bool = False, listener: Listener | None = None, group: Processes | None = None
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    listener: Listener | None = None,
+    group: Processes | None = None,
 ) -> Run:
-    """Run a recipe, alone or as one of a group of processes of which the first one writes.
+    """Run a recipe, alone or as one of a group of processes of which the first one writes; `resume` goes on with it.
 
-    Raises before any weight is loaded when the recipe is incomplete or its name is taken, and KeyboardInterrupt when it
-    was asked to stop before the first step, with nothing written.
+    Raises before any weight is loaded when the recipe is incomplete, its name is taken or another process trains it,
+    and KeyboardInterrupt when it was asked to stop before the first step, with nothing written.
     """
     hear, group = listener or Listener(), group or Processes()
-    name = check(recipe, force=force or group.rank > 0)
+    name = check(recipe, force=force or resume or group.rank > 0)
+    if resume and group.size > 1:
+        raise TrainingError("several processes can't go on with a run yet", hint="start again with --force")
+    with ExitStack() as stack:
+        if group.rank == 0:
+            stack.enter_context(run.held(name))
+        if resume:
+            checkpoint.newest(paths.room("runs", name))  # there is something to go on from
+        return _train(recipe, name, hear, group, force=force, resume=resume)
+
+
+def _train(recipe: Recipe, name: str, hear: Listener, group: Processes, *, force: bool, resume: bool) -> Run:
     assert recipe.model is not None and recipe.data.path is not None
     hear.stage(f"loading {recipe.model}" + (" and quantizing it" if recipe.quantize else ""))
     loaded = load_stored(recipe.model, quantization=recipe.quantize)
@@ -75,9 +90,17 @@ def train_adapter(
         raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
     wrappers = attach(loaded.model, recipe.adapter, seed=recipe.seed)
     hear.stage(summary(recipe, prepared, wrappers))
-    manifest = describe(recipe, loaded, prepared, wrappers, base)
-    group.check_same(_alike(recipe, base, prepared))
-    keeper = _Keeper(recipe, name, manifest, wrappers, len(layers_of(loaded.model)), writes=group.rank == 0)
+    manifest, made_of = describe(recipe, loaded, prepared, wrappers, base), _made_of(recipe, base, prepared)
+    group.check_same({part: str(value) for part, value in made_of.items()})
+    folder = RunFolder(
+        recipe, name, manifest, wrappers, len(layers_of(loaded.model)),
+        made_of=checkpoint.flat(made_of), writes=group.rank == 0,
+    )  # fmt: skip
+    start = None
+    if resume:
+        start = folder.go_on(force=force)
+    else:
+        folder.begin()
     hear.started()
     events = train(
         loaded.model,
@@ -87,23 +110,27 @@ def train_adapter(
         seed=recipe.seed,
         split=split(loaded.model),
         packing=recipe.data.packing,
-        scratch=keeper.run if keeper.writes else None,
+        scratch=folder.folder if folder.writes else None,
         processes=group,
+        resume=start,
         should_stop=hear.should_stop,
     )
     try:
-        for event in events:
-            keeper.hear(event)
-            hear.event(event)
+        with closing(events):
+            for event in events:
+                folder.hear(event)
+                hear.event(event)
+        assert folder.finished is not None
+        if not folder.finished.iters:
+            folder.forget()
+            raise KeyboardInterrupt
+        path = folder.save(force=force or resume)
     except TrainingError:  # raised before the first step
-        keeper.forget()
+        folder.forget()
         raise
-    assert keeper.finished is not None
-    if not keeper.finished.iters:
-        keeper.forget()
-        raise KeyboardInterrupt
-    path = keeper.save(force=force)
-    return Run(name, path, keeper.finished, loaded, prepared)
+    except OSError as error:
+        raise TrainingError(f"the run can't be written: {error}", hint="make room for it, then --resume") from error
+    return Run(name, path, folder.finished, loaded, prepared)
 
 
 def check(recipe: Recipe, *, force: bool) -> str:
@@ -115,12 +142,14 @@ def check(recipe: Recipe, *, force: bool) -> str:
         raise RecipeError("the run has no name", hint="--name NAME sets it")
     assert recipe.model is not None
     find_model(recipe.model)
-    target = paths.room("adapters", recipe.name)
-    if target.exists() and not force:
-        raise NameTaken(f"an adapter {recipe.name!r} exists", hint="--name another one, or --force to replace it")
-    run = paths.room("runs", recipe.name)
-    if list(run.glob("checkpoint-*")) and not force:
-        raise NameTaken(f"{run} holds checkpoints of an unfinished run", hint="--name another one, or --force")
+    target, folder = paths.room("adapters", recipe.name), paths.room("runs", recipe.name)
+    unfinished = bool(checkpoint.checkpoints(folder))
+    if (target.exists() or unfinished) and not force:
+        what = (
+            f"{folder} holds checkpoints of an unfinished run" if unfinished else f"an adapter {recipe.name!r} exists"
+        )
+        go_on = "--resume to go on with it, " if unfinished else ""
+        raise NameTaken(what, hint=f"{go_on}--name another one, or --force to replace it")
     return recipe.name
 
 
@@ -164,66 +193,13 @@ def shareable(recipe: Recipe, base: store.Base) -> dict[str, Any]:
     return values
 
 
-def _alike(recipe: Recipe, base: store.Base, prepared: Prepared) -> dict[str, str]:
-    """What every process of a group must have in common, wherever their files lie."""
-    files = [(file["sha256"], file["rows"]) for file in prepared.files]
-    settings = recipe.model_dump(exclude={"model": True, "name": True, "data": {"path"}})
-    return {"model": base.model_dump_json(exclude={"name"}), "data": str(files), "recipe": str(settings)}
-
-
-class _Keeper:
-    """Listens to the events and keeps what should outlive the process."""
-
-    def __init__(
-        self, recipe: Recipe, name: str, manifest: store.Manifest, wrappers: Wrappers, layers: int, *, writes: bool
-    ):
-        self.manifest, self.wrappers, self.layers, self.name, self.writes = manifest, wrappers, layers, name, writes
-        self.best: dict[str, mx.array] | None = None
-        self.last: dict[str, mx.array] = {}
-        self.finished: Finished | None = None
-        self.run = paths.room("runs", name)
-        self.metrics = self.run / "metrics.jsonl"
-        if not writes:
-            return
-        if self.run.exists():
-            shutil.rmtree(self.run)
-        self.run.mkdir(parents=True, mode=0o700)
-        (self.run / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False), encoding="utf-8")
-
-    def hear(self, event: Event) -> None:
-        if isinstance(event, Saved):
-            if event.kind == "best":
-                self.best = event.arrays
-            elif event.kind == "last":
-                self.last = event.arrays
-            else:
-                self._write(self.run / f"checkpoint-{event.step}", event.arrays, {"iters": event.step}, force=True)
-            return
-        if isinstance(event, Finished):
-            self.finished = event
-        if self.writes and isinstance(event, Step | Evaluated | Finished):
-            line = {"event": type(event).__name__.lower(), **asdict(event)}
-            with open(self.metrics, "a", encoding="utf-8") as stream:
-                stream.write(ui.json_text(line) + "\n")
-
-    def forget(self) -> None:
-        """Leave nothing of a run that learned nothing."""
-        if self.writes:
-            shutil.rmtree(self.run)
-
-    def save(self, *, force: bool) -> Path:
-        """The best adapter under its name, the last one in the run; the model is left with what was stored."""
-        assert self.finished is not None
-        metrics = asdict(self.finished)
-        self._write(self.run / "last", self.last, metrics, force=True)
-        chosen = self.last if self.best is None else self.best
-        return self._write(paths.room("adapters", self.name), chosen, metrics, force=force)
-
-    def _write(self, out: Path, arrays: dict[str, mx.array], metrics: dict[str, Any], *, force: bool) -> Path:
-        for path, wrapper in self.wrappers.items():
-            for name in wrapper.adapter_params():
-                wrapper[name] = arrays[f"{path}.{name}"]
-        if not self.writes:
-            return out
-        manifest = self.manifest.model_copy(update={"metrics": metrics})
-        return store.save(out, self.wrappers, manifest, self.layers, force=force)
+def _made_of(recipe: Recipe, base: store.Base, prepared: Prepared) -> dict[str, Any]:
+    """What a run is made of, wherever its files lie: the same on every process of a group, and when it goes on."""
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude={"model": True, "name": True, "data": {"path"}}),
+        "model": base.model_dump(mode="json", exclude={"name"}),
+        "data": {
+            str(number): f"{file['rows']} rows, sha256 {file['sha256'][:16]}"
+            for number, file in enumerate(prepared.files)
+        },
+    }

@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.errors import TrainingError
 
-# Set by mlx.launch for every backend.
-LAUNCHED = "MLX_RANK"
+# Set for the processes of mlx.launch: by itself, or by the mpirun that it calls.
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 class Processes:
@@ -67,7 +67,7 @@ class Processes:
 
 def processes() -> Processes:
     """The processes that mlx.launch started together, or this one alone. Raises TrainingError when they can't meet."""
-    if LAUNCHED not in os.environ:
+    if not any(name in os.environ for name in LAUNCHED):
         return Processes()
     try:
         return Processes(mx.distributed.init(strict=True))

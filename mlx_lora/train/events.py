@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
@@ -40,7 +41,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Saved:
-    """A snapshot of the adapter's arrays, worth writing down: `best`, `last`, or `step` for a regular one."""
+    """A snapshot of the adapter's arrays, worth writing down: `best` or `last`."""
 
     step: int
     kind: str
@@ -48,8 +49,20 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """All that the steps after `step` depend on: float32 masters, the optimizer's memory, MLX's random key, counters.
+
+    Written down, a later run goes on from it to the same bytes.
+    """
+
+    step: int
+    arrays: dict[str, mx.array] = field(repr=False)
+    progress: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Finished:
-    """The end: `stopped_by` is iters, epochs, patience, interrupted or nonfinite; `valid_loss` is of the
+    """The end: `stopped_by` is iters, epochs, patience, interrupted, memory or nonfinite; `valid_loss` is of the
     last step, None if it wasn't evaluated. Bytes and seconds are the loop's."""
 
     iters: int
@@ -75,4 +88,4 @@ class Interrupted:
     step: int
 
 
-Event = Note | Step | Evaluated | Saved | Finished | Interrupted
+Event = Note | Step | Evaluated | Saved | Checkpoint | Finished | Interrupted

@@ -13,7 +13,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from mlx_lora.models.split import Split
 STORED = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
 # The rest of the memory is for training, the rest of the disk for everyone else.
 MEMORY_SHARE, DISK_SHARE = 1 / 4, 1 / 2
+Home = Mapping[str, Callable[[int], Batch | None]]
 HINT = "free some space, or train without keeping hidden states"
 
 
@@ -143,10 +144,14 @@ def _allocate(descriptor: int, size: int) -> None:
 
 
 class Prefix:
-    """Hidden states entering layer `below.first`, of training and validation rows: each computed once, then read."""
+    """Hidden states entering layer `below.first`, of training and validation rows: each computed once, then read.
 
-    def __init__(self, model: nn.Module, below: Below, stores: dict[str, PrefixStore], where: str):
-        self.below, self._model, self._stores, self._where = below, model, stores, where
+    `home` finds, for the rows of one kind, the batch whose states are kept: rounding depends on a row's company, and a
+    run that goes on in a later epoch must find the same states. Without one, it is the first batch that holds the row.
+    """
+
+    def __init__(self, model: nn.Module, below: Below, stores: dict[str, PrefixStore], where: str, home: Home):
+        self.below, self._model, self._stores, self._where, self._home = below, model, stores, where, home
 
     def __str__(self) -> str:
         size = ui.size(sum(store.bytes for store in self._stores.values()))
@@ -154,10 +159,12 @@ class Prefix:
 
     def states(self, of: str, batch: Batch) -> mx.array:
         """States (B, T, d) of a batch of the rows called `of`, from the store once all its rows are there."""
-        store = self._stores[of]
-        if not all(index in store for line in batch.lines for index in line):
-            # once a row, so not worth a compiled graph for each shape
-            store.put(batch.lines, self.below.states(mx.array(batch.inputs), self._caches(batch)))
+        store, home = self._stores[of], self._home.get(of, lambda row: None)
+        for row in (row for line in batch.lines for row in line):
+            if row not in store:
+                whole = home(row) or batch
+                # once a row, so not worth a compiled graph for each shape
+                store.put(whole.lines, self.below.states(mx.array(whole.inputs), self._caches(whole)))
         return store.batch(batch.lines, batch.inputs.shape[1])
 
     def difference(self, split: Split, batch: Batch) -> float:
@@ -176,7 +183,9 @@ class Prefix:
             store.close()
 
 
-def plan(model: nn.Module, split: Split | None, rows: dict[str, list[int]], folder: Path | None) -> Prefix | str:
+def plan(
+    model: nn.Module, split: Split | None, rows: dict[str, list[int]], folder: Path | None, home: Home | None = None
+) -> Prefix | str:
     """Stores for the rows' states, given the lengths of each set of rows, or the reason why there can't be any."""
     first = lowest_trainable(model)
     if isinstance(first, str):
@@ -194,9 +203,12 @@ def plan(model: nn.Module, split: Split | None, rows: dict[str, list[int]], fold
     where = place(needed, psutil.virtual_memory().available, free)
     if where not in ("memory", "file"):
         return where
-    made = {
-        name: PrefixStore(lengths, halves.width, halves.dtype, in_memory=where == "memory", folder=folder)
-        for name, lengths in positions.items()
-        if lengths
-    }
-    return Prefix(model, halves, made, "memory" if where == "memory" else "a file without a name")
+    try:
+        made = {
+            name: PrefixStore(lengths, halves.width, halves.dtype, in_memory=where == "memory", folder=folder)
+            for name, lengths in positions.items()
+            if lengths
+        }
+    except TrainingError as error:
+        return error.message
+    return Prefix(model, halves, made, "memory" if where == "memory" else "a file without a name", home or {})

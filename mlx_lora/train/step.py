@@ -12,9 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from mlx_lora.config import Train
+from mlx_lora.errors import TrainingError
 from mlx_lora.train import optim
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.loss import Arrays, Loss
@@ -49,6 +50,7 @@ class Stepper:
 
     def _compile(self) -> None:
         model, optimizer = self._model, self._optimizer
+        most = self._settings.max_grad_norm  # not through self: a cycle would keep the graphs of a run that is over
         loss_and_gradients = nn.value_and_grad(model, self._loss.differentiable)
         state = [model.state, optimizer.state, mx.random.state]
 
@@ -60,8 +62,8 @@ class Stepper:
             gradients = tree_map(lambda total: total / tokens, totals)
             norm = optim.global_norm(gradients)
             finite = mx.isfinite(loss) & mx.isfinite(norm)
-            if self._settings.max_grad_norm is not None:
-                shrink = mx.minimum(self._settings.max_grad_norm / (norm + 1e-6), 1.0)
+            if most is not None:
+                shrink = mx.minimum(most / (norm + 1e-6), 1.0)
                 gradients = tree_map(lambda gradient: gradient * shrink, gradients)
             parameters, memory = model.trainable_parameters(), tree_map(lambda array: array, optimizer.state)
             optimizer.update(model, gradients)
@@ -99,6 +101,28 @@ class Stepper:
     def adapter(self) -> dict[str, mx.array]:
         """The trainable arrays as they are now; arrays are immutable, so this copies nothing."""
         return dict(tree_flatten(self._model.trainable_parameters()))
+
+    def state(self) -> dict[str, mx.array]:
+        """All that the next steps depend on, by name: adapter.*, optimizer.*, and MLX's random key (2,) uint32."""
+        optimizer = tree_flatten(self._optimizer.state, prefix=".optimizer")
+        arrays = {f"adapter.{name}": array for name, array in self.adapter().items()} | dict(optimizer)
+        return arrays | {"random": mx.random.state[0]}
+
+    def restore(self, arrays: dict[str, mx.array]) -> None:
+        """Go on from what `state` gave. Raises TrainingError when those arrays are of another adapter or optimizer."""
+        current = self.state()
+        shapes = ({name: tuple(array.shape) for name, array in found.items()} for found in (arrays, current))
+        if next(shapes) != next(shapes):
+            raise TrainingError(
+                "the checkpoint holds other arrays than this adapter and optimizer", hint="start again with --force"
+            )
+        adapter = tree_map_with_path(lambda path, _: arrays[f"adapter.{path}"], self._model.trainable_parameters())
+        memory = tree_map_with_path(lambda path, _: arrays[f"optimizer.{path}"], self._optimizer.state)
+        self._model.update(adapter)
+        self._optimizer.state.update(memory)  # in place: the compiled step holds it
+        high, low = arrays["random"].tolist()
+        mx.random.seed((high << 32) | low)  # a key is the two halves of a seed
+        mx.eval(self._model.trainable_parameters(), self._optimizer.state)
 
     def _remember(self, arrays: Arrays) -> None:
         """Compile anew when there are too many shapes."""

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -30,51 +28,18 @@ from mlx_lora.models.prefix import lowest_trainable
 from mlx_lora.models.segments import refusal
 from mlx_lora.models.split import Split, layers_of
 from mlx_lora.train import memory, optim, prefix
+from mlx_lora.train.checkpoint import Progress
 from mlx_lora.train.distributed import Processes
-from mlx_lora.train.events import Evaluated, Event, Finished, Interrupted, Note, Saved, Step
+from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Interrupted, Note, Saved, Step
 from mlx_lora.train.loss import Arrays, Loss, as_arrays
 from mlx_lora.train.recompute import recomputed
 from mlx_lora.train.step import Pending, Stepper
 
 MOST_SKIPPED = 3
-LOSS_WINDOW = 10
+# Where a recipe doesn't say how often to save, this many seconds may be lost.
+SAVE_SECONDS = 300.0
 # Kept states may differ by rounding between shapes of batches, and by no more.
 PREFIX_TOLERANCE = 1e-3
-
-
-@dataclass
-class Progress:
-    """Counters of a run."""
-
-    step: int = 0
-    trained_tokens: int = 0
-    computed_tokens: int = 0
-    real_tokens: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
-    valid_loss: float | None = None
-    evaluated_at: int = 0
-    best_loss: float | None = None
-    evaluations_without_gain: int = 0
-    stop_asked: bool = False
-
-    def count(self, loss: float, tokens: int, *, finite: bool) -> None:
-        """One more step; a skipped one adds nothing to the training loss."""
-        self.step += 1
-        self.trained_tokens += tokens
-        if finite:
-            self.skipped_in_a_row = 0
-            self.recent.append((loss, tokens))
-        else:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-
-    @property
-    def train_loss(self) -> float | None:
-        """Token-weighted mean of the last steps."""
-        tokens = sum(count for _, count in self.recent)
-        return sum(loss for loss, _ in self.recent) / tokens if tokens else None
 
 
 def train(
@@ -88,22 +53,30 @@ def train(
     packing: bool = False,
     scratch: Path | None = None,
     processes: Processes | None = None,
+    resume: Checkpoint | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Train what is trainable in `model` on `rows`, evaluating on `valid`; see `events` for what is yielded.
 
-    The same seed and rows give the same bytes. Three steps in a row that are not finite end the run, with what was
-    learned before them. `scratch` is a folder for a file without a name, where a kept prefix doesn't fit memory.
-    Raises TrainingError when there is nothing to train, or when what was asked for can't be had for this model.
+    The same seed and rows give the same bytes, also when a run goes on from one of its checkpoints (`resume`). Three
+    steps in a row that are not finite end the run, with what was learned before them. `scratch` is a folder for a file
+    without a name, where a kept prefix doesn't fit memory. Raises TrainingError when there is nothing to train, or when
+    what was asked for can't be had for this model.
     """
     if not tree_flatten(model.trainable_parameters()):
         raise TrainingError("nothing is trainable", hint="attach an adapter first")
+    if not rows or not all(row.trained for row in (*rows, *valid)):
+        raise TrainingError("there are no rows, or rows without a token to learn", hint="leave such rows out")
     model.eval()
     with ExitStack() as stack:
         stack.enter_context(device.memory_limits())
         run = _Run(model, rows, valid, settings, seed, packing, processes or Processes())
         stack.callback(model.eval)
+        if resume is not None:
+            run.progress = Progress.read(resume.progress)
         yield from run.prepare(split, scratch, stack)
+        if resume is not None:
+            run.stepper.restore(resume.arrays)
         yield from _loop(run, should_stop)
 
 
@@ -111,8 +84,9 @@ def _loop(run: _Run, should_stop: Callable[[], bool]) -> Iterator[Event]:
     settings, done = run.settings, run.progress
     stopped_by = "iters" if settings.iters else "epochs"
 
-    # where it starts from
-    yield from _evaluate(run, should_stop)
+    # where it starts from; an evaluation that was interrupted is made up for
+    if not done.step or (run.evaluates(done.step) and done.evaluated_at < done.step):
+        yield from _evaluate(run, should_stop)
     with closing(ahead(run.batches())) as steps:
         for batches in steps:
             # a step in trouble is looked at before the next one
@@ -125,14 +99,18 @@ def _loop(run: _Run, should_stop: Callable[[], bool]) -> Iterator[Event]:
             # one optimizer step, and the figures of the one before
             yield from run.step(batches, stop=run.processes.size > 1 and should_stop())
             # evaluate once in a while, and at the end
-            last = run.dispatched == run.steps
-            if last or (settings.eval_every and run.dispatched % settings.eval_every == 0):
+            if run.evaluates(run.dispatched):
                 yield from run.collect()
                 yield from _evaluate(run, should_stop)
-            if settings.save_every and run.dispatched % settings.save_every == 0 and not last:
+            # save, so that little is lost
+            if run.saves():
                 yield from run.collect()
-                yield Saved(done.step, "step", run.stepper.adapter())
+                yield run.checkpoint()
     yield from run.collect()
+    if run.valid and run.evaluates(done.step) and done.evaluated_at < done.step and should_stop():
+        stopped_by = "interrupted"  # in the last evaluation
+    if done.step and stopped_by == "interrupted":
+        yield run.checkpoint()
     if stopped_by == "interrupted":
         yield Interrupted(done.step)
     if done.step:
@@ -143,7 +121,7 @@ def _loop(run: _Run, should_stop: Callable[[], bool]) -> Iterator[Event]:
 def _reason_to_stop(run: _Run, should_stop: Callable[[], bool]) -> str | None:
     done = run.progress
     # one process stops at once; several agree on it with the sums of a step
-    if done.stop_asked or (run.processes.size == 1 and should_stop()):
+    if run.stop_asked or (run.processes.size == 1 and should_stop()):
         return "interrupted"
     if done.skipped_in_a_row >= MOST_SKIPPED:
         return "nonfinite"
@@ -191,7 +169,7 @@ class _Run:
         self.steps = settings.iters or settings.epochs * self.per_epoch
         self.rate = optim.schedule(settings, self.steps)
         self.prefix: prefix.Prefix | None = None
-        self.dispatched = 0
+        self.stop_asked = False
         self._pending: Pending | None = None
 
     def prepare(self, split: Split | None, scratch: Path | None, stack: ExitStack) -> Iterator[Note]:
@@ -204,12 +182,16 @@ class _Run:
         first = lowest_trainable(self.model)
         adapted = layers_of(self.model)[first if isinstance(first, int) else 0 :]
         stack.enter_context(lean(layers_of(self.model)))
-        if self.settings.grad_checkpoint == "on" or (yield from self._must_recompute(adapted)):
+        if self.progress.recomputes is None:
+            on = self.settings.grad_checkpoint == "on"
+            self.progress.recomputes = on or (yield from self._must_recompute(adapted))
+        if self.progress.recomputes:
             stack.enter_context(recomputed(adapted))
         loss = Loss(self.model, split, self.prefix.below if self.prefix else None)
         self.stepper = Stepper(self.model, loss, self.settings, self.steps, self.seed, self.processes)
         mx.reset_peak_memory()
-        self.start = self._mark = time.perf_counter()
+        self.dispatched = self.progress.step
+        self._start = self._mark = self._saved = time.perf_counter()
 
     def _must_recompute(self, adapted: list[nn.Module]) -> Generator[Note, None, bool]:
         """Whether `auto` has to save memory by recomputing layers, going by the largest micro-batch."""
@@ -228,18 +210,21 @@ class _Run:
 
     def _keep_prefix(self, split: Split | None, scratch: Path | None, stack: ExitStack) -> Iterator[Note]:
         """Keep what enters the first adapted layer where that saves work and is proven on the first batch."""
-        choice = self.settings.cache_prefix
-        if choice == "off" or (choice == "auto" and self.steps <= self.per_epoch):
+        choice, before = self.settings.cache_prefix, self.progress.keeps_prefix
+        if choice == "off" or before is False or (choice == "auto" and self.steps <= self.per_epoch):
             return
         lengths = {"train": self.lengths, "valid": [len(row) for row in self.valid]}
-        made = prefix.plan(self.model, split, lengths, scratch)
+        first = {row: lines for step in self._plan(0) for lines in step for line in lines for row in line}
+        home = {"train": lambda row: self._collate(first[row]) if row in first else None}
+        made = prefix.plan(self.model, split, lengths, scratch, home)
         if not isinstance(made, str):
             stack.callback(made.close)
             made = self._proven(made, split)
+        self.progress.keeps_prefix = isinstance(made, prefix.Prefix)
         if isinstance(made, prefix.Prefix):
             self.prefix = made
             yield Note(str(made))
-        elif choice == "on":
+        elif choice == "on" or before:
             raise TrainingError(f"train.cache_prefix can't be used: {made}", hint="train.cache_prefix=off")
 
     def _proven(self, made: prefix.Prefix, split: Split | None) -> prefix.Prefix | str:
@@ -274,13 +259,14 @@ class _Run:
         return collate(self.rows, lines, packed=self.packing)
 
     def batches(self) -> Iterator[list[Batch]]:
-        """The micro-batches of one optimizer step after another, as many steps as the run has."""
-        epoch, made = 0, 0
+        """The micro-batches of one optimizer step after another, from where the run is, as many as it has."""
+        made = self.dispatched
+        epoch, first = divmod(made, self.per_epoch)
         while made < self.steps:
-            for step in self._plan(epoch)[: self.steps - made]:
+            for step in self._plan(epoch)[first : first + self.steps - made]:
                 yield [self._collate(lines) for lines in step]
                 made += 1
-            epoch += 1
+            epoch, first = epoch + 1, 0
 
     def arrays(self, of: str, batch: Batch) -> Arrays:
         """A batch on the device, with its hidden states where a prefix is kept."""
@@ -308,7 +294,7 @@ class _Run:
         began, self._mark = self._mark, time.perf_counter()
         device.hold_back()
         done.count(loss, tokens, finite=finite)
-        done.stop_asked |= pending.stop.item() > 0
+        self.stop_asked |= pending.stop.item() > 0
         yield Step(
             step=done.step,
             steps=self.steps,
@@ -335,8 +321,30 @@ class _Run:
         self._mark = time.perf_counter()
         return float(total.item()) / float(counted.item())
 
+    def evaluates(self, step: int) -> bool:
+        """Whether there is an evaluation after `step` steps: once in a while, and at the end."""
+        every = self.settings.eval_every
+        return step == self.steps or bool(every and step % every == 0)
+
+    def saves(self) -> bool:
+        """Whether it is time for a checkpoint; by the clock only where no other process has another one."""
+        if self.dispatched == self.steps:
+            return False
+        if every := self.settings.save_every:
+            return self.dispatched % every == 0
+        return self.processes.size == 1 and time.perf_counter() - self._saved > SAVE_SECONDS
+
+    def checkpoint(self) -> Checkpoint:
+        """The run as it is, between two steps."""
+        self._saved = time.perf_counter()
+        progress = {**self.progress.as_dict(), "seconds": self._seconds()}
+        return Checkpoint(self.progress.step, self.stepper.state(), progress)
+
+    def _seconds(self) -> float:
+        return self.progress.seconds + time.perf_counter() - self._start
+
     def finished(self, stopped_by: str) -> Finished:
-        done, seconds = self.progress, time.perf_counter() - self.start
+        done, seconds = self.progress, self._seconds()
         computed, real = self.processes.count(done.computed_tokens, done.real_tokens)
         return Finished(
             iters=done.step,

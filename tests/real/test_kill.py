@@ -1,0 +1,96 @@
+"""kill −9 at random moments, then `--resume` until the run is done: the bytes of the run that was never killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import write_model
+
+pytestmark = pytest.mark.real
+STEPS, KILLS = 60, 40
+COMMON = [
+    f"train.iters={STEPS}", "train.save_every=3", "train.eval_every=10", "train.batch_size=2",
+    "data.valid_fraction=0.2", "train.learning_rate=0.005", "adapter.rank=4", "adapter.dropout=0.1",
+    "train.grad_accumulation=2", "--json",
+]  # fmt: skip
+CASES = {
+    "adamw": [],
+    "adam": ["train.optimizer=adam"],
+    "sgd": ["train.optimizer=sgd"],
+    "lion": ["train.optimizer=lion"],
+    "adafactor": ["train.optimizer=adafactor"],
+    "muon": ["train.optimizer=muon"],
+    "packing": ["data.packing=true"],
+    "prefix": ["train.cache_prefix=on", "adapter.layers=1"],
+}
+
+
+class Runs:
+    """Runs of one recipe as commands of their own, in one home."""
+
+    def __init__(self, folder: Path, case: list[str]):
+        self.home = folder / "home"
+        model = write_model(folder / "tiny")
+        rows = [{"prompt": f"What is {number} plus 1?", "completion": f"{number + 1}"} for number in range(40)]
+        data = folder / "rows.jsonl"
+        data.write_text("\n".join(map(json.dumps, rows)))
+        self.words = ["train", "--model", str(model), "--data", str(data), *COMMON, *case]
+
+    def start(self, name: str, *more: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "mlx_lora", *self.words, "--name", name, *more]
+        env = os.environ | {"MLX_LORA_HOME": str(self.home), "OPENBLAS_NUM_THREADS": "1"}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+    def finish(self, name: str, *more: str) -> None:
+        process = self.start(name, *more)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+
+    def weights(self, name: str) -> bytes:
+        return (self.home / "adapters" / name / "adapters.safetensors").read_bytes()
+
+    def steps(self, name: str) -> int:
+        """How far a run has come, by its metrics."""
+        metrics = self.home / "runs" / name / "metrics.jsonl"
+        return metrics.read_text().count('"event": "step"') if metrics.is_file() else 0
+
+    def kill_at(self, name: str, moment: float, *more: str) -> bool:
+        """Kill a run where it has done that share of its steps and a bit; whether it was still running."""
+        process = self.start(name, *more)
+        while process.poll() is None and self.steps(name) < moment * STEPS:
+            time.sleep(0.005)
+        time.sleep(moment % 0.01)  # anywhere within a step
+        running = process.poll() is None
+        process.kill()
+        process.communicate()
+        return running
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_runs_end_in_the_same_bytes(tmp_path: Path, name: str) -> None:
+    runs = Runs(tmp_path, CASES[name])
+    runs.finish("whole")
+    expected, moments = runs.weights("whole"), random.Random(name)
+
+    def killed(number: int) -> int:
+        """One run, killed once or twice, then finished; how often it was really killed."""
+        run, kills, more = f"killed-{number}", 0, []
+        for moment in sorted(moments.random() for _ in range(1 + number % 2)):
+            kills += runs.kill_at(run, moment, *more)
+            more = ["--resume"] if list((runs.home / "runs" / run).glob("checkpoint-*")) else ["--force"]
+        if not (runs.home / "adapters" / run).exists() or more == ["--resume"]:
+            runs.finish(run, *more)
+        assert runs.weights(run) == expected, f"{name}: run {number} ended in other bytes"
+        return kills
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sum(pool.map(killed, range(4))) >= KILLS // len(CASES)

@@ -1,0 +1,264 @@
+"""A run on disk: faults at every write, rename and fsync, two runs of one name, changed recipes, and what stays."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_lora.config import Recipe
+from mlx_lora.errors import NameTaken, TrainingError
+from mlx_lora.store import adapter as store
+from mlx_lora.store import registry
+from mlx_lora.tasks import run
+from mlx_lora.tasks.train import Listener, Run, train_adapter
+from mlx_lora.train import checkpoint
+from mlx_lora.train.events import Step
+
+
+@pytest.fixture
+def recipe(tiny_path: Path, write_rows: Callable[..., Path]) -> Recipe:
+    rows = [{"prompt": f"{number} + 1 =", "completion": str(number + 1)} for number in range(12)]
+    write_rows(rows[:4], name="valid.jsonl")
+    folder = write_rows(rows).parent
+    settings = {"iters": 4, "batch_size": 4, "save_every": 1, "eval_every": 2, "learning_rate": 1e-2}
+    return Recipe.model_validate(
+        {"model": str(tiny_path), "name": "mine", "data": {"path": str(folder)}, "adapter": {"rank": 4, "dropout": 0.1},
+         "train": settings}
+    )  # fmt: skip
+
+
+def weights(name: str = "mine") -> bytes:
+    return (registry.find(name) / store.WEIGHTS).read_bytes()
+
+
+class Stopped(Exception):
+    """Stands for the end of the process."""
+
+
+def stop_after(step: int) -> Listener:
+    def hear(event: Any) -> None:
+        if isinstance(event, Step) and event.step == step:
+            raise Stopped
+
+    return Listener(event=hear)
+
+
+def interrupted(recipe: Recipe, step: int = 3) -> None:
+    """A run that ended in the middle of `step`, as if the process had died."""
+    with pytest.raises(Stopped):
+        train_adapter(recipe, listener=stop_after(step))
+
+
+class Failing:
+    """A stream whose writes may fail."""
+
+    def __init__(self, stream: Any, count: Callable[[], None]):
+        self._stream, self._count = stream, count
+
+    def write(self, data: Any) -> Any:
+        self._count()
+        return self._stream.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __enter__(self) -> Failing:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stream.close()
+
+
+@contextmanager
+def failing(number: int, code: int, home: Path) -> Iterator[list[int]]:
+    """Let the `number`th write, rename, fsync or new directory below `home` raise; yields how many there were."""
+    counted = [0]
+
+    def count() -> None:
+        counted[0] += 1
+        if counted[0] == number:
+            raise OSError(code, os.strerror(code))
+
+    def counting(original: Any, counts: Callable[..., bool]) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if counts(*arguments, **named):
+                count()
+            return original(*arguments, **named)
+
+        return call
+
+    def opening(original: Any) -> Any:
+        def call(file: Any, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+            stream = original(file, mode, *arguments, **named)
+            below = isinstance(file, str | Path) and Path(file).absolute().is_relative_to(home)
+            return Failing(stream, count) if below and set(mode) & set("wa+x") else stream
+
+        return call
+
+    below = lambda path, *_, **__: Path(path).is_relative_to(home)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtins, "open", opening(builtins.open))
+        patch.setattr(io, "open", builtins.open)
+        patch.setattr(os, "fsync", counting(os.fsync, lambda descriptor: True))
+        for name in ("rename", "replace", "mkdir"):
+            patch.setattr(os, name, counting(getattr(os, name), below))
+        yield counted
+
+
+def check_what_is_there(before: bytes, after: bytes) -> None:
+    """The old adapter or the new one under its name, nothing partial listed, every checkpoint whole."""
+    assert registry.names() == ["mine"]
+    assert weights() in (before, after)
+    store.read(registry.find("mine"))
+    for folder in checkpoint.checkpoints(run.paths.room("runs", "mine")):
+        checkpoint._read(folder)
+
+
+def inject(recipe: Recipe, home: Path, numbers: Iterator[int]) -> int:
+    """Replace an adapter with faults at each of `numbers`, until none is reached; the number of operations."""
+    train_adapter(recipe)
+    before = weights()
+    changed = recipe.model_copy(update={"seed": 1})
+    train_adapter(changed, force=True)
+    after = weights()
+    assert before != after
+    for number in numbers:
+        train_adapter(recipe, force=True)
+        assert weights() == before
+        with failing(number, (errno.ENOSPC, errno.EIO)[number % 2], home) as counted:
+            try:
+                train_adapter(changed, force=True)
+            except TrainingError as error:
+                assert os.strerror((errno.ENOSPC, errno.EIO)[number % 2]) in error.message
+        if counted[0] < number:
+            assert weights() == after
+            return counted[0]
+        check_what_is_there(before, after)
+        if counted[0] > number or weights() != after:
+            finish(changed, after)
+    return 0
+
+
+def finish(recipe: Recipe, expected: bytes) -> None:
+    """Go on where a checkpoint was reached: the same bytes in the end."""
+    if checkpoint.checkpoints(run.paths.room("runs", "mine")):
+        train_adapter(recipe, resume=True)
+        assert weights() == expected
+
+
+def test_a_fault_leaves_what_was_there(recipe: Recipe, home: Path) -> None:
+    inject(recipe, home, iter(range(1, 200, 13)))
+
+
+@pytest.mark.real
+def test_a_fault_at_every_operation_leaves_what_was_there(recipe: Recipe, home: Path) -> None:
+    operations = inject(recipe, home, iter(range(1, 1000)))
+    assert operations > 50
+
+
+def test_a_run_that_died_goes_on_to_the_same_bytes(recipe: Recipe) -> None:
+    whole = train_adapter(recipe.model_copy(update={"name": "whole"}))
+    interrupted(recipe)
+    folder = run.paths.room("runs", "mine")
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
+    went_on = train_adapter(recipe, resume=True)
+    assert weights() == weights("whole")
+    kept = {"iters", "epochs", "train_loss", "valid_loss", "best_valid_loss", "trained_tokens", "computed_tokens"}
+    assert all(went_on.as_dict()[key] == whole.as_dict()[key] for key in kept)
+    assert [line["step"] for line in metrics(went_on) if line["event"] == "step"] == [1, 2, 3, 4]
+    assert not checkpoint.checkpoints(folder)
+
+
+def metrics(of: Run) -> list[dict[str, Any]]:
+    lines = run.paths.room("runs", of.name).joinpath("metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("change", ["recipe", "model", "data"])
+def test_a_changed_run_is_refused_and_named(recipe: Recipe, change: str, tiny_path: Path, tmp_path: Path) -> None:
+    interrupted(recipe)
+    other, said = recipe, ""
+    if change == "recipe":
+        other = other.model_copy(update={"train": other.train.model_copy(update={"learning_rate": 5e-3})})
+        said = "recipe.train.learning_rate was 0.01, is 0.005"
+    elif change == "data":
+        file = Path(str(recipe.data.path)) / "train.jsonl"
+        file.write_text(file.read_text().replace("1 + 1", "1 - 1"))
+        said = "data.0 was '12 rows"
+    else:
+        copy = tmp_path / "copy"
+        copy.mkdir()
+        for file in tiny_path.iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+        arrays: dict[str, mx.array] = mx.load(str(copy / "model.safetensors"))  # type: ignore[assignment]
+        arrays["model.norm.weight"] = arrays["model.norm.weight"] * 2
+        mx.save_safetensors(str(copy / "model.safetensors"), arrays, {"format": "mlx"})
+        other, said = other.model_copy(update={"model": str(copy)}), "model.fingerprint was"
+    with pytest.raises(TrainingError) as error:
+        train_adapter(other, resume=True)
+    assert said in error.value.message and "--force" in str(error.value.hint)
+    train_adapter(other, resume=True, force=True)
+    assert weights()
+
+
+def test_a_moved_base_and_moved_data_are_the_same(recipe: Recipe, tiny_path: Path, tmp_path: Path) -> None:
+    interrupted(recipe)
+    link = tmp_path / "elsewhere"
+    link.symlink_to(tiny_path)
+    data = Path(str(recipe.data.path)).rename(tmp_path / "moved")
+    paths = {"model": str(link), "data": recipe.data.model_copy(update={"path": str(data)})}
+    moved = recipe.model_copy(update=paths)
+    assert train_adapter(moved, resume=True).finished.iters == 4
+
+
+def test_an_unfinished_run_is_not_overwritten(recipe: Recipe) -> None:
+    interrupted(recipe)
+    with pytest.raises(NameTaken, match="unfinished run") as error:
+        train_adapter(recipe)
+    assert "--resume" in str(error.value.hint)
+    with pytest.raises(TrainingError, match="no checkpoint to go on from"):
+        train_adapter(recipe.model_copy(update={"name": "other"}), resume=True)
+
+
+def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(recipe: Recipe, home: Path) -> None:
+    code = (
+        "import time; from mlx_lora.tasks.run import held\nwith held('mine'): print('held', flush=True); time.sleep(99)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(NameTaken, match="another process is training 'mine'"):
+            train_adapter(recipe)
+    finally:
+        other.kill()
+        other.communicate()
+    assert train_adapter(recipe).finished.iters == 4
+
+
+def test_a_full_disk_is_noticed_before_the_first_step(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(TrainingError, match="has 1 kB free"):
+        train_adapter(recipe)
+    assert registry.names() == []
+
+
+def test_a_finished_run_keeps_no_optimizer_state(recipe: Recipe, home: Path) -> None:
+    train_adapter(recipe)
+    files = {str(path.relative_to(home / "runs" / "mine")) for path in (home / "runs" / "mine").rglob("*")}
+    assert files == {
+        "recipe.yaml", "metrics.jsonl", "last", "last/adapters.safetensors", "last/adapter_config.json",
+        "last/manifest.json",
+    }  # fmt: skip

@@ -1,0 +1,180 @@
+"""A run that goes on from a checkpoint ends in the bytes of one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_lora.adapters.attach import attach
+from mlx_lora.config import Adapter, Train
+from mlx_lora.data import batch
+from mlx_lora.errors import TrainingError
+from mlx_lora.models.load import LoadedModel
+from mlx_lora.models.split import split
+from mlx_lora.train import checkpoint
+from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Saved, Step
+from mlx_lora.train.trainer import train
+from tests.train.test_trainer import make_rows, of
+
+STEPS = 8
+ROWS, VALID = make_rows(14), make_rows(4, seed=1)
+CASES: dict[str, dict[str, Any]] = {
+    "adam": {"optimizer": "adam"},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.1},
+    "sgd": {"optimizer": "sgd"},
+    "lion": {"optimizer": "lion", "learning_rate": 1e-3},
+    "adafactor": {"optimizer": "adafactor"},
+    "muon": {"optimizer": "muon"},
+    "accumulation": {"batch_size": 2, "grad_accumulation": 2},
+    "checkpointing": {"grad_checkpoint": "on"},
+    "packing": {"packing": True},
+    "prefix": {"cache_prefix": "on", "dropout": 0.1, "layers": 1},
+    "prefix, packing": {"cache_prefix": "on", "packing": True, "layers": 1},
+}
+
+
+def events_of(loaded: LoadedModel, *, resume: Checkpoint | None = None, **case: Any) -> Iterator[Event]:
+    """A run with dropout that evaluates and saves at every step."""
+    adapter = Adapter(rank=4, dropout=case.pop("dropout", 0.1), layers=case.pop("layers", "all"))
+    packing, should_stop = case.pop("packing", False), case.pop("should_stop", lambda: False)
+    chosen = {"batch_size": 4, "learning_rate": 1e-2, "warmup": 0.3, "iters": STEPS, "eval_every": 2, "save_every": 1}
+    attach(loaded.model, adapter, seed=5)
+    return train(
+        loaded.model, ROWS, VALID, Train(**chosen | case), seed=5, split=split(loaded.model), packing=packing,
+        resume=resume, should_stop=should_stop,
+    )  # fmt: skip
+
+
+def assert_same_end(one: list[Event], other: list[Event]) -> None:
+    for kind in ("best", "last"):
+        first, second = ([e for e in of(events, Saved) if e.kind == kind][-1:] for events in (one, other))
+        if kind == "best" and not second:  # it was found before the checkpoint
+            continue
+        assert first[0].step == second[0].step
+        for name, array in first[0].arrays.items():
+            np.testing.assert_array_equal(array, second[0].arrays[name], err_msg=f"{kind} {name}")
+    later = {event.step: event.loss for event in of(other, Step | Evaluated)}  # type: ignore[arg-type]
+    assert {event.step: event.loss for event in of(one, Step | Evaluated) if event.step in later} == later  # type: ignore[arg-type]
+    measured = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+    ends = [{k: v for k, v in vars(of(events, Finished)[0]).items() if k not in measured} for events in (one, other)]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_checkpoint_leads_to_the_same_bytes(tiny: LoadedModel, tmp_path: Path, name: str) -> None:
+    whole = list(events_of(tiny, **CASES[name]))
+    saved = of(whole, Checkpoint)
+    assert [event.step for event in saved] == list(range(1, STEPS))
+    for made in (saved[1], saved[4]):  # in the first epoch, and in the second
+        checkpoint.write(tmp_path, made, best={}, made_of={}, metrics_bytes=0)
+        read = checkpoint.newest(tmp_path).checkpoint
+        assert_same_end(whole, list(events_of(tiny, resume=read, **CASES[name])))
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tiny: LoadedModel) -> None:
+    whole = list(events_of(tiny))
+    taken: list[Event] = []
+    # so that the evaluation after the step is cut off
+    stops = lambda: any(event.step == 4 for event in of(taken, Step))  # noqa: E731
+    for event in events_of(tiny, should_stop=stops, save_every=None):
+        taken.append(event)
+    (made,) = of(taken, Checkpoint)
+    assert made.step == 4 and of(taken, Finished)[0].stopped_by == "interrupted"
+    assert [event.step for event in of(taken, Evaluated)] == [0, 2]
+    rest = list(events_of(tiny, resume=made))
+    assert [event.step for event in of(rest, Evaluated)] == [4, 6, 8]
+    assert_same_end(whole, rest)
+
+
+def test_without_save_every_the_clock_decides(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not of(list(events_of(tiny, save_every=None)), Checkpoint)
+    monkeypatch.setattr("mlx_lora.train.trainer.SAVE_SECONDS", 0.0)
+    assert len(of(list(events_of(tiny, save_every=None)), Checkpoint)) == STEPS - 1
+
+
+def test_what_a_run_chose_by_itself_is_kept(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory is another one after a restart, and both choices may change the last bit."""
+    monkeypatch.setattr("mlx_lora.train.memory.free_bytes", lambda: 1)
+    made = of(list(events_of(tiny, grad_checkpoint="auto")), Checkpoint)[0]
+    assert made.progress["recomputes"] is True and made.progress["keeps_prefix"] is False
+    monkeypatch.undo()
+    rest = list(events_of(tiny, grad_checkpoint="auto", resume=made))
+    assert of(rest, Checkpoint)[0].progress["recomputes"] is True
+
+
+def test_the_data_state_is_a_counter(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that were trained on before the checkpoint aren't laid into batches again."""
+    made = of(list(events_of(tiny)), Checkpoint)[5]
+    collated = []
+    original = batch.collate
+    monkeypatch.setattr("mlx_lora.train.trainer.collate", lambda *a, **k: collated.append(a) or original(*a, **k))
+    rest = list(events_of(tiny, resume=made))
+    assert len(of(rest, Step)) == len(collated) == STEPS - 6
+
+
+def test_another_adapter_is_refused(tiny: LoadedModel) -> None:
+    made = of(list(events_of(tiny)), Checkpoint)[0]
+    for case in ({"optimizer": "sgd"}, {"layers": 1}):
+        with pytest.raises(TrainingError, match="other arrays"):
+            list(events_of(tiny, resume=made, **case))
+
+
+def example(step: int = 3) -> Checkpoint:
+    arrays = {"adapter.x": mx.arange(6.0).reshape(2, 3) / 7, "random": mx.array([1, 2], mx.uint32)}
+    return Checkpoint(step, arrays, {**checkpoint.Progress(step=step).as_dict(), "recent": [[0.1 + 0.2, 3]]})
+
+
+def test_a_checkpoint_reads_back_exactly(tmp_path: Path) -> None:
+    made = example()
+    checkpoint.write(tmp_path, made, best={"x": mx.ones((1,))}, made_of={"a.b": [1, "x"]}, metrics_bytes=12)
+    stored = checkpoint.newest(tmp_path)
+    for name, array in made.arrays.items():
+        assert stored.checkpoint.arrays[name].dtype == array.dtype and mx.array_equal(
+            stored.checkpoint.arrays[name], array
+        )
+    assert list(stored.best) == ["x"] and stored.metrics_bytes == 12
+    assert stored.progress.recent[0] == (0.1 + 0.2, 3) and stored.progress.step == 3
+    assert stored.differences({"a.b": [1, "x"]}) == []
+    assert stored.differences({"a.b": [1, "y"], "c": 1}) == ["a.b was [1, 'x'], is [1, 'y']", "c was None, is 1"]
+
+
+def test_the_last_two_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 9, 10):
+        checkpoint.write(tmp_path, example(step), best={}, made_of={}, metrics_bytes=0)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+
+
+@pytest.mark.parametrize("damage", ["weights", "state", "version", "missing"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, damage: str) -> None:
+    for step in (1, 2):
+        checkpoint.write(tmp_path, example(step), best={}, made_of={}, metrics_bytes=0)
+    folder = tmp_path / "checkpoint-2"
+    weights, state = folder / checkpoint.WEIGHTS, folder / checkpoint.STATE
+    if damage == "weights":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    elif damage == "state":
+        state.write_text(state.read_text()[:-9])
+    elif damage == "version":
+        values = json.loads(state.read_text())
+        state.write_text(json.dumps({**values, "progress": {**values["progress"], "unknown": 1}}))
+        with pytest.raises(TrainingError, match="another version"):
+            _ = checkpoint.newest(tmp_path).progress
+        return
+    else:
+        weights.unlink()
+    assert checkpoint.newest(tmp_path).checkpoint.step == 1
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no checkpoint to go on from"):
+        checkpoint.newest(tmp_path)
+    checkpoint.write(tmp_path, example(), best={}, made_of={}, metrics_bytes=0)
+    (tmp_path / "checkpoint-3" / checkpoint.STATE).unlink()
+    with pytest.raises(TrainingError, match="no checkpoint can be read"):
+        checkpoint.newest(tmp_path)
