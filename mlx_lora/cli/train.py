@@ -62,6 +62,7 @@ def train(
             hint="lower train.learning_rate, or check the data with `mlx-lora data check`",
         )
     if run.finished.stopped_by == "interrupted":
+        ui.note(f"mlx-lora train --name {run.name} --resume goes on")
         raise typer.Exit(code=stop.code)
 
 

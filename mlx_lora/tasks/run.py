@@ -50,6 +50,12 @@ def held(name: str) -> Iterator[None]:
         lock.release()
 
 
+def _anywhere(name: str) -> str:
+    """A path as it is found from any directory; anything else as it is."""
+    found = paths.existing(name)
+    return str(found.absolute()) if found else name
+
+
 class RunFolder:
     """Listens to the events and keeps what should outlive the process, if it `writes`; `made_of` identifies the run."""
 
@@ -80,8 +86,10 @@ class RunFolder:
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, mode=0o700)
+        values = self.recipe.model_dump()
+        values["model"], values["data"]["path"] = map(_anywhere, (values["model"], values["data"]["path"]))
         with paths.created(self.folder / "recipe.yaml") as stream:
-            stream.write(yaml.safe_dump(self.recipe.model_dump(), sort_keys=False).encode())
+            stream.write(yaml.safe_dump(values, sort_keys=False).encode())
 
     def go_on(self, *, force: bool) -> Checkpoint:
         """The newest checkpoint, with the metrics cut to it. Raises TrainingError naming what the run differs in."""

@@ -76,7 +76,11 @@ def train_adapter(
             stack.enter_context(run.held(name))
         if resume:
             checkpoint.newest(paths.room("runs", name))  # there is something to go on from
-        return _train(recipe, name, hear, group, force=force, resume=resume)
+        try:
+            return _train(recipe, name, hear, group, force=force, resume=resume)
+        except OSError as error:
+            hint = "see to what it says; --resume goes on from the last checkpoint, if there is one"
+            raise TrainingError(f"the run can't go on: {error}", hint=hint) from error
 
 
 def _train(recipe: Recipe, name: str, hear: Listener, group: Processes, *, force: bool, resume: bool) -> Run:
@@ -128,8 +132,6 @@ def _train(recipe: Recipe, name: str, hear: Listener, group: Processes, *, force
     except TrainingError:  # raised before the first step
         folder.forget()
         raise
-    except OSError as error:
-        raise TrainingError(f"the run can't be written: {error}", hint="make room for it, then --resume") from error
     return Run(name, path, folder.finished, loaded, prepared)
 
 

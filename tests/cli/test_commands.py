@@ -41,6 +41,32 @@ def test_training_text_is_not_in_the_home(trained: Ran, home: Path) -> None:
         assert not file.is_file() or b"twice" not in file.read_bytes(), file
 
 
+def test_a_stopped_run_goes_on_by_its_name_alone(
+    run: Callable[..., Ran], data: Path, tiny_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    words = ["--model", tiny_path, "--data", data.name, "--json", "train.iters=4", "adapter.rank=4"]
+    assert run("train", *words, "--name", "whole").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_lora.cli.train.StopSignal.__call__", lambda stop: stops(stop, home))
+        assert run("train", *words, "--name", "mine").code == 130
+    assert "unfinished run" in (refused := run("train", *words, "--name", "mine")).err and refused.code == 1
+    monkeypatch.chdir(home)
+    ran = run("train", "--name", "mine", "--resume", "--json")
+    assert ran.code == 0 and ran.json["iters"] == 4 and ran.json["stopped_by"] == "iters"
+    weights = [(home / "adapters" / name / "adapters.safetensors").read_bytes() for name in ("mine", "whole")]
+    assert weights[0] == weights[1]
+    assert run("train", "--name", "mine", "--resume").code == 1, "there is nothing left to do"
+
+
+def stops(stop: Any, home: Path) -> bool:
+    """Ask to stop after the second step, as SIGINT would."""
+    metrics = home / "runs" / "mine" / "metrics.jsonl"
+    if metrics.is_file() and metrics.read_text().count('"event": "step"') == 2:
+        stop.code = 130
+    return stop.code != 0
+
+
 def test_train_again_is_refused_and_force_replaces_with_the_same_bytes(
     trained: Ran, run: Run, home: Path, data: Path, tiny_path: Path
 ) -> None:

@@ -32,6 +32,8 @@ def test_a_signal_saves_the_adapter(home: Path, tiny_path: Path, data: Path, num
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in errors
     assert (home / "adapters" / "mine" / "manifest.json").is_file()
+    assert "mlx-lora train --name mine --resume goes on" in errors
+    assert len(list((home / "runs" / "mine").glob("checkpoint-*"))) == 1
 
 
 def test_a_signal_before_training_leaves_nothing(home: Path, tiny_path: Path, data: Path) -> None:
