@@ -16,9 +16,12 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from mlx_lora import paths
+from mlx_lora import files, paths
 from mlx_lora.errors import RecipeError, nearest
 from mlx_lora.methods import INITIALISATIONS, METHODS, MODES
+
+ENDINGS = (".yaml", ".yml")
+LARGEST = 1 << 20  # bytes of a recipe
 
 
 def _known(value: str, known: Iterable[str]) -> str:
@@ -164,6 +167,7 @@ class Train(Section):
 
     grad_checkpoint `auto` recomputes layers where a step's activations would not fit the free memory; cache_prefix
     `auto` keeps what enters the first adapted layer where that is a later one, there is room, and rows come again.
+    memory_limit_gb, in units of 10⁹ bytes, is the most that training may take, less than the machine has.
     """
 
     epochs: Integer = Field(default=1, ge=1)
@@ -182,7 +186,7 @@ class Train(Section):
     patience: Integer | None = Field(default=None, ge=1)
     grad_checkpoint: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     cache_prefix: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
-    memory_limit_gb: None = None
+    memory_limit_gb: Number | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Train:
@@ -217,15 +221,34 @@ SECTIONS: dict[str, type[Section]] = {"quantize": Quantize, "adapter": Adapter, 
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only. A key given twice is an error; YAML would keep the last one in silence."""
+    """Plain values only. A key given twice is an error; YAML would keep the last one in silence.
+
+    So is an alias: ten lines of them stand for more values than memory holds.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases have no use here", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is a word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        """Any base, but no more digits than a setting has: Python refuses to write longer ones out."""
+        if abs(value := int(super().construct_yaml_int(node))) >= 2**64:
+            raise yaml.constructor.ConstructorError(None, None, "a number with too many digits", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def load_recipe(
@@ -327,11 +350,9 @@ def _find_recipe(file: Path) -> Path:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: can't be read ({error})") from None
-    values = _parse_yaml(text, str(file))
+    if file.suffix not in ENDINGS:
+        raise RecipeError(f"{file}: not a {' or '.join(ENDINGS)} file")
+    values = _parse_yaml(files.read_text(file, RecipeError, most=LARGEST), str(file))
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise RecipeError(f"{file}: a recipe is a mapping of keys to values", hint="see the examples in recipes/")
@@ -341,7 +362,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that doesn't exist
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # YAMLError apart: dates that don't exist, tags on values they don't fit, nesting without end
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None

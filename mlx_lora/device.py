@@ -13,6 +13,7 @@ import ctypes.util
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -158,6 +159,20 @@ def memory_limits() -> Iterator[None]:
         mx.synchronize()
         mx.set_wired_limit(wired)
         mx.set_cache_limit(cache)
+
+
+def exclude_from_backups(path: Path) -> None:
+    """Keep a directory out of Time Machine, as far as macOS lets us: a backup is a copy that nobody thinks of.
+
+    `tmutil` marks the directory itself, so the mark stays when it is moved. Where there is no such tool, or it fails,
+    nothing happens.
+    """
+    import shutil
+    import subprocess
+
+    if tool := shutil.which("tmutil"):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run([tool, "addexclusion", str(path)], capture_output=True, timeout=10, check=False)
 
 
 def describe() -> dict[str, Any]:

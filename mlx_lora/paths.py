@@ -14,19 +14,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlx_lora import device, files, ui
 from mlx_lora.errors import MlxLoraError, NameTaken
 
 # The folders that come with the package.
 SHIPPED = ("data", "recipes")
 # Files that tell a directory made by this package, or by another tool for the same purpose, from anything else.
 MARKS = ("config.json", "adapter_config.json", "training.json")
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+# No name is an option's, a hidden file's, or a device's on the systems that a disk may be carried to.
+NAME = re.compile(
+    r"(?!(?i:aux|con|nul|prn|com[0-9]|lpt[0-9])(?:\.|$))[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?"
+)
 
 
 def home() -> Path:
-    """`$MLX_LORA_HOME` or `~/.mlx-lora`, made private (mode 0700) at first use."""
+    """`$MLX_LORA_HOME` or `~/.mlx-lora`, made private (mode 0700) and kept out of backups at first use."""
     root = _home()
-    root.mkdir(parents=True, mode=0o700, exist_ok=True)
+    if not root.exists():
+        root.mkdir(parents=True, mode=0o700, exist_ok=True)
+        device.exclude_from_backups(root)
     return root
 
 
@@ -35,18 +41,24 @@ def _home() -> Path:
 
 
 def check_name(name: str) -> str:
-    """Return `name` when it is letters, digits, dot, underscore or dash and doesn't start with a dot; else raise."""
+    """Return `name` when NAME allows it; else raise."""
     if not NAME.fullmatch(name):
         raise MlxLoraError(
             f"{name[:140]!r} is not a name",
-            hint="a name is up to 128 letters, digits, '.', '_' and '-', not starting with a dot",
+            hint="a name is up to 128 letters, digits, '.', '_' and '-', and begins with a letter, a digit or '_'",
         )
     return name
 
 
 def room(kind: str, name: str) -> Path:
-    """The directory of a `models`, `adapters` or `runs` entry called `name`; it need not exist."""
-    return home() / kind / check_name(name)
+    """The directory of a `models`, `adapters` or `runs` entry called `name`; it need not exist.
+
+    Raises MlxLoraError for what is no name, and for a link that leads out of the home: a name never does.
+    """
+    path = home() / kind / check_name(name)
+    if not files.inside(path, home()):
+        raise MlxLoraError(f"{path} leads out of the home", hint="name the directory it leads to instead")
+    return path
 
 
 def bundled(*parts: str) -> Path:
@@ -70,19 +82,21 @@ def existing(path: str | Path) -> Path | None:
 
 
 @contextmanager
-def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
+def written_whole(target: Path, *, force: bool = False, needs: int = 0) -> Iterator[Path]:
     """Yield a temporary directory beside `target` that takes its place by rename, only if the block succeeds.
 
     Everything in it is on the disk before the rename, and the rename before this returns; inside the home, only the
     user can read it. Raises NameTaken when `target` exists and `force` is false, or when it holds anything but a model,
-    an adapter or a checkpoint. With `force` the old directory goes only after the new one is complete.
+    an adapter or a checkpoint; MlxLoraError where the disk has no room for the `needs` bytes to come. With `force` the
+    old directory goes only after the new one is complete.
     """
     target = Path(os.path.abspath(target))
     check_target(target, force=force)
     private = target.is_relative_to(_home().absolute())
     if private:
         home()  # private from the start
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
+    check_space(target.parent, needs)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
@@ -94,6 +108,16 @@ def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
         synchronize(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_space(folder: Path, needs: int) -> None:
+    """Raise MlxLoraError unless the disk of `folder` has room for that many bytes; worth knowing before the work."""
+    free = shutil.disk_usage(folder).free
+    if free < needs:
+        raise MlxLoraError(
+            f"{folder} has {ui.size(free)} free, and {ui.size(needs)} are to be written",
+            hint="free some space, or choose a folder on another disk",
+        )
 
 
 def synchronize(path: Path) -> None:
@@ -115,7 +139,7 @@ def check_target(target: Path, *, force: bool) -> None:
     target = Path(os.path.abspath(target))
     entries = list(target.iterdir()) if target.is_dir() else [target] if target.exists() else []
     ours = all(entry.is_file() for entry in entries) and any((target / name).is_file() for name in MARKS)
-    if target.exists() and not force:
+    if os.path.lexists(target) and not force:
         raise NameTaken(f"{target} exists", hint="choose another name, or --force to replace it")
     places = (Path.cwd(), Path(os.path.expanduser("~")), _home().absolute())
     if (entries and not ours) or any(place.is_relative_to(target) for place in places):
@@ -127,7 +151,7 @@ def check_target(target: Path, *, force: bool) -> None:
 
 def _replace(temporary: Path, target: Path) -> None:
     old = None
-    if target.exists():
+    if os.path.lexists(target):
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "old"
         target.rename(old)
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from rich.table import Table
 from mlx_lora.errors import MlxLoraError
 
 PLAIN_EVERY = 5.0
+# Control characters but tab and newline, and those that turn the direction of text.
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 out = Console(highlight=False, soft_wrap=True, markup=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -32,12 +35,12 @@ def silence() -> None:
 
 def result(text: str = "") -> None:
     """A line of result, to stdout."""
-    out.print(text)
+    out.print(harmless(text))
 
 
 def piece(text: str) -> None:
     """A piece of streamed text, to stdout, without a line's end."""
-    sys.stdout.write(text)
+    sys.stdout.write(harmless(text))
     sys.stdout.flush()
 
 
@@ -74,9 +77,14 @@ def warning(text: str) -> None:
 def error(fault: MlxLoraError) -> None:
     """An error and its hint, to stderr."""
     err.quiet = False
-    err.print(f"error: {fault.message}", style="red")
+    err.print(f"error: {harmless(fault.message)}", style="red")
     if fault.hint:
-        err.print(f"hint: {fault.hint}")
+        err.print(f"hint: {harmless(fault.hint)}")
+
+
+def harmless(text: str) -> str:
+    """`text` without what a terminal would obey: a name in somebody's file may hold escapes."""
+    return OBEYED.sub("\ufffd", text)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

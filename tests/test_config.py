@@ -202,7 +202,7 @@ def test_a_refused_value_is_named_with_what_is_taken(text: str, said: str) -> No
     "text",
     [
         "adapter: {method: dora}", "adapter: {init: pissa}", "quantize: {mode: nf4}", "quantize: {double_quant: true}",
-        "data: {format: csv}", "data: {format: folder}", "data: {format: preference}", "train: {memory_limit_gb: 4}",
+        "data: {format: csv}", "data: {format: folder}", "data: {format: preference}",
         "train: {loraplus_ratio: 16}",
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -204,6 +205,28 @@ def test_halves_are_left_to_mlx(dtype: mx.Dtype) -> None:
         (device.softmax(x), mx.softmax(x, axis=-1, precise=True)),
     ):
         assert ours.dtype == dtype and mx.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_macos_is_asked_to_keep_a_directory_out_of_backups(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own tool, once; a tool that fails stops nothing."""
+    tool, asked = tmp_path / "tmutil", tmp_path / "asked"
+    tool.write_text(f'#!/bin/sh\nprintf "%s|" "$@" >> "{asked}"\necho no >&2\nexit {code}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    device.exclude_from_backups(tmp_path / "my home")
+    assert asked.read_text() == f"addexclusion|{tmp_path / 'my home'}|"
+
+
+def test_without_a_backup_tool_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    device.exclude_from_backups(tmp_path)
+    broken = tmp_path / "tmutil"
+    broken.write_text("#!/no/such/interpreter\n")
+    broken.chmod(0o755)
+    device.exclude_from_backups(tmp_path)
 
 
 def test_a_description_has_what_doctor_shows() -> None:

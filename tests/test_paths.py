@@ -12,21 +12,39 @@ from mlx_lora import paths
 from mlx_lora.errors import MlxLoraError, NameTaken
 
 
-@pytest.mark.parametrize("name", ["a", "qwen3-0.6b_4bit", "-x", "A.b", "x" * 128])
+@pytest.mark.parametrize("name", ["a", "qwen3-0.6b_4bit", "_x-", "A.b", "console", "com10", "x" * 128])
 def test_names_that_can_be_used(name: str) -> None:
     assert paths.room("adapters", name) == paths.home() / "adapters" / name
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../x", "a/b", "/etc", ".hidden", "a b", "a\n", "ä", "x" * 129, "~", "a\0"]
-)
+    "name",
+    [
+        "", ".", "..", "../x", "a/b", "/etc", ".hidden", "a b", "a\n", "ä", "x" * 129, "~", "a\0", "a.", "-x", "NUL",
+        "con.x",
+    ],
+)  # fmt: skip
 def test_names_that_could_lead_elsewhere(name: str) -> None:
     with pytest.raises(MlxLoraError, match="is not a name"):
         paths.room("adapters", name)
 
 
-def test_the_home_is_private(home: Path) -> None:
-    assert paths.home() == home
+def test_a_link_that_leads_out_of_the_home_is_no_place_for_a_name(home: Path, tmp_path: Path) -> None:
+    (home / "adapters" / "mine").mkdir(parents=True)
+    (home / "adapters" / "again").symlink_to("mine")
+    (home / "adapters" / "out").symlink_to(tmp_path)
+    (home / "runs").symlink_to(tmp_path)
+    assert paths.room("adapters", "again").is_dir()
+    for kind, name in (("adapters", "out"), ("runs", "mine")):
+        with pytest.raises(MlxLoraError, match="leads out of the home"):
+            paths.room(kind, name)
+
+
+def test_the_home_is_private_and_kept_out_of_backups(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    excluded: list[Path] = []
+    monkeypatch.setattr("mlx_lora.device.exclude_from_backups", excluded.append)
+    assert paths.home() == paths.home() == home
+    assert excluded == [home], "once, when it is made"
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 

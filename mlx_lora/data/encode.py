@@ -18,7 +18,8 @@ import numpy as np
 from mlx_lora.config import Data
 from mlx_lora.data.example import Example, shorten
 from mlx_lora.data.read import Source
-from mlx_lora.errors import Problem
+from mlx_lora.errors import MlxLoraError, Problem
+from mlx_lora.models import template
 
 # Consecutive pieces of a split text share this fraction of the length: the later one has it as context, without loss.
 OVERLAP = 0.125
@@ -195,12 +196,11 @@ class Encoder:
 
     def _render(self, messages: Iterable[dict[str, Any]], tools: Any, *, prompt: bool = False) -> list[int]:
         try:
-            ids = self.tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, tokenize=True, add_generation_prompt=prompt
-            )
+            return template.render(self.tokenizer, messages, tools, prompt=prompt)
+        except MlxLoraError:  # the template itself is at fault, not this row
+            raise
         except Exception as error:  # jinja's own errors, and whatever a template raises
             raise ValueError(f"the chat template refuses this conversation: {shorten(str(error))}") from None
-        return list(ids)
 
     @staticmethod
     def _common(a: list[int], b: list[int]) -> int:

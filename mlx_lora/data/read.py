@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_lora import paths
+from mlx_lora import files, paths
 from mlx_lora.config import Data
-from mlx_lora.data.example import Example, shorten
+from mlx_lora.data.example import SHOWN, Example
 from mlx_lora.data.sources import FORMATS, detect
 from mlx_lora.errors import DataError, Problem
 
@@ -42,22 +42,24 @@ def find_splits(path: str | Path) -> dict[str, Path]:
     root = paths.existing(path)
     if root is None:
         raise DataError([Problem(str(path), 0, "no such file or folder")])
-    if root.is_file():
-        if root.suffix not in ENDINGS:
+    if not root.is_dir():
+        if root.suffix not in ENDINGS and root.suffix not in files.PICKLES:
             raise DataError([Problem(str(root), 0, f"not a {' or '.join(ENDINGS)} file")])
+        if found := files.fault(root):
+            raise DataError([Problem(str(root), 0, found)])
         return {"train": root}
-    found = {}
+    splits = {}
     for split in SPLITS:
-        files = [root / f"{split}{ending}" for ending in ENDINGS if (root / f"{split}{ending}").is_file()]
-        if len(files) > 1:
-            raise DataError([Problem(str(root), 0, f"has both {files[0].name} and {files[1].name}")], hint="keep one")
-        if files:
-            found[split] = files[0]
-    if not found:
+        named = [root / f"{split}{ending}" for ending in ENDINGS if (root / f"{split}{ending}").exists()]
+        if len(named) > 1:
+            raise DataError([Problem(str(root), 0, f"has both {named[0].name} and {named[1].name}")], hint="keep one")
+        if named:
+            splits[split] = named[0]
+    if not splits:
         raise DataError(
             [Problem(str(root), 0, "has no train.jsonl, valid.jsonl or test.jsonl")], hint="name one file instead"
         )
-    return found
+    return splits
 
 
 def read(file: Path, settings: Data) -> Source:
@@ -76,7 +78,9 @@ def read(file: Path, settings: Data) -> Source:
             module = FORMATS[chosen]
             if not module.matches(row):
                 raise ValueError(f"not a row of format {chosen}: its keys are {_keys(row)}")
-            source.examples.append(module.parse(row))
+            example = module.parse(row)
+            _check_depth([*example.messages])  # arguments of tool calls were text, and are objects now
+            source.examples.append(example)
             source.lines.append(line)
         except ValueError as error:
             source.problems.append(Problem(str(file), line, str(error)))
@@ -100,11 +104,16 @@ def _detect(row: dict[str, Any]) -> str:
 
 
 def _keys(row: dict[str, Any]) -> str:
-    return ", ".join(shorten(key) for key in list(row)[:6]) or "none"
+    """The row's first keys, all together cut to what may be shown of a row."""
+    keys = ", ".join(repr(key) for key in list(row)[:6]) or "none"
+    return keys if len(keys) <= SHOWN else f"{keys[:SHOWN]}…"
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Any, str | None]]:
     """(line, row, problem) for each row of a .jsonl file, or of a .json file holding one list."""
+    if found := files.fault(file):
+        yield 0, None, found
+        return
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -151,9 +160,13 @@ def _reason(error: Exception) -> str:
 
 def _check_text(row: dict[str, Any]) -> None:
     """JSON can spell half a character (a lone surrogate), which no tokenizer takes."""
+    _check_depth(row)
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"holds {error.object[error.start]!r}, half a character (a lone surrogate)") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+
+
+def _check_depth(value: Any) -> None:
+    if files.too_deep(value):
+        raise ValueError("nested too deeply")

@@ -5,7 +5,9 @@ Every part is either understood or refused by name. Nothing here reads a tensor'
 
 from __future__ import annotations
 
+import math
 import mmap
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFValueType as Value
 
+from mlx_lora import files
 from mlx_lora.errors import ModelError
+from mlx_lora.models.gguf_header import check_header
 
 ARCHITECTURE = "llama"
+ENDINGS = (".gguf", "")  # other programs keep such files under names without an ending
 ROPE_FACTORS = "rope_freqs.weight"
 # Bits of the types that MLX's affine mode packs without loss.
 BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q8_0: 8}
@@ -27,9 +31,18 @@ _REFUSED = (
     "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "residual_scale", "embedding_scale",
     "use_parallel_residual", "rope.scaling.alpha", "rope.scaling.yarn_log_multiplier",
 )  # fmt: skip
-# Sizes of the scalar types, by their number in the file.
-_SCALAR_BYTES = {int(kind): number().itemsize for kind, number in gguf.GGUFReader.gguf_scalar_to_np.items()}
-
+# What a key of the metadata that is used here has to hold; the format lets any key hold anything.
+_TEXTS = (
+    "general.architecture", "general.type", "llama.rope.scaling.type",
+    "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template",
+)  # fmt: skip
+_LISTS = {
+    "tokenizer.ggml.tokens": str, "tokenizer.ggml.merges": str,
+    "tokenizer.ggml.token_type": int, "tokenizer.ggml.scores": float,
+}  # fmt: skip
+_WHOLE = re.compile(r"split\.count|tokenizer\.ggml\.\w+_token_id")
+_NUMBER = re.compile(r"llama\.rope\.(scaling\.(?!type$).+|scale_linear)")
+_LARGEST = 2**31  # of a size, a length or a frequency
 
 Fields = dict[str, Any]
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -40,44 +53,38 @@ Array = npt.NDArray[Any]
 def open_gguf(file: Path) -> tuple[gguf.GGUFReader, Fields]:
     """The file behind gguf's reader, and its metadata; ModelError unless it is a whole GGUF file."""
     try:
+        if found := files.fault(file):
+            raise ModelError(f"{file}: not a GGUF file, it {found}")
+        if file.suffix not in ENDINGS:
+            raise ModelError(f"{file}: not a GGUF file by its name", hint="give it the ending .gguf, if it is one")
         with open(file, "rb") as handle:
             if handle.read(4) != b"GGUF":
                 raise ModelError(f"{file}: not a GGUF file")
             with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                _check_header(data)
+                check_header(data)
         reader = gguf.GGUFReader(file)
-        return reader, {name: field.contents() for name, field in reader.fields.items()}
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ModelError(f"{file}: not a GGUF file ({error.strerror})") from None
+        fields = {name: field.contents() for name, field in reader.fields.items()}
     except (OSError, LookupError, ValueError, OverflowError, TypeError) as error:  # what damage makes the reader raise
         raise ModelError(f"{file}: truncated or damaged GGUF file ({error})", hint="get the file again") from error
+    check_types(fields)
+    return reader, fields
 
 
-def _check_header(data: mmap.mmap) -> None:
-    """Follow every length of the metadata; ValueError or KeyError where one leads outside the file.
-
-    The reader slices past the end in silence, and builds objects for as many elements as a damaged count claims.
-    """
-    at = 4
-
-    def number(size: int) -> int:
-        nonlocal at
-        at += size
-        if at > len(data):
-            raise ValueError("it ends inside its metadata")
-        return int.from_bytes(data[at - size : at], "little")
-
-    def skip(kind: int) -> None:
-        kind, count = (number(4), number(8)) if kind == Value.ARRAY else (kind, 1)
-        for _ in range(count if kind == Value.STRING else 1):
-            number(number(8) if kind == Value.STRING else _SCALAR_BYTES[kind] * count)
-
-    version, _, fields = number(4), number(8), number(8)
-    if version not in (2, 3):
-        raise ValueError(f"version {version}; known: 2, 3 in little-endian order")
-    for _ in range(fields):
-        skip(Value.STRING)
-        skip(number(4))
+def check_types(fields: Fields) -> None:
+    """Raise one ModelError for every key used here that holds another type than it must."""
+    faults = []
+    for key, value in fields.items():
+        if key in _TEXTS:
+            fits = isinstance(value, str)
+        elif key in _LISTS:
+            fits = isinstance(value, list) and all(isinstance(element, _LISTS[key]) for element in value)
+        elif _WHOLE.fullmatch(key):
+            fits = isinstance(value, int)
+        else:
+            fits = isinstance(value, int | float) and math.isfinite(value) if _NUMBER.fullmatch(key) else True
+        faults += [] if fits else [key]
+    if faults:
+        raise ModelError(f"the file's metadata has values of the wrong type: {', '.join(faults[:5])}")
 
 
 def check_kind(fields: Fields, tensors: Tensors) -> None:
@@ -138,8 +145,8 @@ def read_config(fields: Fields, tensors: Tensors, factors: gguf.ReaderTensor | N
 def _setting(fields: Fields, key: str, default: Any = None, *, kind: type[int] | type[float] = int) -> Any:
     """A positive number of the architecture, one for all layers."""
     value = fields.get(f"llama.{key}", default)
-    if not isinstance(value, kind) or not 0 < value < float("inf"):
-        raise ModelError(f"llama.{key} is {value!r}, not a positive {kind.__name__}")
+    if not isinstance(value, kind) or not 0 < value < _LARGEST:
+        raise ModelError(f"llama.{key} is {repr(value)[:40]}, not a positive {kind.__name__} that MLX can hold")
     # The shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06.
     return float(str(np.float32(value))) if kind is float else value
 
@@ -173,10 +180,12 @@ def _llama3_scaling(config: dict[str, Any], factors: Array) -> dict[str, Any]:
     settings would not give back the file's divisors, and are refused.
     """
     low, high, original, factor = 1.0, 4.0, 8192, float(factors.max())
+    if factors.shape != (config["head_dim"] // 2,) or not np.isfinite(factors).all() or factor <= 0:
+        raise ModelError(f"{ROPE_FACTORS} is not one positive divisor for each frequency")
     exponents = np.arange(0, config["head_dim"], 2) / config["head_dim"]
     waves = 2 * np.pi * config["rope_theta"] ** exponents
     smooth = np.clip((original / waves - low) / (high - low), 0, 1)
-    if factors.shape != waves.shape or not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-5):
+    if not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-5):
         raise ModelError(f"{ROPE_FACTORS} is not Llama 3's rope scaling, and MLX's llama has no place for another")
     limits = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
     return {"rope_type": "llama3", "factor": factor, **limits}

@@ -18,6 +18,7 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from mlx_lora import files
 from mlx_lora.errors import ModelError, nearest
 
 # Each expression cuts the pieces the one before it left; what lies between two matches is a piece too.
@@ -48,6 +49,8 @@ _WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"}
 # Tokens that end a turn under the common chat templates, whatever the file names as its end of text.
 _ENDS_TURN = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"}
 _SPACE = "\u2581"
+# The longest tokens of published models are runs of some hundred spaces.
+_LONGEST_TOKEN = 4096
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Vocabulary:
             raise ModelError(f"the file's vocabulary is incomplete: {len(tokens)} tokens, {len(types)} token types")
         if len(set(tokens)) != len(tokens):
             raise ModelError(f"the file's vocabulary names {len(tokens) - len(set(tokens))} of its tokens twice")
+        if (longest := max(map(len, tokens))) > _LONGEST_TOKEN:
+            raise ModelError(f"the file's vocabulary has a token of {longest} characters")
         # SentencePiece models written before these keys existed all had Llama's own ids.
         known = {"unknown": 0, "bos": 1, "eos": 2} if fields.get("tokenizer.ggml.model") == "llama" else {}
         for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
@@ -129,18 +134,14 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
         raise ModelError(f"tokenizer type {kind!r} is not supported; known: {', '.join(builders)}")
-    try:
+    with files.refusing(ModelError, "the file's vocabulary is inconsistent"):  # as merges outside the vocabulary are
         tokenizer, begins = builders[kind](vocabulary)
-    except ModelError:
-        raise
-    except Exception as error:  # what `tokenizers` raises for merges outside the vocabulary is a bare Exception
-        raise ModelError(f"the file's vocabulary is inconsistent: {error}") from error
-    special = vocabulary.special
-    added = special | {i for i, kind in enumerate(vocabulary.types) if kind == TokenType.USER_DEFINED}
-    tokenizer.add_tokens(
-        [AddedToken(vocabulary.tokens[i], special=i in special, normalized=False) for i in sorted(added)]
-    )
-    _add_ends(tokenizer, vocabulary, begins)
+        special = vocabulary.special
+        added = special | {i for i, kind in enumerate(vocabulary.types) if kind == TokenType.USER_DEFINED}
+        tokenizer.add_tokens(
+            [AddedToken(vocabulary.tokens[i], special=i in special, normalized=False) for i in sorted(added)]
+        )
+        _add_ends(tokenizer, vocabulary, begins)
     return tokenizer
 
 

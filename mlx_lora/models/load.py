@@ -6,7 +6,7 @@ ever executed: configurations that ask for code, and weights that are pickles, a
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,9 +17,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from safetensors import SafetensorError, safe_open
 
-from mlx_lora import device, paths
+from mlx_lora import device, files, paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError, nearest
 from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear
@@ -32,10 +31,16 @@ with device.file_limits_kept():
 # An owner and a name, as on a hub; `./models/x` and `~/x` are paths.
 REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 RUNS_CODE = ("auto_map", "model_file", "_attn_implementation_internal")
+# A model is built before its weights are held against it, layer by layer: more than any model has would take for ever.
+COUNTS = re.compile(r"(.*_)?n(um)?_(.*_)?(layer|block|expert)s?")
+MOST_LAYERS = 2048
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
+# Files by these endings are opened by mlx_lm and transformers; the ones that hold a vocabulary may be large.
+READ_ENDINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
 
 
 @dataclass
@@ -76,10 +81,10 @@ def find_model(model: str) -> Path:
 
 
 def model_names() -> list[str]:
-    """Names of the models in the home. Directories with other names are unfinished work."""
+    """Names of the models in the home. Directories with other names are unfinished work, links may lead elsewhere."""
     models = paths.home() / "models"
-    entries = models.iterdir() if models.is_dir() else []
-    return sorted(entry.name for entry in entries if entry.is_dir() and paths.NAME.fullmatch(entry.name))
+    entries = [entry for entry in models.iterdir() if entry.is_dir()] if models.is_dir() else []
+    return sorted(entry.name for entry in entries if paths.NAME.fullmatch(entry.name) and files.inside(entry, models))
 
 
 def _in_hub_cache(repo: str) -> Path | None:
@@ -94,35 +99,53 @@ def _in_hub_cache(repo: str) -> Path | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory. Raises ModelError when it is missing, broken, or asks to run code."""
+    """config.json of a model directory. Raises ModelError where it is missing or broken, or asks to run code."""
     file = path / "config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise ModelError(f"{path}: not a model directory, config.json is missing")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{file}: not readable as JSON ({error})") from None
+    config = files.read_json(file, ModelError)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{file}: has no model_type")
-    for key in RUNS_CODE:
-        if config.get(key) is not None:
-            raise ModelError(f"{file}: {key!r} asks to run code from the model directory; refused")
+    _refuse_code(file, config)
+    if (settings := path / "tokenizer_config.json").exists():
+        _refuse_code(settings, files.read_json(settings, ModelError))
+    for part in files.mappings(config):
+        for key, value in part.items():
+            if isinstance(value, int | float) and value > MOST_LAYERS and COUNTS.fullmatch(key[:80]):
+                raise ModelError(f"{file}: {key} is {value}; the limit is {MOST_LAYERS}")
     return config
+
+
+def _refuse_code(file: Path, config: Any) -> None:
+    """Raise ModelError where a configuration, or any part of it, names code to run."""
+    for part in files.mappings(config):
+        for key in RUNS_CODE:
+            if part.get(key) is not None:
+                raise ModelError(f"{file}: {key!r} asks to run code from the model directory; refused")
 
 
 def check_files(path: Path) -> None:
     """Raise ModelError listing everything a model directory lacks or holds damaged, before anything is loaded."""
-    missing, files = _missing_shards(path), weight_files(path)
-    if not files:
-        pickles = [file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.npz") for file in path.glob(suffix)]
-        also = f" ({', '.join(sorted(pickles)[:3])} can run code and is never read)" if pickles else ""
+    missing, weights = _missing_shards(path), weight_files(path)
+    if not weights:
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in files.PICKLES)
+        also = f" ({', '.join(pickles[:3])} can run code and is never read)" if pickles else ""
         missing.append(f"weights, model*.safetensors{also}")
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         missing.append("a tokenizer, tokenizer.json or tokenizer.model")
     faults = [f"missing {' and '.join(missing)}"] if missing else []
-    faults += [fault for file in files if (fault := _header_fault(file))]
+    faults += _faults_of_texts(path)
+    faults += [f"{file.name} can't be loaded: {found}" for file in weights if (found := files.safetensors_fault(file))]
     if faults:
         raise ModelError(f"{path}: " + "\n  ".join(faults))
+
+
+def _faults_of_texts(path: Path) -> list[str]:
+    """What is wrong with the files beside the weights that mlx_lm and transformers open by themselves."""
+    entries = sorted([*path.iterdir(), *path.glob("additional_chat_templates/*")])
+    read = [file for file in entries if file.suffix in READ_ENDINGS]
+    sizes = {file: files.LARGE if file.name in VOCABULARIES else files.SMALL for file in read}
+    return [f"{file.name} {found}" for file, most in sizes.items() if (found := files.fault(file, most=most))]
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -133,20 +156,13 @@ def weight_files(path: Path) -> list[Path]:
 def _missing_shards(path: Path) -> list[str]:
     """Names of the files that a sharded model's index promises and the directory lacks."""
     index = path / "model.safetensors.index.json"
+    if not os.path.lexists(index):
+        return []
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        names = {str(name) for name in files.read_json(index, ModelError)["weight_map"].values()}
+    except (ModelError, LookupError, AttributeError, TypeError):
         return [f"a readable {index.name}"]
-    return sorted(str(name) for name in names if not (path / str(name)).is_file())
-
-
-def _header_fault(file: Path) -> str | None:
-    """What is wrong with a safetensors header: its length, offsets that overlap or run past the end, unknown types."""
-    try:
-        with safe_open(file, framework="numpy"):
-            return None
-    except (SafetensorError, OSError) as error:
-        return f"{file.name} can't be loaded: not a readable safetensors file ({error})"
+    return sorted(name for name in names if "/" in name or not os.path.isfile(path / name))
 
 
 def load(model: str | Path, *, quantization: Quantize | None = None) -> LoadedModel:
@@ -165,10 +181,9 @@ def load_stored(
     path = find_model(str(model))
     config = read_config(path)
     check_files(path)
-    try:
+    with files.refusing(ModelError, f"{path}: can't be loaded"):
         network, config = mlx_lm_utils.load_model(path, lazy=True)
-    except Exception as error:  # whatever a broken or unsupported directory makes mlx_lm raise
-        raise ModelError(f"{path}: can't be loaded: {_first_line(error)}") from error
+        network(mx.zeros((1, 2), mx.int32))  # never computed: a setting that doesn't fit shows while this is built
     tokenizer = load_tokenizer(path)
     loaded = LoadedModel(network, tokenizer, config, path, _stored_dtype(network))
     if quantization is not None:
@@ -181,12 +196,15 @@ def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of a model directory or name, with its chat template and every end token, without any weights."""
     path = find_model(str(model))
     read_config(path)
-    try:
-        eos = mlx_lm_utils.load_config(path).get("eos_token_id")
+    if faults := _faults_of_texts(path):
+        raise ModelError(f"{path}: " + "\n  ".join(faults))
+    with files.refusing(ModelError, f"{path}: its tokenizer can't be loaded"):
+        ends = mlx_lm_utils.load_config(path).get("eos_token_id")
+        ends = [ends] if isinstance(ends, int) else ends
+        if not isinstance(ends, list | None) or any(not isinstance(end, int) for end in ends or []):
+            raise ModelError(f"{path}: eos_token_id is neither a number nor a list of numbers")
         never = {"trust_remote_code": False}  # left open, transformers asks at the terminal whether to run the code
-        return mlx_lm_utils.load_tokenizer(path, never, eos_token_ids=[eos] if isinstance(eos, int) else eos)
-    except Exception as error:  # whatever a broken tokenizer makes transformers raise
-        raise ModelError(f"{path}: its tokenizer can't be loaded: {_first_line(error)}") from error
+        return mlx_lm_utils.load_tokenizer(path, never, eos_token_ids=ends)
 
 
 def ready(loaded: LoadedModel) -> LoadedModel:
@@ -198,11 +216,6 @@ def ready(loaded: LoadedModel) -> LoadedModel:
     for _, array in tree_flatten(loaded.model.parameters()):
         mx.eval(array)  # one by one: the stored array behind each is freed before the next is read
     return loaded
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{lines[0] if lines else ''} ({type(error).__name__})".strip()
 
 
 def _stored_dtype(model: nn.Module) -> mx.Dtype:
@@ -258,7 +271,8 @@ def set_modules(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
 
 def save(loaded: LoadedModel, out: Path, *, force: bool = False) -> int:
     """Write a model directory that mlx_lm loads as it is; return its bytes. Appears whole or not at all."""
-    with paths.written_whole(out, force=force) as folder:
+    needs = sum(array.nbytes for _, array in named_arrays(loaded.model))
+    with paths.written_whole(out, force=force, needs=needs) as folder:
         mlx_lm_utils.save_model(folder, loaded.model)
         mlx_lm_utils.save_config(dict(loaded.config), folder / "config.json")
         for file in tokenizer_files(loaded.path):

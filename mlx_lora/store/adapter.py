@@ -10,6 +10,7 @@ A directory without a manifest of ours (trained by mlx-lm) reads too; it just ca
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,9 +19,8 @@ from typing import Any
 
 import mlx.core as mx
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
 
-from mlx_lora import __version__, paths
+from mlx_lora import __version__, files, paths
 from mlx_lora.adapters.attach import Wrappers, adaptable, build
 from mlx_lora.adapters.base import AdapterLayer
 from mlx_lora.config import Adapter
@@ -176,12 +176,10 @@ def read_manifest(path: Path) -> Manifest:
 
 def read_arrays(file: Path) -> dict[str, mx.array]:
     """The arrays of a safetensors file, header checked first. Raises AdapterError for any other file."""
-    try:
-        with safe_open(file, framework="numpy"):
-            pass
+    if found := files.safetensors_fault(file):
+        raise AdapterError(f"{file}: {found}")
+    with files.refusing(AdapterError, f"{file}: not a readable safetensors file"):
         arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise AdapterError(f"{file}: not a readable safetensors file ({error})") from None
     return arrays
 
 
@@ -236,8 +234,9 @@ def _rank_axis(name: str, dimensions: int) -> int:
 
 def _read_manifest(path: Path, config: dict[str, Any], arrays: dict[str, mx.array] | None) -> Manifest:
     file = path / MANIFEST
-    if not file.is_file():
-        return _manifest_of_mlx_lm(path, config, read_arrays(path / WEIGHTS) if arrays is None else arrays)
+    if not os.path.lexists(file):
+        with files.refusing(AdapterError, f"{path / CONFIG}: no usable rank and scale"):
+            return _manifest_of_mlx_lm(path, config, read_arrays(path / WEIGHTS) if arrays is None else arrays)
     values = _read_json(file)
     if isinstance(version := values.get("schema_version"), int) and version > SCHEMA:
         raise AdapterError(f"{file}: schema version {version} is newer than this mlx-lora", hint="upgrade mlx-lora")
@@ -248,6 +247,8 @@ def _read_manifest(path: Path, config: dict[str, Any], arrays: dict[str, mx.arra
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise AdapterError(f"{file}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+    if not manifest.modules or not manifest.scales.keys() >= set(manifest.modules):
+        raise AdapterError(f"{file}: modules: not one or more modules, each with its scale")
     return manifest.model_copy(update={"adapter": settings.model_dump()})
 
 
@@ -274,10 +275,7 @@ def _rank_and_scale(file: Path, config: dict[str, Any]) -> tuple[int, float]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{file}: not readable as JSON ({error})") from None
+    values = files.read_json(file, AdapterError, finite=True)
     if not isinstance(values, dict):
         raise AdapterError(f"{file}: holds no JSON object")
     return values

@@ -123,11 +123,12 @@ def _cache_file() -> Path:
 def _remembered() -> dict[str, Any]:
     try:
         return dict(json.loads(_cache_file().read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
 def _remember(values: dict[str, Any]) -> None:
     temporary = _cache_file().with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(values))
+    with paths.created(temporary) as stream:
+        stream.write(json.dumps(values).encode())
     temporary.replace(_cache_file())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_lora import paths
+from mlx_lora import files, paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import AdapterError, NameTaken, nearest
 from mlx_lora.models.load import LoadedModel, check_files, find_model, load_stored, read_config, ready
@@ -32,10 +32,13 @@ class Entry:
 
 
 def names() -> list[str]:
-    """Names of the adapters in the home. A directory without a manifest is unfinished and not listed."""
+    """Names of the adapters in the home. A directory without a manifest is unfinished and not listed.
+
+    Nor is a link that leads out of the home: a name never does.
+    """
     root = paths.home() / "adapters"
-    complete = [manifest.parent.name for manifest in root.glob(f"*/{adapters.MANIFEST}")]
-    return sorted(name for name in complete if paths.NAME.fullmatch(name))
+    complete = [manifest.parent for manifest in root.glob(f"*/{adapters.MANIFEST}")]
+    return sorted(path.name for path in complete if paths.NAME.fullmatch(path.name) and files.inside(path, root))
 
 
 def find(adapter: str) -> Path:
@@ -75,7 +78,7 @@ def _entry(name: str, path: Path) -> Entry:
 def rename(old: str, new: str) -> Path:
     """Give an adapter, and its run, another name."""
     source, target = find_by_name(old), paths.room("adapters", new)
-    if target.exists():
+    if os.path.lexists(target):  # a link that leads nowhere takes the name too
         raise NameTaken(f"an adapter {new!r} exists", hint="remove it first, or choose another name")
     source.rename(target)
     run = paths.room("runs", old)
@@ -87,9 +90,12 @@ def rename(old: str, new: str) -> Path:
 def remove(name: str) -> int:
     """Delete an adapter and its run; return the bytes freed."""
     doomed = [path for path in (find_by_name(name), paths.room("runs", name)) if path.is_dir()]
-    freed = sum(paths.directory_bytes(path) for path in doomed)
+    freed = sum(paths.directory_bytes(path) for path in doomed if not path.is_symlink())
     for path in doomed:
-        shutil.rmtree(path)
+        if path.is_symlink():  # the link is what has this name; what it leads to has another
+            path.unlink()
+        else:
+            shutil.rmtree(path)
     return freed
 
 

@@ -119,6 +119,11 @@ def test_rows_and_faults_stand_on_their_lines(
         ({"messages": [message("user", None)]}, "message 1 (user) has content of type NoneType"),
         ({"messages": [message("user", "a"), message("assistant", " ")]}, "message 2 (assistant) is empty"),
         ({"messages": [message("assistant", "", tool_calls="f")]}, "message 1 has tool_calls that are not a list"),
+        (
+            {"messages": [message("assistant", "", tool_calls=[{"function": {"arguments": "[" * 500 + "]" * 500}}])]},
+            "nested too deeply",
+        ),
+        ({"text": json.loads("[" * 300 + "]" * 300)}, "nested too deeply"),
         ({"messages": [message("assistant", "a")], "tools": "f"}, "'tools' is not a list of objects: 'f'"),
         ({"messages": [message("assistant", "a")], "tools": [1]}, "'tools' is not a list of objects"),
         ({"instruction": "a", "output": 1}, "'output' is int"),
@@ -206,6 +211,7 @@ def test_the_files_of_a_folder(tmp_path: Path, names: list[str], found: dict[str
         (["rows.csv"], "rows.csv", "not a .jsonl or .json file"),
         (["rows.txt"], "rows.txt", "not a .jsonl or .json file"),
         (["rows"], "rows", "not a .jsonl or .json file"),
+        (["rows.pkl"], "rows.pkl", "is never opened: a .pkl file can be a pickle"),
         (["train.json", "train.jsonl"], ".", "has both train.jsonl and train.json"),
     ],
 )

@@ -434,7 +434,15 @@ def test_sentencepiece_tokenizer(leading: bool, tmp_path: Path) -> None:
         ({"llama.embedding_length": None}, "llama.embedding_length is None"),
         ({"llama.embedding_length": 128, "llama.rope.dimension_count": 32}, "has shape (272, 64), not (272, 128)"),
         ({"llama.block_count": 3}, "blk.2.attn_norm.weight is missing"),
-        ({"llama.block_count": 1 << 31}, "too few"),
+        ({"llama.block_count": 1 << 30}, "too few"),
+        ({"llama.block_count": 1 << 31}, "not a positive int that MLX can hold"),
+        ({"llama.rope.freq_base": float("inf")}, "llama.rope.freq_base is inf"),
+        ({"llama.rope.scaling.type": 3}, "values of the wrong type: llama.rope.scaling.type"),
+        ({"llama.rope.scaling.factor": "x"}, "values of the wrong type: llama.rope.scaling.factor"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "values of the wrong type: tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.merges": "h e"}, "values of the wrong type: tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.eos_token_id": "x"}, "values of the wrong type: tokenizer.ggml.eos_token_id"),
+        ({"tokenizer.chat_template": 5}, "values of the wrong type: tokenizer.chat_template"),
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}, "rope scaling is not supported"),
         ({"llama.rope.scaling.attn_factor": 1.5}, "rope scaling is not supported"),
         ({"tokenizer.ggml.pre": "smolm"}, "pre-tokenizer 'smolm' is not supported; did you mean 'smollm'?"),
@@ -502,7 +510,9 @@ def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
         (b"GGUF", "ends inside its metadata"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "little-endian"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "ends inside its metadata"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "claims 1152921504606846976 fields"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "claims 1152921504606846976 tensors"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 100), "ends inside its metadata"),
         (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 5, 1 << 60), "ends inside its metadata"),
     ],
 )
@@ -513,6 +523,74 @@ def test_files_that_are_not_gguf(content: bytes, message: str, tmp_path: Path) -
         import_gguf(file, tmp_path / "out")
     assert message in raised.value.message
     assert left_in(tmp_path) == {"m.gguf"}
+
+
+def raw_gguf(*tensors: tuple[list[int], int, int], alignment: int | None = None, data: int = 128) -> bytes:
+    """A file of nothing but tensors, each (dimensions, type, offset), and the alignment it claims."""
+    fields = b"" if alignment is None else struct.pack("<Q17sII", 17, b"general.alignment", 4, alignment)
+    infos = b"".join(
+        struct.pack(f"<QcI{len(shape)}QIQ", 1, b"%c" % (97 + n), len(shape), *shape, kind, offset)
+        for n, (shape, kind, offset) in enumerate(tensors)
+    )
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 1 if fields else 0) + fields + infos
+    return head + bytes(-len(head) % (alignment or 32)) + bytes(data)
+
+
+F32, Q8_0 = int(Kind.F32), int(Kind.Q8_0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (raw_gguf(([8], F32, 0), ([8], F32, 32)), "architecture None"),  # sound as far as it goes
+        (raw_gguf(([8], F32, 0), ([8], F32, 0)), "tensors overlap"),
+        (raw_gguf(([16], F32, 0), ([8], F32, 32)), "tensors overlap"),
+        (raw_gguf(([8], F32, 4)), "isn't aligned"),
+        (raw_gguf(([8], F32, 128)), "ends inside its tensors"),
+        (raw_gguf(([8], F32, 1 << 40)), "ends inside its tensors"),
+        (raw_gguf(([33], F32, 0)), "ends inside its tensors"),
+        (raw_gguf(([1 << 32, 1 << 32], F32, 0)), "ends inside its tensors"),  # 0 bytes, counted in 64 bits
+        (raw_gguf(([0], F32, 0)), "has the shape [0]"),
+        (raw_gguf(([33], Q8_0, 0)), "has the shape [33], in blocks of 32"),
+        (raw_gguf(([], F32, 0)), "has 0 dimensions"),
+        (raw_gguf(([1] * 5, F32, 0)), "has 5 dimensions"),
+        (raw_gguf(([8], 77, 0)), "77 is not a valid GGMLQuantizationType"),
+        (raw_gguf(([8], F32, 0), alignment=64), "architecture None"),
+        (raw_gguf(([8], F32, 32), alignment=64), "isn't aligned"),
+        (raw_gguf(([8], F32, 0), alignment=48), "no power of two"),
+    ],
+)
+def test_headers_are_followed_to_their_end(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(content)
+    with pytest.raises(ModelError) as raised:
+        import_gguf(file, tmp_path / "out")
+    assert message in raised.value.message
+
+
+def test_arrays_longer_than_any_models_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    """The reader makes objects of every element: a byte each in the file would be a gigabyte in memory."""
+    count = (1 << 22) + 1
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 0, count) + bytes(count))
+    with pytest.raises(ModelError, match="more than 4194304 elements"):
+        import_gguf(file, tmp_path / "out")
+
+
+def test_a_token_longer_than_any_is_refused_before_its_merges_are_sought(tmp_path: Path) -> None:
+    vocabulary = sentencepiece_vocabulary()
+    vocabulary["tokenizer.ggml.tokens"][-1] = "x" * 5000
+    weights = random_weights(len(vocabulary["tokenizer.ggml.tokens"]))
+    with pytest.raises(ModelError, match="a token of 5000 characters"):
+        import_gguf(write_gguf(tmp_path / "m.gguf", weights, vocabulary), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["m.bin", "m.pt", "m.txt"])
+def test_a_file_of_another_name_is_not_opened(name: str, tmp_path: Path) -> None:
+    file = tiny(tmp_path / "m.gguf").rename(tmp_path / name)
+    with pytest.raises(ModelError, match="not a GGUF file"):
+        import_gguf(file, tmp_path / "out")
+    import_gguf(file.rename(tmp_path / "sha256-0123"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["absent.gguf", "."])

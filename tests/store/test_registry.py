@@ -88,6 +88,21 @@ def test_names_that_leave_the_home_are_refused(write: Write, home: Path, verb: s
     assert registry.names() == ["mail"] and sorted(entry.name for entry in home.parent.iterdir()) == ["home"]
 
 
+def test_a_link_goes_alone_and_takes_its_name(write: Write, home: Path) -> None:
+    """Removing one removes nothing it leads to, renaming never writes over one, one that leads out is no name."""
+    write("mail")
+    (home / "runs" / "notes").mkdir(parents=True)
+    for kind, name, to in (("adapters", "link", "mail"), ("runs", "link", "notes"), ("adapters", "nowhere", "gone")):
+        (home / kind / name).symlink_to(to)
+    (home / "adapters" / "out").symlink_to(Path(shutil.copytree(home / "adapters" / "mail", home.parent / "elsewhere")))
+    assert registry.names() == ["link", "mail"]
+    with pytest.raises(NameTaken):
+        registry.rename("mail", "nowhere")
+    assert registry.remove("link") == 0
+    assert registry.names() == ["mail"] and (home / "runs" / "notes").is_dir()
+    assert not (home / "runs" / "link").is_symlink() and (home.parent / "elsewhere" / MANIFEST).is_file()
+
+
 def test_what_is_taken_or_unknown_is_an_error(write: Write) -> None:
     write("mail")
     write("notes")

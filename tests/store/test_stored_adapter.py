@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,7 @@ def written_over(file: str, content: bytes) -> Callable[[Path], None]:
 
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.v_proj"
+TWICE = b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
 NAN = mx.full((64, 4), float("nan"))
 DAMAGED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "no weights": (lambda path: (path / WEIGHTS).unlink(), ["adapters.safetensors missing"]),
@@ -188,6 +190,28 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "broken configuration": (written_over(CONFIG, b"{"), ["adapter_config.json: not readable as JSON"]),
     "broken manifest": (written_over(MANIFEST, b"[]"), ["manifest.json: holds no JSON object"]),
     "manifest without modules": (json_changed(MANIFEST, modules=None), ["manifest.json: modules"]),
+    "manifest of no modules": (json_changed(MANIFEST, modules=[]), ["manifest.json: modules"]),
+    "a module without its scale": (json_changed(MANIFEST, scales={}), ["each with its scale"]),
+    "a scale that is no number": (json_changed(MANIFEST, scales={Q: float("nan")}), ["NaN is not a number here"]),
+    "a configured scale that is none": (
+        json_changed(CONFIG, lora_parameters={"rank": 8, "scale": float("inf")}),
+        ["Infinity is not a number here"],
+    ),
+    "a rank beyond numbers": (
+        lambda path: (
+            json_changed(CONFIG, lora_parameters={"rank": 10**400, "scale": 1.5})(path) or (path / MANIFEST).unlink()
+        ),
+        ["no usable rank and scale"],
+    ),
+    "a manifest to wait for": (
+        lambda path: (path / MANIFEST).unlink() or os.mkfifo(path / MANIFEST),
+        ["manifest.json: is a pipe"],
+    ),
+    "nested without end": (written_over(CONFIG, b"[" * 100000), ["nested too deeply"]),
+    "a name twice": (
+        written_over(WEIGHTS, len(TWICE).to_bytes(8, "little") + TWICE),
+        ["not a readable safetensors file (a name is given twice)"],
+    ),
     "unknown method": (json_changed(MANIFEST, adapter={"method": "lore"}), ["manifest.json: method", "'lore'"]),
     "newer schema": (json_changed(MANIFEST, schema_version=99), ["newer than this mlx-lora"]),
     "no rank": (json_changed(CONFIG, lora_parameters={"scale": 2.0}), ["no usable rank and scale"]),
