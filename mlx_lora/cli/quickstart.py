@@ -1,9 +1,8 @@
-"""quickstart and doctor: what a newcomer runs first."""
+"""quickstart: what a newcomer runs first."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
 
 import typer
 
@@ -20,7 +19,6 @@ With your own files:
 
 def register(app: typer.Typer) -> None:
     app.command()(quickstart)
-    app.command()(doctor)
 
 
 def quickstart(json: Json = False) -> None:
@@ -60,28 +58,3 @@ def quickstart(json: Json = False) -> None:
 def _line(text: str) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= 200 else f"{flat[:199]}…"
-
-
-def doctor(json: Json = False) -> None:
-    """Say what this machine has and what it lacks."""
-    from mlx_lora.tasks.doctor import examine
-
-    found = examine()
-    if json:
-        ui.as_json({**found.facts, "warnings": found.warnings})
-        return
-    for name, value in found.facts.items():
-        if value is not None:
-            ui.result(f"{name.removesuffix('_bytes').replace('_', ' '):18} {_fact(name, value)}")
-    for warning in found.warnings:
-        ui.warning(warning)
-
-
-def _fact(name: str, value: Any) -> str:
-    if name.endswith("_bytes"):
-        return ui.size(value)
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(value) or "none"
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)

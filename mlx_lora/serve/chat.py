@@ -149,8 +149,8 @@ class Chat:
         if not file or not self.messages:
             raise MlxLoraError("/save FILE needs a file name and a conversation")
         try:
-            with open(Path(file).expanduser(), "a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+            with paths.created(Path(file).expanduser(), "ab") as stream:  # readable by the user alone
+                stream.write((json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n").encode())
         except OSError as error:
             raise MlxLoraError(f"can't write {file}: {error.strerror}") from None
         ui.note(f"appended to {file}")

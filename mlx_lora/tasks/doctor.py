@@ -12,6 +12,7 @@ from mlx_lora.models.load import model_names
 from mlx_lora.store import registry
 
 PACKAGES = ("mlx", "mlx-lm", "transformers", "numpy")
+KINDS = ("models", "adapters", "runs")
 
 
 @dataclass
@@ -23,7 +24,10 @@ class Examination:
 
 
 def examine() -> Examination:
-    """Look at device, BLAS, memory, disk, models and adapters. Changes nothing but creating the home."""
+    """Look at device, BLAS, memory, disk, models and adapters. Changes nothing but creating the home.
+
+    `home` is its path and its bytes: of models, of adapters, of runs, and of everything.
+    """
     machine = device.describe()
     home = paths.home()
     disk = shutil.disk_usage(home)
@@ -31,9 +35,12 @@ def examine() -> Examination:
         {
             "version": __version__,
             **machine,
-            "packages": {name: version(name) for name in PACKAGES},
-            "home": str(home),
-            "home_bytes": paths.directory_bytes(home),
+            "packages": versions(),
+            "home": {
+                "path": str(home),
+                **{f"{kind}_bytes": paths.directory_bytes(home / kind) for kind in KINDS},
+                "total_bytes": paths.directory_bytes(home),
+            },
             "disk_free_bytes": disk.free,
             "models": model_names(),
             "adapters": registry.names(),
@@ -41,6 +48,11 @@ def examine() -> Examination:
     )
     examination.warnings = list(_warnings(machine, disk.free))
     return examination
+
+
+def versions() -> dict[str, str]:
+    """The packages whose version decides what is computed."""
+    return {name: version(name) for name in PACKAGES}
 
 
 def _warnings(machine: dict[str, Any], free: int) -> list[str]:
