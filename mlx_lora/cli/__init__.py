@@ -15,7 +15,7 @@ import typer
 from typer.exceptions import TyperException
 
 from mlx_lora import device, offline, ui
-from mlx_lora.cli import adapters, base, bench, chat, data, quickstart, train
+from mlx_lora.cli import adapters, base, bench, chat, data, machine, plan, quickstart, train
 from mlx_lora.errors import MlxLoraError
 
 HELP = """Fine-tune language models on this machine, with files that never leave it.
@@ -23,7 +23,7 @@ HELP = """Fine-tune language models on this machine, with files that never leave
 `mlx-lora quickstart` shows everything in a few minutes, without a network."""
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-for room in (quickstart, base, data, train, chat, bench):
+for room in (quickstart, machine, base, data, plan, train, chat, bench):
     room.register(app)
 app.add_typer(adapters.app, name="adapters")
 

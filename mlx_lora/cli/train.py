@@ -61,6 +61,11 @@ def train(
             "learned before is saved",
             hint="lower train.learning_rate, or check the data with `mlx-lora data check`",
         )
+    if run.finished.stopped_by == "memory":
+        raise TrainingError(
+            f"training took more memory than it may; what was learned up to step {run.finished.iters} is saved",
+            hint=f"close other programs and go on: mlx-lora train --name {run.name} --resume; see `mlx-lora plan`",
+        )
     if run.finished.stopped_by == "interrupted":
         ui.note(f"mlx-lora train --name {run.name} --resume goes on")
         raise typer.Exit(code=stop.code)

@@ -94,12 +94,13 @@ def epoch_steps(
     epoch: int,
     packing: bool = False,
     share: tuple[int, int] = (0, 1),
+    most: int | None = None,
 ) -> list[list[Lines]]:
     """The optimizer steps of an epoch, each a list of micro-batches, each the lines of row indices that it holds.
 
     One step is smaller where the rows don't divide; which one is drawn, so that it isn't always the longest rows.
     Packed rows need no company of their own length and come in random order. `share` (rank, size) picks one process's
-    part of every step, which may be empty.
+    part of every step, which may be empty; `most` bounds a micro-batch's positions, MOST_POSITIONS by default.
     """
     rows_per_step = batch_size * grad_accumulation
     generator = np.random.default_rng([seed, epoch])
@@ -115,24 +116,27 @@ def epoch_steps(
     rank, size = share
     return [
         micro_batches(
-            sorted(steps[index].tolist(), key=lambda row: lengths[row])[rank::size], lengths, batch_size, packing
+            sorted(steps[index].tolist(), key=lambda row: lengths[row])[rank::size], lengths, batch_size, packing, most
         )
         for index in generator.permutation(len(steps))
     ]
 
 
-def micro_batches(indices: Line, lengths: Sequence[int], batch_size: int, packing: bool = False) -> list[Lines]:
-    """Cut rows that come shortest first into micro-batches of at most `batch_size` rows and MOST_POSITIONS.
+def micro_batches(
+    indices: Line, lengths: Sequence[int], batch_size: int, packing: bool = False, most: int | None = None
+) -> list[Lines]:
+    """Cut rows that come shortest first into micro-batches of at most `batch_size` rows and `most` positions.
 
     A single line is never cut: a long row, or packed short ones.
     """
+    most = most or MOST_POSITIONS
     lines = pack(indices, lengths) if packing else [[index] for index in indices]
     parts: list[Lines] = []
     for line in lines:
         width = padded(sum(lengths[index] - 1 for index in line))
         held = parts[-1] if parts else []
         rows = sum(map(len, held)) + len(line)
-        if not held or rows > batch_size or (len(held) + 1) * width > MOST_POSITIONS:
+        if not held or rows > batch_size or (len(held) + 1) * width > most:
             parts.append([])
         parts[-1].append(line)
     return parts
@@ -158,19 +162,17 @@ def pack(indices: Line, lengths: Sequence[int]) -> Lines:
     return [line for _, line in sorted(zip(used, lines, strict=True))]
 
 
-def positions(lines: Lines, lengths: Sequence[int]) -> int:
-    """Positions, padding included, of a batch with these lines."""
-    return len(lines) * padded(max(sum(lengths[index] - 1 for index in line) for line in lines))
-
-
 def steps_per_epoch(rows: int, *, batch_size: int, grad_accumulation: int) -> int:
     """Optimizer steps in one pass over `rows` rows."""
     return -(-rows // (batch_size * grad_accumulation))
 
 
-def by_length(rows: Sequence[Row], batch_size: int, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
-    """Batches of all rows, shortest first: the fixed order of every evaluation; `share` as in `epoch_steps`."""
+def by_length(
+    rows: Sequence[Row], batch_size: int, share: tuple[int, int] = (0, 1), most: int | None = None
+) -> Iterator[Batch]:
+    """Batches of all rows, shortest first: the fixed order of every evaluation; `share`, `most` as in `epoch_steps`."""
     lengths = [len(row) for row in rows]
     rank, size = share
-    for lines in micro_batches(sorted(range(len(rows)), key=lengths.__getitem__), lengths, batch_size)[rank::size]:
+    shortest_first = sorted(range(len(rows)), key=lengths.__getitem__)
+    for lines in micro_batches(shortest_first, lengths, batch_size, most=most)[rank::size]:
         yield collate(rows, lines)

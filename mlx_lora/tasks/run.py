@@ -37,9 +37,9 @@ ARRAYS = 4
 @contextmanager
 def held(name: str) -> Iterator[None]:
     """Hold the run called `name`, against other processes; a dead process holds nothing. Raises NameTaken."""
-    folder = paths.home() / "runs"
+    folder = paths.home() / ".locks"
     folder.mkdir(mode=0o700, exist_ok=True)
-    lock = FileLock(folder / f".{paths.check_name(name)}.lock", timeout=0, mode=0o600)
+    lock = FileLock(folder / paths.check_name(name), timeout=0, mode=0o600)
     try:
         lock.acquire()
     except Timeout:
@@ -79,13 +79,14 @@ class RunFolder:
         self.metrics = self.folder / "metrics.jsonl"
 
     def begin(self) -> None:
-        """Make the folder anew. Raises TrainingError where the disk has no room for what the run will write."""
+        """Make the folder anew. Raises MlxLoraError where the disk has no room for what the run will write."""
         if not self.writes:
             return
         self._check_space()
         if self.folder.exists():
             shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, mode=0o700)
+        for folder in (self.folder.parent, self.folder):
+            folder.mkdir(mode=0o700, exist_ok=True)
         values = self.recipe.model_dump()
         values["model"], values["data"]["path"] = map(_anywhere, (values["model"], values["data"]["path"]))
         with paths.created(self.folder / "recipe.yaml") as stream:
@@ -109,12 +110,7 @@ class RunFolder:
 
     def _check_space(self) -> None:
         adapter = sum(array.nbytes for wrapper in self.wrappers.values() for array in wrapper.adapter_arrays().values())
-        needed, free = adapter * ARRAYS * (checkpoint.KEPT + 1), shutil.disk_usage(paths.home()).free
-        if free < needed:
-            raise TrainingError(
-                f"{paths.home()} has {ui.size(free)} free, the run may write {ui.size(needed)}",
-                hint="free some space, or set MLX_LORA_HOME to a folder on another disk",
-            )
+        paths.check_space(paths.home(), adapter * ARRAYS * (checkpoint.KEPT + 1))
 
     def hear(self, event: Event) -> None:
         """Keep what an event brings."""

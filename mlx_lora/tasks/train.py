@@ -5,27 +5,34 @@ What it leaves on disk is `tasks.run`'s business. Training text is never written
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_lora import paths
+from mlx_lora import device, paths, ui
 from mlx_lora.adapters.attach import Wrappers, attach
 from mlx_lora.config import Recipe
+from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
 from mlx_lora.errors import NameTaken, RecipeError, TrainingError
-from mlx_lora.models.load import LoadedModel, find_model, load_stored, ready
+from mlx_lora.models.load import LoadedModel, find_model, load_stored, load_tokenizer, ready
+from mlx_lora.models.shapes import describe as describe_model
 from mlx_lora.models.split import layers_of, split
 from mlx_lora.store import adapter as store
 from mlx_lora.store import fingerprint, registry
 from mlx_lora.tasks import run
+from mlx_lora.tasks.plan import Machine, lengths_of, plan_shape, suggest
 from mlx_lora.tasks.run import RunFolder
-from mlx_lora.train import checkpoint
+from mlx_lora.train import checkpoint, history, memory
+from mlx_lora.train.choice import Plan
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Event, Finished
 from mlx_lora.train.trainer import train
+
+# What a run must have been for its peak and its pace to be believed: smaller ones are mostly overhead.
+ENOUGH_STEPS, ENOUGH_BYTES = 3, 64 << 20
 
 
 @dataclass
@@ -37,10 +44,12 @@ class Run:
     finished: Finished
     loaded: LoadedModel
     prepared: Prepared
+    plan: Plan
 
     def as_dict(self) -> dict[str, Any]:
         """The keys of `train --json`."""
-        return {"adapter": str(self.path), "name": self.name, **asdict(self.finished)}
+        predicted = {"predicted_memory_bytes": self.plan.peak_memory_bytes}
+        return {"adapter": str(self.path), "name": self.name, **asdict(self.finished), **predicted}
 
 
 @dataclass
@@ -85,13 +94,16 @@ def train_adapter(
 
 def _train(recipe: Recipe, name: str, hear: Listener, group: Processes, *, force: bool, resume: bool) -> Run:
     assert recipe.model is not None and recipe.data.path is not None
+    hear.stage(f"reading {recipe.data.path}")
+    tokenizer = load_tokenizer(recipe.model)
+    prepared = prepare(recipe.data.path, recipe.data, tokenizer, seed=recipe.seed, progress=hear.progress)
+    if recipe.train.patience and not prepared.valid:
+        raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
+    plan = plan_rows(recipe, prepared.train)
     hear.stage(f"loading {recipe.model}" + (" and quantizing it" if recipe.quantize else ""))
     loaded = load_stored(recipe.model, quantization=recipe.quantize)
     base = registry.describe_base(loaded)
     ready(loaded)
-    prepared = prepare(recipe.data.path, recipe.data, loaded.tokenizer, seed=recipe.seed, progress=hear.progress)
-    if recipe.train.patience and not prepared.valid:
-        raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
     wrappers = attach(loaded.model, recipe.adapter, seed=recipe.seed)
     hear.stage(summary(recipe, prepared, wrappers))
     manifest, made_of = describe(recipe, loaded, prepared, wrappers, base), _made_of(recipe, base, prepared)
@@ -116,6 +128,7 @@ def _train(recipe: Recipe, name: str, hear: Listener, group: Processes, *, force
         packing=recipe.data.packing,
         scratch=folder.folder if folder.writes else None,
         processes=group,
+        plan=plan,
         resume=start,
         should_stop=hear.should_stop,
     )
@@ -129,10 +142,34 @@ def _train(recipe: Recipe, name: str, hear: Listener, group: Processes, *, force
             folder.forget()
             raise KeyboardInterrupt
         path = folder.save(force=force or resume)
+        if folder.writes and not resume:
+            _learn(plan, folder.finished)
     except TrainingError:  # raised before the first step
         folder.forget()
         raise
-    return Run(name, path, folder.finished, loaded, prepared)
+    hear.stage(f"peak memory {ui.size(folder.finished.peak_memory_bytes)}, predicted {ui.size(plan.peak_memory_bytes)}")
+    return Run(name, path, folder.finished, loaded, prepared, plan)
+
+
+def plan_rows(recipe: Recipe, rows: Sequence[Row]) -> Plan:
+    """The plan of a recipe on its rows. Raises TrainingError, saying what would fit, where it doesn't fit here."""
+    config, lengths = describe_model(find_model(str(recipe.model))), lengths_of(rows)
+    machine = Machine(device.on_gpu(), memory.limit_bytes(setting=recipe.train.memory_limit_gb))
+    made = plan_shape(config, recipe, lengths, machine)
+    if made.fits:
+        return made
+    fits = suggest(config, recipe, lengths, machine)
+    raise TrainingError(
+        f"training would take {ui.size(made.peak_memory_bytes)}, and {ui.size(made.limit_bytes)} may be used",
+        hint=f"this would fit: {' '.join(fits)}" if fits else "choose a smaller model",
+    )
+
+
+def _learn(plan: Plan, finished: Finished) -> None:
+    """Let what was measured correct the next plan, unless the run was too small or too short to say much."""
+    varying = plan.peak_memory_bytes - plan.fixed
+    if finished.iters >= ENOUGH_STEPS and varying >= ENOUGH_BYTES:
+        history.remember(plan, finished.peak_memory_bytes, finished.seconds / finished.computed_tokens)
 
 
 def check(recipe: Recipe, *, force: bool) -> str:

@@ -47,6 +47,7 @@ class Progress:
     evaluations_without_gain: int = 0
     seconds: float = 0.0
     recomputes: bool | None = None
+    most_positions: int | None = None
     keeps_prefix: bool | None = None
 
     @classmethod

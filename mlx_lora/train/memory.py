@@ -1,35 +1,44 @@
-"""What a step keeps for its backward pass, by arithmetic, and whether that fits this machine.
+"""The memory of a machine: how much training may take of it, and when it has taken too much.
 
-    kept = positions · Σ over the linear layers at and above the lowest adapted one of (inputs + outputs)
-
-That is what attention, gated activations and adapters leave when each keeps only its inputs (see `models.lean`). It
-decides `grad_checkpoint: auto`; it isn't a forecast of the peak.
+Apple's GPU shares the machine's memory and recommends a part of it, beyond which the system swaps. A processor has
+what other programs leave. What a step will take is the business of `train.plan`.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
-import mlx.nn as nn
 import psutil
 
-from mlx_lora import device
-from mlx_lora.adapters.base import EXPERTS, LINEARS, layer_shape
+from mlx_lora import device, ui
 
-# The share of the free memory that activations may take: the loss, the optimizer and other programs need the rest.
-SHARE = 0.7
+# Of what is free, this share is for arrays: the interpreter, its libraries and the allocator's gaps take the rest.
+FOR_ARRAYS = 0.9
+# Metal's recommendation for machines of this many bytes, and for larger ones.
+LARGE, OF_SMALL, OF_LARGE = 36 << 30, 2 / 3, 3 / 4
+# Below this much free memory a machine is about to swap.
+LEAST_FREE = 256 << 20
 
 
-def kept_bytes(layers: list[nn.Module], positions: int, dtype: mx.Dtype) -> int:
-    """Bytes of activations that `layers` keep for the backward pass of a batch with so many positions.
+def limit_bytes(*, memory_gb: float | None = None, setting: float | None = None) -> int:
+    """Bytes that training may take here, or on a machine of `memory_gb` gigabytes, and never more than `setting` GB.
 
-    Of a layer of experts one expert a position is counted.
+    Of another machine it is the part that Metal recommends for one of that size.
     """
-    linears = [module for layer in layers for module in layer.modules() if isinstance(module, LINEARS + EXPERTS)]
-    return positions * int(dtype.size) * sum(sum(layer_shape(linear)[-2:]) for linear in linears)
+    if memory_gb is not None:
+        total = int(memory_gb * (1 << 30))
+        limit = int(total * (OF_LARGE if total >= LARGE else OF_SMALL))
+    elif device.on_gpu():
+        limit = int(mx.device_info()["max_recommended_working_set_size"])
+    else:
+        limit = int(mx.get_active_memory() + FOR_ARRAYS * psutil.virtual_memory().available)
+    return limit if setting is None else min(limit, int(setting * 1e9))
 
 
-def free_bytes() -> int:
-    """Memory that a step may take on top of what is in use: of the GPU's working set, or of the machine's memory."""
-    if device.on_gpu():
-        return int(mx.device_info()["max_recommended_working_set_size"]) - int(mx.get_active_memory())
-    return int(psutil.virtual_memory().available)
+def exceeded(limit: int) -> str | None:
+    """Why training should stop and save, looking at the highest use so far and at what the machine has left."""
+    peak, free = int(mx.get_peak_memory()), int(psutil.virtual_memory().available)
+    if peak > limit:
+        return f"a step took {ui.size(peak)}, over the limit of {ui.size(limit)}"
+    if free < LEAST_FREE:
+        return f"only {ui.size(free)} of this machine's memory is left: it would swap"
+    return None

@@ -20,7 +20,15 @@ from mlx.utils import tree_flatten
 from mlx_lora import device, ui
 from mlx_lora.config import Train
 from mlx_lora.data.ahead import ahead
-from mlx_lora.data.batch import PACKED_POSITIONS, Batch, by_length, collate, epoch_steps, positions, steps_per_epoch
+from mlx_lora.data.batch import (
+    MOST_POSITIONS,
+    PACKED_POSITIONS,
+    Batch,
+    by_length,
+    collate,
+    epoch_steps,
+    steps_per_epoch,
+)
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.lean import lean
@@ -29,6 +37,7 @@ from mlx_lora.models.segments import refusal
 from mlx_lora.models.split import Split, layers_of
 from mlx_lora.train import memory, optim, prefix
 from mlx_lora.train.checkpoint import Progress
+from mlx_lora.train.choice import Plan
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Interrupted, Note, Saved, Step
 from mlx_lora.train.loss import Arrays, Loss, as_arrays
@@ -53,6 +62,7 @@ def train(
     packing: bool = False,
     scratch: Path | None = None,
     processes: Processes | None = None,
+    plan: Plan | None = None,
     resume: Checkpoint | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Generator[Event, None, None]:
@@ -60,8 +70,9 @@ def train(
 
     The same seed and rows give the same bytes, also when a run goes on from one of its checkpoints (`resume`). Three
     steps in a row that are not finite end the run, with what was learned before them. `scratch` is a folder for a file
-    without a name, where a kept prefix doesn't fit memory. Raises TrainingError when there is nothing to train, or when
-    what was asked for can't be had for this model.
+    without a name, where a kept prefix doesn't fit memory. A `plan` says how to stay within a limit of memory; a step
+    that takes more ends the run, saved, before the machine swaps. Raises TrainingError when there is nothing to train,
+    or when what was asked for can't be had for this model.
     """
     if not tree_flatten(model.trainable_parameters()):
         raise TrainingError("nothing is trainable", hint="attach an adapter first")
@@ -70,7 +81,7 @@ def train(
     model.eval()
     with ExitStack() as stack:
         stack.enter_context(device.memory_limits())
-        run = _Run(model, rows, valid, settings, seed, packing, processes or Processes())
+        run = _Run(model, rows, valid, settings, seed, packing, processes or Processes(), plan)
         stack.callback(model.eval)
         if resume is not None:
             run.progress = Progress.read(resume.progress)
@@ -97,7 +108,7 @@ def _loop(run: _Run, should_stop: Callable[[], bool]) -> Iterator[Event]:
                 stopped_by = reason
                 break
             # one optimizer step, and the figures of the one before
-            yield from run.step(batches, stop=run.processes.size > 1 and should_stop())
+            yield from run.step(batches, stop=run.processes.size > 1 and bool(run.exceeded or should_stop()))
             # evaluate once in a while, and at the end
             if run.evaluates(run.dispatched):
                 yield from run.collect()
@@ -109,8 +120,10 @@ def _loop(run: _Run, should_stop: Callable[[], bool]) -> Iterator[Event]:
     yield from run.collect()
     if run.valid and run.evaluates(done.step) and done.evaluated_at < done.step and should_stop():
         stopped_by = "interrupted"  # in the last evaluation
-    if done.step and stopped_by == "interrupted":
+    if done.step and stopped_by in ("interrupted", "memory"):
         yield run.checkpoint()
+    if stopped_by == "memory":
+        yield Note(f"stopped, to keep the machine from swapping: {run.exceeded}")
     if stopped_by == "interrupted":
         yield Interrupted(done.step)
     if done.step:
@@ -121,8 +134,11 @@ def _loop(run: _Run, should_stop: Callable[[], bool]) -> Iterator[Event]:
 def _reason_to_stop(run: _Run, should_stop: Callable[[], bool]) -> str | None:
     done = run.progress
     # one process stops at once; several agree on it with the sums of a step
-    if run.stop_asked or (run.processes.size == 1 and should_stop()):
+    alone = run.processes.size == 1
+    if run.stop_asked or (alone and should_stop()):
         return "interrupted"
+    if alone and run.exceeded:
+        return "memory"
     if done.skipped_in_a_row >= MOST_SKIPPED:
         return "nonfinite"
     patience = run.settings.patience
@@ -159,9 +175,10 @@ class _Run:
         seed: int,
         packing: bool,
         processes: Processes,
+        plan: Plan | None,
     ):
         self.model, self.rows, self.valid, self.settings, self.seed = model, rows, valid, settings, seed
-        self.packing, self.processes, self.progress = packing, processes, Progress()
+        self.packing, self.processes, self.plan, self.progress = packing, processes, plan, Progress()
         self.lengths = [len(row) for row in rows]
         self.per_epoch = steps_per_epoch(
             len(rows), batch_size=settings.batch_size, grad_accumulation=settings.grad_accumulation
@@ -169,7 +186,7 @@ class _Run:
         self.steps = settings.iters or settings.epochs * self.per_epoch
         self.rate = optim.schedule(settings, self.steps)
         self.prefix: prefix.Prefix | None = None
-        self.stop_asked = False
+        self.stop_asked, self.exceeded = False, ""
         self._pending: Pending | None = None
 
     def prepare(self, split: Split | None, scratch: Path | None, stack: ExitStack) -> Iterator[Note]:
@@ -178,13 +195,11 @@ class _Run:
             raise TrainingError(f"rows can't be packed for this model: {reason}", hint="set data.packing=false")
         if split is None:
             yield Note("the output head can't be taken apart from this model: it computes logits at every position")
+        yield from self._choose()
         yield from self._keep_prefix(split, scratch, stack)
         first = lowest_trainable(self.model)
         adapted = layers_of(self.model)[first if isinstance(first, int) else 0 :]
         stack.enter_context(lean(layers_of(self.model)))
-        if self.progress.recomputes is None:
-            on = self.settings.grad_checkpoint == "on"
-            self.progress.recomputes = on or (yield from self._must_recompute(adapted))
         if self.progress.recomputes:
             stack.enter_context(recomputed(adapted))
         loss = Loss(self.model, split, self.prefix.below if self.prefix else None)
@@ -193,20 +208,16 @@ class _Run:
         self.dispatched = self.progress.step
         self._start = self._mark = self._saved = time.perf_counter()
 
-    def _must_recompute(self, adapted: list[nn.Module]) -> Generator[Note, None, bool]:
-        """Whether `auto` has to save memory by recomputing layers, going by the largest micro-batch."""
-        if self.settings.grad_checkpoint != "auto":
-            return False
-        sizes = (positions(micro, self.lengths) for step in self._plan(0) for micro in step)
-        largest = max(sizes, default=0)  # of several processes, one may have no rows
-        logits = self.model(mx.zeros((1, 1), mx.int32))  # never evaluated: its dtype is that of activations
-        needed, free = memory.kept_bytes(adapted, largest, logits.dtype), memory.free_bytes()
-        if needed <= memory.SHARE * free:
-            return False
-        yield Note(
-            f"gradient checkpointing is on: a step would keep {ui.size(needed)} of activations, {ui.size(free)} is free"
-        )
-        return True
+    def _choose(self) -> Iterator[Note]:
+        """How the plan wants it, unless the run has chosen before: layers computed again, smaller micro-batches."""
+        done, plan = self.progress, self.plan
+        if done.recomputes is None:
+            done.recomputes = plan.recompute if plan else self.settings.grad_checkpoint == "on"
+            done.most_positions = plan.most_positions if plan else None
+        if plan and done.recomputes and self.settings.grad_checkpoint == "auto":
+            yield Note(f"gradient checkpointing is on, to stay within {ui.size(plan.limit_bytes)}")
+        if done.most_positions and done.most_positions < MOST_POSITIONS:
+            yield Note(f"micro-batches hold at most {done.most_positions} positions, to stay within the limit")
 
     def _keep_prefix(self, split: Split | None, scratch: Path | None, stack: ExitStack) -> Iterator[Note]:
         """Keep what enters the first adapted layer where that saves work and is proven on the first batch."""
@@ -253,6 +264,7 @@ class _Run:
             epoch=epoch,
             packing=self.packing,
             share=self.processes.share,
+            most=self.progress.most_positions,
         )
 
     def _collate(self, lines: list[list[int]]) -> Batch:
@@ -295,6 +307,7 @@ class _Run:
         device.hold_back()
         done.count(loss, tokens, finite=finite)
         self.stop_asked |= pending.stop.item() > 0
+        self.exceeded = (self.plan and memory.exceeded(self.plan.limit_bytes)) or ""
         yield Step(
             step=done.step,
             steps=self.steps,
@@ -310,7 +323,8 @@ class _Run:
     def evaluate(self, should_stop: Callable[[], bool]) -> float | None:
         """Mean loss per token over all validation rows, always in the same batches; None when asked to stop."""
         total, tokens = mx.array(0.0), 0
-        for batch in by_length(self.valid, self.settings.batch_size, self.processes.share):
+        share, most = self.processes.share, self.progress.most_positions
+        for batch in by_length(self.valid, self.settings.batch_size, share, most):
             if self.processes.size == 1 and should_stop():
                 return None
             total = total + self.stepper.evaluate(self.arrays("valid", batch))

@@ -18,11 +18,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_lora import paths
 from mlx_lora.config import Recipe
-from mlx_lora.errors import NameTaken, TrainingError
+from mlx_lora.errors import MlxLoraError, NameTaken, TrainingError
 from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
-from mlx_lora.tasks import run
 from mlx_lora.tasks.train import Listener, Run, train_adapter
 from mlx_lora.train import checkpoint
 from mlx_lora.train.events import Step
@@ -123,7 +123,7 @@ def check_what_is_there(before: bytes, after: bytes) -> None:
     assert registry.names() == ["mine"]
     assert weights() in (before, after)
     store.read(registry.find("mine"))
-    for folder in checkpoint.checkpoints(run.paths.room("runs", "mine")):
+    for folder in checkpoint.checkpoints(paths.room("runs", "mine")):
         checkpoint._read(folder)
 
 
@@ -156,7 +156,7 @@ def inject(recipe: Recipe, home: Path, numbers: Iterator[int]) -> int:
 
 def finish(recipe: Recipe, expected: bytes) -> None:
     """Go on where a checkpoint was reached: the same bytes in the end."""
-    if checkpoint.checkpoints(run.paths.room("runs", "mine")):
+    if checkpoint.checkpoints(paths.room("runs", "mine")):
         train_adapter(recipe, resume=True)
         assert weights() == expected
 
@@ -174,7 +174,7 @@ def test_a_fault_at_every_operation_leaves_what_was_there(recipe: Recipe, home: 
 def test_a_run_that_died_goes_on_to_the_same_bytes(recipe: Recipe) -> None:
     whole = train_adapter(recipe.model_copy(update={"name": "whole"}))
     interrupted(recipe)
-    folder = run.paths.room("runs", "mine")
+    folder = paths.room("runs", "mine")
     assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
     went_on = train_adapter(recipe, resume=True)
     assert weights() == weights("whole")
@@ -185,7 +185,7 @@ def test_a_run_that_died_goes_on_to_the_same_bytes(recipe: Recipe) -> None:
 
 
 def metrics(of: Run) -> list[dict[str, Any]]:
-    lines = run.paths.room("runs", of.name).joinpath("metrics.jsonl").read_text().splitlines()
+    lines = paths.room("runs", of.name).joinpath("metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -221,8 +221,7 @@ def test_a_moved_base_and_moved_data_are_the_same(recipe: Recipe, tiny_path: Pat
     link = tmp_path / "elsewhere"
     link.symlink_to(tiny_path)
     data = Path(str(recipe.data.path)).rename(tmp_path / "moved")
-    paths = {"model": str(link), "data": recipe.data.model_copy(update={"path": str(data)})}
-    moved = recipe.model_copy(update=paths)
+    moved = recipe.model_copy(update={"model": str(link), "data": recipe.data.model_copy(update={"path": str(data)})})
     assert train_adapter(moved, resume=True).finished.iters == 4
 
 
@@ -252,8 +251,8 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(recipe: Recipe
 
 def test_a_full_disk_is_noticed_before_the_first_step(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(TrainingError, match="has 1 kB free"):
+    monkeypatch.setattr(paths.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(MlxLoraError, match="has 1 kB free"):
         train_adapter(recipe)
     assert registry.names() == []
 

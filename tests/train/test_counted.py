@@ -92,10 +92,13 @@ def test_frozen_layers_below_cost_no_memory(monkeypatch: pytest.MonkeyPatch) -> 
     peaks = {}
     for layers, adapted in ((4, 2), (12, 2), (12, 10)):
         model = network(monkeypatch, layers, adapted)
-        gc.collect()  # what other tests have left must not be freed on the way
-        mx.synchronize()
-        before = mx.get_active_memory()
-        peaks[layers, adapted] = run(model, rows, iters=1).peak_memory_bytes - before
+        taken = []
+        for _ in range(3):  # MLX's CPU backend runs ahead of itself, further on a busy machine
+            gc.collect()  # what other tests have left must not be freed on the way
+            mx.synchronize()
+            before = mx.get_active_memory()
+            taken.append(run(model, rows, iters=1).peak_memory_bytes - before)
+        peaks[layers, adapted] = min(taken)
         del model
     assert peaks[12, 2] < 1.05 * peaks[4, 2], peaks
     assert peaks[12, 10] > 2 * peaks[12, 2], f"the activations have to matter: {peaks}"

@@ -1,73 +1,62 @@
-"""What a step keeps, counted and measured, and the choice that follows from it."""
+"""How much of a machine training may take, and when it has taken too much."""
 
 from __future__ import annotations
 
-import gc
-from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Train
-from mlx_lora.data.encode import Row
-from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.split import layers_of, split
 from mlx_lora.train import memory
-from mlx_lora.train.events import Note, Step
-from mlx_lora.train.trainer import train
-from tests.adapters.zoo import COMMON
 
-ROWS = [Row(np.arange(257, dtype=np.int32) % 60 + 1, np.array([0.0] * 249 + [1.0] * 8, np.float32))] * 4
+GIB = 1 << 30
 
 
-def llama(layers: int) -> nn.Module:
-    module = import_module("mlx_lm.models.llama")
-    sizes = {"num_hidden_layers": layers, "hidden_size": 128, "intermediate_size": 512, "head_dim": 32}
-    model: nn.Module = module.Model(module.ModelArgs.from_dict({"model_type": "llama", **COMMON, **sizes}))
-    model.freeze()
-    mx.eval(model.parameters())
-    return model
+def free(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
 
 
-def notes_and_steps(model: nn.Module, **settings: object) -> tuple[list[str], list[Step]]:
-    gc.collect()  # what other tests have left must not be freed on the way
-    chosen = Train(**{"iters": 2, "batch_size": 4, **settings})
-    events = list(train(model, ROWS, [], chosen, split=split(model)))
-    return [e.text for e in events if isinstance(e, Note)], [e for e in events if isinstance(e, Step)]
+@pytest.mark.parametrize(
+    ("memory_gb", "share"), [(8, 2 / 3), (16, 2 / 3), (32, 2 / 3), (36, 3 / 4), (64, 3 / 4), (0.5, 2 / 3)]
+)
+def test_another_machine_gives_what_metal_recommends_for_its_size(memory_gb: float, share: float) -> None:
+    assert memory.limit_bytes(memory_gb=memory_gb) == pytest.approx(memory_gb * GIB * share, abs=1)
 
 
-def test_what_is_counted_is_what_layers_keep() -> None:
-    """Measured as what another eight layers add to the peak; MLX must not run ahead for that."""
-    peaks = []
-    for layers in (4, 12):
-        model = llama(layers)
-        attach(model, Adapter(rank=4, targets="all-linear"))
-        peaks.append(notes_and_steps(model, grad_checkpoint="off")[1][0].peak_memory)
-    model = llama(8)
-    attach(model, Adapter(rank=4, targets="all-linear"))
-    counted = memory.kept_bytes(layers_of(model), 4 * 256, mx.float32)
-    weights = sum(array.nbytes for layer in layers_of(model) for _, array in tree_flatten(layer.parameters()))
-    assert counted == pytest.approx(peaks[1] - peaks[0] - weights, rel=0.35)
+def test_this_machine_gives_most_of_what_is_free_and_what_is_held_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, 10 * GIB)
+    held = mx.get_active_memory()
+    assert memory.limit_bytes() == pytest.approx(held + 9 * GIB, abs=1 << 20)
 
 
-@pytest.mark.parametrize(("free", "recomputes"), [(1 << 40, False), (1 << 10, True)])
-def test_auto_recomputes_where_a_step_would_not_fit(
-    free: int, recomputes: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_recipe_may_ask_for_less_and_never_get_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, 10 * GIB)
+    assert memory.limit_bytes(setting=2.5) == 2_500_000_000
+    assert memory.limit_bytes(setting=1000) == memory.limit_bytes()
+    assert memory.limit_bytes(memory_gb=8, setting=1) == 1_000_000_000
+
+
+def test_on_a_gpu_the_limit_is_its_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts: dict[str, Any] = {"max_recommended_working_set_size": 11_453_251_584}
+    monkeypatch.setattr(memory.device, "on_gpu", lambda: True)
+    monkeypatch.setattr(memory.mx, "device_info", lambda: facts)
+    assert memory.limit_bytes() == 11_453_251_584
+
+
+@pytest.mark.parametrize(
+    ("peak", "available", "says"),
+    [
+        (GIB, 10 * GIB, None),
+        (2 * GIB, 10 * GIB, None),
+        (2 * GIB + 1, 10 * GIB, "over the limit of 2.15 GB"),
+        (GIB, 100 << 20, "only 105 MB of this machine's memory is left"),
+    ],
+)
+def test_a_step_over_the_limit_and_a_machine_about_to_swap_are_reasons_to_stop(
+    peak: int, available: int, says: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda: free)
-    model = llama(6)
-    attach(model, Adapter(rank=4))
-    said, steps = notes_and_steps(model)
-    attach(model, Adapter(rank=4))
-    assert bool(said) == recomputes and all("gradient checkpointing is on" in text for text in said)
-    _, without = notes_and_steps(model, grad_checkpoint="off")
-    assert (steps[-1].peak_memory < 0.8 * without[-1].peak_memory) == recomputes
-    assert steps[0].loss == pytest.approx(without[0].loss, rel=1e-5)
-
-
-def test_free_memory_is_that_of_this_machine(tiny: LoadedModel) -> None:
-    assert 0 < memory.free_bytes() < 1 << 42
+    free(monkeypatch, available)
+    monkeypatch.setattr(memory.mx, "get_peak_memory", lambda: peak)
+    reason = memory.exceeded(2 * GIB)
+    assert reason is None if says is None else reason and says in reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.split import split
 from mlx_lora.train import checkpoint
-from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Saved, Step
+from mlx_lora.train.choice import Lengths, Plan, plan
+from mlx_lora.train.costs import costs
+from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Note, Saved, Step
 from mlx_lora.train.trainer import train
 from tests.train.test_trainer import make_rows, of
 
@@ -43,11 +46,12 @@ def events_of(loaded: LoadedModel, *, resume: Checkpoint | None = None, **case: 
     """A run with dropout that evaluates and saves at every step."""
     adapter = Adapter(rank=4, dropout=case.pop("dropout", 0.1), layers=case.pop("layers", "all"))
     packing, should_stop = case.pop("packing", False), case.pop("should_stop", lambda: False)
+    made = case.pop("plan", None)
     chosen = {"batch_size": 4, "learning_rate": 1e-2, "warmup": 0.3, "iters": STEPS, "eval_every": 2, "save_every": 1}
     attach(loaded.model, adapter, seed=5)
     return train(
         loaded.model, ROWS, VALID, Train(**chosen | case), seed=5, split=split(loaded.model), packing=packing,
-        resume=resume, should_stop=should_stop,
+        plan=made, resume=resume, should_stop=should_stop,
     )  # fmt: skip
 
 
@@ -98,14 +102,45 @@ def test_without_save_every_the_clock_decides(tiny: LoadedModel, monkeypatch: py
     assert len(of(list(events_of(tiny, save_every=None)), Checkpoint)) == STEPS - 1
 
 
-def test_what_a_run_chose_by_itself_is_kept(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Free memory is another one after a restart, and both choices may change the last bit."""
-    monkeypatch.setattr("mlx_lora.train.memory.free_bytes", lambda: 1)
-    made = of(list(events_of(tiny, grad_checkpoint="auto")), Checkpoint)[0]
-    assert made.progress["recomputes"] is True and made.progress["keeps_prefix"] is False
-    monkeypatch.undo()
-    rest = list(events_of(tiny, grad_checkpoint="auto", resume=made))
-    assert of(rest, Checkpoint)[0].progress["recomputes"] is True
+def plan_of(loaded: LoadedModel, limit: int, **case: Any) -> Plan:
+    """The plan of a run of `events_of` within `limit` bytes."""
+    settings = Train(**{"batch_size": 4, "iters": STEPS} | case)
+    attach(loaded.model, Adapter(rank=4, dropout=0.1), seed=5)
+    lengths = Lengths([len(row) for row in ROWS], max(row.trained for row in ROWS))
+    return plan(costs(loaded.model, settings, dtype=mx.float32, gpu=False), lengths, settings, limit)
+
+
+def test_what_a_run_chose_by_itself_is_kept(tiny: LoadedModel) -> None:
+    """Free memory is another one after a restart, and each choice may change the last bit."""
+    tight, wide = plan_of(tiny, 1), plan_of(tiny, 1 << 40)
+    assert tight.recompute and not wide.recompute and tight.most_positions < wide.most_positions
+    tight = replace(tight, limit_bytes=1 << 40)  # or it would stop the run
+    whole = list(events_of(tiny, grad_checkpoint="auto", plan=tight))
+    made = of(whole, Checkpoint)[0]
+    assert made.progress["recomputes"] is True and made.progress["most_positions"] == tight.most_positions
+    assert made.progress["keeps_prefix"] is False
+    rest = list(events_of(tiny, grad_checkpoint="auto", plan=wide, resume=made))
+    assert_same_end(whole, rest)
+
+
+def test_over_the_limit_a_run_saves_and_stops(tiny: LoadedModel) -> None:
+    made = replace(plan_of(tiny, 1 << 40), limit_bytes=1)
+    taken = list(events_of(tiny, plan=made, save_every=None))
+    assert [event.step for event in of(taken, Step)] == [1] and of(taken, Finished)[0].stopped_by == "memory"
+    assert "over the limit of 1 B" in of(taken, Note)[-1].text
+    (saved,) = of(taken, Checkpoint)
+    assert_same_end(list(events_of(tiny)), list(events_of(tiny, resume=saved)))
+
+
+def test_a_batch_over_the_limit_is_split_with_the_same_gradient(tiny: LoadedModel) -> None:
+    limit = plan_of(tiny, 1, batch_size=14).peak_memory_bytes + 4096
+    unsplit, split_up = plan_of(tiny, 1 << 40), plan_of(tiny, limit)
+    assert split_up.fits and split_up.micro.positions < unsplit.micro.positions
+    sgd = {"optimizer": "sgd", "iters": 1, "batch_size": 14, "max_grad_norm": None, "dropout": 0.0, "warmup": 0.0}
+    moved = [of(list(events_of(tiny, plan=one, **sgd)), Saved)[-1].arrays for one in (unsplit, split_up)]
+    start = {name: array for name, array in moved[0].items()}
+    for name, array in start.items():
+        np.testing.assert_allclose(array, moved[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_the_data_state_is_a_counter(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

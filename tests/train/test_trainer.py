@@ -20,7 +20,7 @@ from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.split import split
 from mlx_lora.train import optim, step, trainer
-from mlx_lora.train.events import Evaluated, Finished, Interrupted, Saved, Step
+from mlx_lora.train.events import Checkpoint, Evaluated, Finished, Interrupted, Saved, Step
 from mlx_lora.train.loss import Loss, as_arrays
 from mlx_lora.train.trainer import train
 
@@ -189,7 +189,7 @@ def test_asked_to_stop_it_saves_what_was_learned(tiny: LoadedModel) -> None:
     """Not the adapter of step 0, whose loss is the only one measured so far."""
     asked = iter([False, False, True])  # the one validation batch, before the first step, before the second
     events = run(tiny, make_rows(40), make_rows(4), epochs=1, should_stop=lambda: next(asked))
-    assert [type(event) for event in events] == [Evaluated, Step, Interrupted, Saved, Finished]
+    assert [type(event) for event in events] == [Evaluated, Step, Checkpoint, Interrupted, Saved, Finished]
     assert events[-1].valid_loss is None
     assert any(mx.any(array != 0).item() for name, array in arrays_of(events).items() if name.endswith("lora_b"))
     assert events[-1].stopped_by == "interrupted" and events[-1].iters == 1
@@ -273,9 +273,14 @@ def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def figures(events: list[Any]) -> list[str]:
     """What events say, but for times, memory and arrays; as text, so that NaN equals itself."""
     return [
-        f"{type(event).__name__} " + ", ".join(f"{key}={vars(event)[key]}" for key in vars(event).keys() - MEASURED)
+        f"{type(event).__name__} "
+        + ", ".join(f"{key}={value}" for key, value in said(event).items() if key not in MEASURED)
         for event in events
     ]
+
+
+def said(event: Any) -> dict[str, Any]:
+    return {**vars(event), **getattr(event, "progress", {}), "progress": None}
 
 
 @pytest.mark.parametrize("overlapped", [False, True])
@@ -325,8 +330,9 @@ def test_dispatching_ahead_changes_neither_events_nor_bytes(tiny: LoadedModel, m
     overlapped = run(tiny, rows, valid, **settings)
     assert figures(waited) == figures(overlapped)
     assert any(event.skipped for event in of(waited, Step))
-    for one, other in zip(of(waited, Saved), of(overlapped, Saved), strict=True):
-        assert all(mx.array_equal(array, other.arrays[name]) for name, array in one.arrays.items()), one.kind
+    for kind in (Saved, Checkpoint):
+        for one, other in zip(of(waited, kind), of(overlapped, kind), strict=True):
+            assert all(mx.array_equal(array, other.arrays[name]) for name, array in one.arrays.items()), kind
 
 
 def test_dispatched_ahead_a_step_is_read_after_the_next_is_on_its_way(
@@ -361,7 +367,7 @@ def test_dispatched_ahead_an_interruption_reports_the_step_on_its_way(
     tokens = dispatched(monkeypatch)
     asked = iter([False, False, False, True])  # the one validation batch, before the first three steps
     events = run(tiny, make_rows(40), make_rows(4), epochs=1, should_stop=lambda: next(asked))
-    assert [type(event) for event in events] == [Evaluated, Step, Step, Interrupted, Saved, Finished]
+    assert [type(event) for event in events] == [Evaluated, Step, Step, Checkpoint, Interrupted, Saved, Finished]
     assert [event.step for event in events[1:5]] == [1, 2, 2, 2] and events[-1].iters == len(tokens) == 2
     assert events[-1].trained_tokens == sum(tokens)
 

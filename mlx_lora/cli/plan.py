@@ -1,0 +1,71 @@
+"""plan."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_lora import ui
+from mlx_lora.cli.options import Json, progress
+
+if TYPE_CHECKING:
+    from mlx_lora.train.choice import Plan
+
+Device = StrEnum("Device", ["cpu", "gpu"])
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(plan)
+
+
+def plan(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[RECIPE] [key=value]…", help="A recipe file, then its overrides.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The base: a directory or a name.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="A file, or a folder with train, valid and test.")] = None,
+    memory_gb: Annotated[
+        float | None, typer.Option("--memory-gb", min=0.1, help="Plan for a machine with this much memory.")
+    ] = None,
+    device: Annotated[
+        Device | None, typer.Option("--device", help="Plan for a Mac's GPU, or for a processor; this one's by default.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what training will take in memory and time before anything is loaded, and what would fit."""
+    from mlx_lora.config import load_recipe
+    from mlx_lora.tasks.plan import plan_recipe
+
+    words = list(settings or [])
+    file = Path(words.pop(0)) if words and "=" not in words[0] else None
+    given = {key: value for key, value in (("model", model), ("data.path", data)) if value is not None}
+    recipe = load_recipe(file, words, settings=given)
+    with ExitStack() as stack:
+        gpu = None if device is None else device == Device.gpu
+        made = plan_recipe(recipe, memory_gb=memory_gb, gpu=gpu, progress=progress(stack))
+    if json:
+        ui.as_json(made.as_dict())
+    else:
+        _show(made)
+
+
+def _show(made: Plan) -> None:
+    facts = made.as_dict()
+    ui.table(["part", "memory"], [*((part, ui.size(size)) for part, size in facts["parts"].items())])
+    answer = "fits" if made.fits else "doesn't fit"
+    ui.result(f"peak {ui.size(made.peak_memory_bytes)} of {ui.size(made.limit_bytes)}: {answer}")
+    ui.result(
+        f"micro-batches of up to {made.micro.lines} × {made.micro.width} positions, gradient checkpointing "
+        f"{facts['grad_checkpoint']}"
+    )
+    if made.seconds is not None:
+        time = f"{made.seconds:.0f} s" if made.seconds < 120 else f"{made.seconds / 60:.0f} min"
+        ui.result(f"about {time}, going by earlier runs on this machine")
+    if made.suggestion:
+        ui.result(f"would fit: {' '.join(made.suggestion)}")
+    elif not made.fits:
+        ui.result("no recipe over this base fits: choose a smaller one")

@@ -1,0 +1,125 @@
+"""A model's modules from its configuration alone: every shape and dtype, and not one weight.
+
+MLX is lazy: the arrays of a module that was just made are descriptions of random numbers that nobody has drawn yet.
+As long as nothing here evaluates one, a model of any size costs some milliseconds and no memory, and its adapters, its
+packed layers and its optimizer's state have their true shapes. Knows nothing about what shapes cost.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from safetensors import safe_open
+
+from mlx_lora import device, files
+from mlx_lora.errors import ModelError
+from mlx_lora.models.load import read_config, weight_files
+from mlx_lora.quant.matmul import use_fast_multiply
+
+with device.file_limits_kept():
+    import mlx_lm.utils as mlx_lm_utils
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+HEADERS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# What nearly every model is published in, where its configuration doesn't say.
+USUAL = mx.bfloat16
+
+
+def network(config: dict[str, Any], *, quantization: dict[str, Any] | None = None, gpu: bool) -> nn.Module:
+    """The frozen model that `load` makes of this config.json, without weights; never evaluate its arrays.
+
+    `quantization` is `{mode, bits, group_size}` for a base that is packed on loading. Where it computes on a CPU, what
+    isn't packed is float32. Raises ModelError for an architecture that mlx_lm doesn't have, and for a configuration
+    that lacks what its architecture needs.
+    """
+    model = _bare(config)
+    model.set_dtype(stored_dtype(config))
+    if config.get("quantization"):
+        try:
+            _pack(model, *_stored(config["quantization"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(
+                f"config.json: its quantization can't be followed: {error} ({type(error).__name__})",
+                hint="mlx_lm writes bits and group_size there, and for single layers the same by path",
+            ) from None
+    elif quantization:
+        _pack(model, quantization, {})
+    if not gpu:
+        use_fast_multiply(model)
+    model.freeze()
+    return model
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """config.json of a model directory, with the float dtype that most of its files' bytes have where it says none.
+
+    Raises ModelError as `read_config` does; a directory without weights is as good as one with them.
+    """
+    config = read_config(path)
+    if _named(config) is not None:
+        return config
+    sizes: dict[str, int] = {}
+    for file in weight_files(path):
+        if files.safetensors_fault(file) is None:
+            with safe_open(file, framework="numpy") as tensors:
+                for part in (tensors.get_slice(name) for name in tensors.keys()):
+                    sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + math.prod(part.get_shape())
+    floats = [kind for kind in sorted(sizes, key=lambda kind: -sizes[kind]) if kind in HEADERS]
+    return config | ({"torch_dtype": HEADERS[floats[0]]} if floats else {})
+
+
+def stored_dtype(config: dict[str, Any]) -> mx.Dtype:
+    """The float dtype of a model's files, as its configuration has it."""
+    return DTYPES.get(str(_named(config)), USUAL)
+
+
+def _named(config: dict[str, Any]) -> Any:
+    inner = config.get("text_config") or {}
+    return next((part[key] for part in (config, inner) for key in ("torch_dtype", "dtype") if part.get(key)), None)
+
+
+def _bare(config: dict[str, Any]) -> nn.Module:
+    kind = config.get("model_type")
+    try:
+        model_class, arguments = mlx_lm_utils._get_classes(config)
+    except (ValueError, KeyError) as error:
+        raise ModelError(
+            f"config.json: architecture {kind!r} is not known to the installed mlx-lm ({error})",
+            hint="a newer mlx-lm may have it; Llama, Mistral, Qwen, Gemma and Phi models are safe choices",
+        ) from None
+    try:
+        model: nn.Module = model_class(arguments.from_dict(config))
+    except Exception as error:  # whatever a configuration with missing or odd values makes an architecture raise
+        raise ModelError(
+            f"config.json: no {kind!r} model can be made of it: {error} ({type(error).__name__})",
+            hint="compare it with the config.json of another model of that architecture",
+        ) from None
+    if config.get("tie_word_embeddings", True) and hasattr(model, "sanitize"):
+        with suppress(Exception):  # some drop a head of their own where the files have none; others want every tensor
+            model.sanitize({})
+    return model
+
+
+def _stored(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json's `quantization` as the setting of most layers and those of single ones, by path."""
+    whole = {"mode": settings.get("mode", "affine"), "bits": settings["bits"], "group_size": settings["group_size"]}
+    return whole, {path: value for path, value in settings.items() if isinstance(value, dict | bool)}
+
+
+def _pack(model: nn.Module, settings: dict[str, Any], of_layers: dict[str, Any]) -> None:
+    """Pack what `quant.quantize` packs: all that the group size divides, by the model's own choice where it has one."""
+    own = getattr(model, "quant_predicate", None)
+
+    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized"):
+            return False
+        choice = of_layers.get(path, own(path, module) if own is not None else True)
+        chosen = {"mode": "affine", **choice} if isinstance(choice, dict) else settings
+        return dict(chosen) if choice and not module.weight.shape[-1] % chosen["group_size"] else False
+
+    nn.quantize(model, class_predicate=predicate)

@@ -1,0 +1,162 @@
+"""Whether a recipe fits this machine's memory, or another's, before a weight is loaded; and which one would.
+
+Reads config.json, and the rows where they are there: a tokenizer needs no weights. Otherwise it plans for rows of
+`max_seq_length` tokens with loss on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lora import device, paths
+from mlx_lora.adapters.attach import attach
+from mlx_lora.config import Recipe, load_recipe
+from mlx_lora.data.batch import padded
+from mlx_lora.data.encode import Row
+from mlx_lora.data.prepare import OnFile, prepare, silent
+from mlx_lora.errors import RecipeError
+from mlx_lora.models.load import find_model, load_tokenizer
+from mlx_lora.models.shapes import describe, network, stored_dtype
+from mlx_lora.train import history, memory
+from mlx_lora.train.choice import Lengths, Plan, plan
+from mlx_lora.train.costs import Costs, costs
+
+# No row is suggested to be cut below this many tokens.
+SHORTEST = 128
+FEW_BITS = 4
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is planned for: a GPU or a processor, and how many bytes it gives."""
+
+    gpu: bool
+    limit: int
+
+
+def plan_recipe(
+    recipe: Recipe, *, memory_gb: float | None = None, gpu: bool | None = None, progress: OnFile = silent
+) -> Plan:
+    """The plan of a recipe, with a suggestion where it doesn't fit.
+
+    For this machine, or one with `memory_gb` gigabytes; for its device, or a GPU or a processor as `gpu` says. Raises
+    RecipeError without a model, ModelError for an architecture that isn't known, DataError for faulty rows.
+    """
+    if not recipe.model:
+        raise RecipeError("the recipe doesn't say which model", hint="--model MODEL sets it")
+    config = describe(find_model(recipe.model))
+    limit = memory.limit_bytes(memory_gb=memory_gb, setting=recipe.train.memory_limit_gb)
+    machine = Machine(device.on_gpu() if gpu is None else gpu, limit)
+    rows = read_lengths(recipe, progress)
+    made = plan_shape(config, recipe, rows, machine)
+    return made if made.fits else replace(made, suggestion=suggest(config, recipe, rows, machine))
+
+
+def plan_shape(config: dict[str, Any], recipe: Recipe, rows: Lengths | None, machine: Machine) -> Plan:
+    """The plan of a recipe over the base that `config` describes; rows of the longest allowed where there are none."""
+    return _plan(costs_of(config, recipe, gpu=machine.gpu), recipe, rows, machine.limit)
+
+
+def costs_of(config: dict[str, Any], recipe: Recipe, *, gpu: bool) -> Costs:
+    """What training that base with the recipe's adapter costs."""
+    quantization = recipe.quantize.complete() if recipe.quantize else None
+    model = network(config, quantization=quantization, gpu=gpu)
+    attach(model, recipe.adapter, seed=recipe.seed)
+    return costs(model, recipe.train, dtype=stored_dtype(config) if gpu else mx.float32, gpu=gpu)
+
+
+def _plan(cost: Costs, recipe: Recipe, rows: Lengths | None, limit: int) -> Plan:
+    known = rows or guessed(recipe)
+    made = plan(cost, known, recipe.train, limit, packing=recipe.data.packing, shown=history.shown)
+    return replace(made, seconds=_seconds(recipe, rows, made))
+
+
+def read_lengths(recipe: Recipe, progress: OnFile = silent) -> Lengths | None:
+    """The lengths of the recipe's training rows, or None where there are none to read."""
+    if not recipe.data.path or paths.existing(recipe.data.path) is None:
+        return None
+    tokenizer = load_tokenizer(str(recipe.model))
+    return lengths_of(prepare(recipe.data.path, recipe.data, tokenizer, seed=recipe.seed, progress=progress).train)
+
+
+def lengths_of(rows: Sequence[Row]) -> Lengths:
+    """What a plan has to know of rows."""
+    return Lengths([len(row) for row in rows], max(row.trained for row in rows))
+
+
+def guessed(recipe: Recipe) -> Lengths:
+    """One step of rows of the longest length that the recipe allows, with loss on every token."""
+    longest = recipe.data.max_seq_length
+    return Lengths([longest] * (recipe.train.batch_size * recipe.train.grad_accumulation), longest - 1)
+
+
+def suggest(config: dict[str, Any], recipe: Recipe, rows: Lengths | None, machine: Machine) -> list[str] | None:
+    """Overrides that make the recipe fit, harming least what it learns: None where nothing does."""
+    known: dict[str, Costs] = {}
+    for overrides in _overrides(config, recipe, rows):
+        changed = load_recipe(None, overrides, settings=recipe.model_dump())
+        key = changed.model_dump_json(include={"quantize", "adapter"})
+        if key not in known:
+            known[key] = costs_of(config, changed, gpu=machine.gpu)
+        if _plan(known[key], changed, _shortened(rows, changed), machine.limit).fits:
+            return overrides
+    return None
+
+
+def _overrides(config: dict[str, Any], recipe: Recipe, rows: Lengths | None) -> Iterator[list[str]]:
+    """From what only takes time, over fewer bits and shorter rows, to fewer layers; each with all that comes before."""
+    again: list[list[str]] = [[]] + [["train.grad_checkpoint=on"]] * (recipe.train.grad_checkpoint == "off")
+    packed = config.get("quantization") or (recipe.quantize and recipe.quantize.complete()["bits"] <= FEW_BITS)
+    bits: list[list[str]] = [[]] + [[f"quantize.bits={FEW_BITS}"]] * (not packed)
+    for layers, length, fewer, once_more in product(_layers(config, recipe), _cuts(recipe, rows), bits, again):
+        if overrides := once_more + fewer + length + layers:
+            yield overrides
+
+
+def _cuts(recipe: Recipe, rows: Lengths | None) -> list[list[str]]:
+    """Rows as they are, then cut to half, a quarter, … of the longest; an ending lost is worse than a beginning."""
+    longest = max(rows.tokens) if rows else recipe.data.max_seq_length
+    shorter: list[list[str]] = [[]]
+    length = 1 << (longest - 1).bit_length() - 1
+    while length >= SHORTEST:
+        cut = [f"data.max_seq_length={length}"]
+        shorter.append(cut + ["data.too_long=truncate-start"] * (recipe.data.too_long == "error"))
+        length //= 2
+    return shorter
+
+
+def _layers(config: dict[str, Any], recipe: Recipe) -> list[list[str]]:
+    """The adapter's layers as they are, then half of them, a quarter, … the last one alone."""
+    inner = config.get("text_config") or {}
+    total = config.get("num_hidden_layers", inner.get("num_hidden_layers", 1))
+    now = {"all": total}.get(str(recipe.adapter.layers), recipe.adapter.layers)
+    if not isinstance(now, int):  # a list was chosen with care
+        return [[]]
+    fewer = []
+    while now > 1:
+        now //= 2
+        fewer.append([f"adapter.layers={now}"])
+    return [[], *fewer]
+
+
+def _shortened(rows: Lengths | None, recipe: Recipe) -> Lengths | None:
+    """Rows as the recipe's `max_seq_length` leaves them."""
+    most = recipe.data.max_seq_length
+    return rows and Lengths([min(tokens, most) for tokens in rows.tokens], min(rows.trained, most - 1))
+
+
+def _seconds(recipe: Recipe, rows: Lengths | None, made: Plan) -> float | None:
+    """How long training will take, without its evaluations: where an earlier run tells the pace, and rows the work."""
+    pace, steps = made.pace, recipe.train.iters
+    per_step = recipe.train.batch_size * recipe.train.grad_accumulation
+    if pace is None or (rows is None and steps is None):
+        return None
+    tokens = (rows or guessed(recipe)).tokens
+    positions = sum(padded(length - 1) for length in tokens)
+    passes = recipe.train.epochs if steps is None else steps * per_step / len(tokens)
+    return pace * made.work * positions * passes

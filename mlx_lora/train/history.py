@@ -1,0 +1,66 @@
+"""What earlier runs on this machine have shown: how far a prediction was off, and how fast it computes.
+
+One small file in the home, `plan.json`, with a few numbers for each kind of run (device, bits of the base, gradient
+checkpointing). No name of a model, of data or of a run is in it. A file that can't be read is as good as none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from mlx_lora import paths
+from mlx_lora.train.choice import Plan, Shown
+
+# A run counts as much as all before it together; no run is believed to be this many times off.
+WEIGHT, MOST = 0.5, 2.0
+
+
+def shown(kind: str) -> Shown:
+    """What runs of this kind have shown; nothing, for the first."""
+    entry = _read().get(kind)
+    try:
+        found = Shown(**entry) if isinstance(entry, dict) else Shown()
+        return found if 1 / MOST <= found.correction <= MOST and (found.seconds or 0) >= 0 else Shown()
+    except TypeError:
+        return Shown()
+
+
+def remember(plan: Plan, measured_bytes: int, seconds_per_position: float | None = None) -> None:
+    """Let a run's own peak, and the time that a position took in it, correct the next plan of its kind."""
+    before = shown(plan.kind)
+    uncorrected = (plan.peak_memory_bytes - plan.fixed) / plan.correction
+    ratio = min(max((measured_bytes - plan.fixed) / uncorrected, 1 / MOST), MOST)
+    correction = before.correction + WEIGHT * (ratio - before.correction)
+    seconds = before.seconds
+    if seconds_per_position is not None:
+        here = seconds_per_position / plan.work
+        seconds = here if seconds is None else seconds + WEIGHT * (here - seconds)
+    _write(_read() | {plan.kind: asdict(Shown(correction, seconds))})
+
+
+def _file() -> Path:
+    return paths.home() / "plan.json"
+
+
+def _read() -> dict[str, object]:
+    try:
+        entries = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def _write(entries: dict[str, object]) -> None:
+    """Whole or not at all, readable by its owner alone."""
+    descriptor, name = tempfile.mkstemp(prefix=".plan.", dir=paths.home())
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(entries, stream, indent=1, sort_keys=True)
+        os.replace(name, _file())
+    except BaseException:
+        os.unlink(name)
+        raise

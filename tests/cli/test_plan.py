@@ -1,0 +1,68 @@
+"""`plan`: the keys that programs rely on, words for people, and an exit code that doesn't judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Ran
+
+Run = Callable[..., Ran]
+
+
+def test_plan_prints_its_keys_and_parts_that_add_up(run: Run, tiny_path: Path, data: Path) -> None:
+    ran = run("plan", "--model", tiny_path, "--data", data, "--json")
+    assert ran.code == 0
+    facts = ran.json
+    assert facts.keys() >= {"fits", "peak_memory_bytes", "parts", "limit_bytes", "suggestion"}
+    assert facts["parts"].keys() == {"weights", "adapter", "optimizer", "activations", "loss", "overhead"}
+    assert sum(facts["parts"].values()) == facts["peak_memory_bytes"] <= facts["limit_bytes"]
+    assert facts["fits"] is True and facts["suggestion"] is None and facts["seconds"] is None
+
+
+def test_plan_answers_no_with_a_suggestion_and_code_0(run: Run, tiny_path: Path) -> None:
+    words = ["plan", "--model", tiny_path, "train.memory_limit_gb=0.02", "train.grad_checkpoint=off"]
+    ran = run(*words, "--json")
+    assert ran.code == 0 and ran.json["fits"] is False and ran.json["limit_bytes"] == 20_000_000
+    overrides = ran.json["suggestion"]
+    assert overrides and run(*words, *overrides, "--json").json["fits"] is True
+    shown = run(*words)
+    assert shown.code == 0 and "doesn't fit" in shown.out and f"would fit: {' '.join(overrides)}" in shown.out
+
+
+def test_plan_for_people(run: Run, tiny_path: Path) -> None:
+    ran = run("plan", "--model", tiny_path, "data.max_seq_length=129")
+    assert ran.code == 0 and ": fits" in ran.out and "gradient checkpointing off" in ran.out
+    assert all(part in ran.out for part in ("weights", "adapter", "optimizer", "activations", "loss", "overhead"))
+
+
+@pytest.mark.parametrize("memory_gb", [8, 16, 32, 64])
+def test_plan_for_another_machine(memory_gb: int, run: Run, tiny_path: Path) -> None:
+    facts = run("plan", "--model", tiny_path, "--memory-gb", memory_gb, "--device", "gpu", "--json").json
+    assert memory_gb * 0.6e9 < facts["limit_bytes"] < memory_gb * 1e9 and facts["fits"]
+
+
+def test_plan_reads_a_recipe_without_its_data_and_without_weights(run: Run, tiny_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape" / "config.json").write_text((tiny_path / "config.json").read_text())
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: {path: not-there.jsonl, max_seq_length: 129}\nadapter: {rank: 4}\n")
+    facts = run("plan", recipe, "adapter.rank=16", "--model", tmp_path / "shape", "--json").json
+    assert facts["micro_batch"] == {"lines": 4, "width": 128, "trained": 512}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--model", "nowhere"], 1, "nowhere"),
+        ([], 1, "--model MODEL"),
+        (["adapter.rnak=2"], 1, "did you mean"),
+        (["--memory-gb", "none"], 2, "memory-gb"),
+        (["--memory-gb", "-1"], 2, "memory-gb"),
+    ],
+)
+def test_plan_says_what_is_wrong(words: list[str], code: int, says: str, run: Run) -> None:
+    ran = run("plan", *words)
+    assert ran.code == code and says in ran.err

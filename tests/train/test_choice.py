@@ -1,0 +1,92 @@
+"""Which way to run fits a limit: smaller micro-batches, then layers computed again, then single rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_lora.config import Train
+from mlx_lora.data.batch import MOST_POSITIONS, epoch_steps, padded
+from mlx_lora.train.choice import GOOD_POSITIONS, Lengths, Plan, Shown, largest, plan
+from mlx_lora.train.plan import Micro, predict
+from tests.train.test_costs import cost
+
+COSTS = cost(targets="all-linear")
+ROWS = Lengths([257] * 32, 256)
+
+
+def chosen(limit: int, rows: Lengths = ROWS, **settings: Any) -> Plan:
+    packing = settings.pop("packing", False)
+    shown = settings.pop("shown", lambda kind: Shown())
+    return plan(COSTS, rows, Train(**{"batch_size": 8, **settings}), limit, packing=packing, shown=shown)
+
+
+def peak(lines: int, *, recompute: bool) -> int:
+    return predict(COSTS, Micro(lines, 256, 256 * lines), recompute=recompute).total
+
+
+@pytest.mark.parametrize(
+    ("limit", "lines", "recompute"),
+    [
+        (1 << 40, 8, False),
+        (peak(8, recompute=False), 8, False),
+        (peak(8, recompute=False) - 1, 4, False),
+        (peak(2, recompute=False), 2, False),
+        (peak(2, recompute=True), 2, True),
+        (peak(1, recompute=True), 1, True),
+    ],
+)
+def test_the_fastest_way_within_the_limit_is_taken(limit: int, lines: int, recompute: bool) -> None:
+    made = chosen(limit)
+    assert made.fits and (made.micro.lines, made.recompute) == (lines, recompute)
+    assert made.peak_memory_bytes == peak(lines, recompute=recompute)
+    assert made.most_positions // 256 == lines
+
+
+def test_a_row_that_alone_is_over_the_limit_doesnt_fit() -> None:
+    made = chosen(peak(1, recompute=True) - 1)
+    assert not made.fits and made.micro == Micro(1, 256, 256) and made.recompute
+
+
+@pytest.mark.parametrize(("grad_checkpoint", "recompute"), [("on", True), ("off", False)])
+def test_a_recipe_that_chooses_is_obeyed(grad_checkpoint: str, recompute: bool) -> None:
+    for limit in (1 << 40, peak(2, recompute=recompute), 1):
+        assert chosen(limit, grad_checkpoint=grad_checkpoint).recompute == recompute
+
+
+@pytest.mark.parametrize("most", [MOST_POSITIONS, GOOD_POSITIONS])
+def test_no_batch_is_larger_than_the_largest(most: int) -> None:
+    lengths = np.random.default_rng(0).integers(8, 700, 300).tolist()
+    found = largest([padded(length - 1) for length in lengths], 700, 8, most).positions
+    assert found <= max(most, padded(max(lengths)))
+    for epoch in range(3):
+        steps = epoch_steps(lengths, batch_size=8, grad_accumulation=1, seed=0, epoch=epoch, most=most)
+        for lines in (lines for step in steps for lines in step):
+            assert len(lines) * padded(max(lengths[row] - 1 for (row,) in lines)) <= found
+
+
+def test_a_long_row_takes_as_many_short_ones_along_as_there_is_room() -> None:
+    assert chosen(1 << 40, Lengths([65] * 30 + [1001], 64)).micro == Micro(2, 1024, 128)
+    assert chosen(1 << 40, Lengths([65] * 30 + [2001], 64)).micro == Micro(1, 2048, 64)
+
+
+def test_packed_lines_are_as_wide_as_packing_makes_them() -> None:
+    made = chosen(1 << 40, packing=True)
+    assert (made.micro.width, made.micro.lines) == (512, 4)
+    assert chosen(1 << 40, Lengths([33] * 4, 32), packing=True, batch_size=2).micro.width == 64
+
+
+def test_what_runs_have_shown_of_a_kind_corrects_it() -> None:
+    half = chosen(1 << 40, shown=lambda kind: Shown(0.5, 1e-9 if "kept" in kind else None))
+    assert half.correction == 0.5 and half.pace == 1e-9
+    assert half.peak_memory_bytes - half.fixed == pytest.approx((peak(8, recompute=False) - half.fixed) / 2, abs=8)
+    assert half.kind == "cpu, 32 bits, layers kept"
+
+
+def test_the_json_keys() -> None:
+    facts = chosen(1).as_dict()
+    assert facts.keys() >= {"fits", "peak_memory_bytes", "parts", "limit_bytes", "suggestion", "seconds"}
+    assert facts["parts"].keys() == {"weights", "adapter", "optimizer", "activations", "loss", "overhead"}
+    assert sum(facts["parts"].values()) == facts["peak_memory_bytes"]

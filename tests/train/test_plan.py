@@ -1,0 +1,104 @@
+"""The prediction of a peak: its parts, what moves it, and that it is what runs have measured."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import asdict, replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_lora.adapters.attach import attach
+from mlx_lora.config import Adapter, Train
+from mlx_lora.data.encode import Row
+from mlx_lora.models.load import LoadedModel
+from mlx_lora.models.split import split
+from mlx_lora.train.costs import costs
+from mlx_lora.train.events import Step
+from mlx_lora.train.plan import COEFFICIENTS, Micro, predict
+from mlx_lora.train.trainer import train
+from tests.bench import results
+from tests.bench.cases import plan as case
+from tests.bench.sides import ours_plan
+from tests.train.test_costs import cost
+
+RECORD = json.loads((results.FOLDER / "plan.json").read_text())["figures"]
+MICRO = Micro(4, 128, 512)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_parts_add_up_to_the_peak_and_what_stays_is_in_them(bits: int | None, recompute: bool, gpu: bool) -> None:
+    costs = cost(bits=bits, gpu=gpu)
+    parts = predict(costs, MICRO, recompute=recompute)
+    assert parts.total == sum(asdict(parts).values()) > costs.fixed
+    assert parts.weights == costs.weights and parts.adapter == costs.adapter
+    assert parts.optimizer >= costs.state + costs.adapter and min(asdict(parts).values()) >= 0
+
+
+def test_more_positions_more_layers_and_wider_numbers_take_more() -> None:
+    def total(micro: Micro = MICRO, *, recompute: bool = False, **settings: object) -> int:
+        return predict(cost(**settings), micro, recompute=recompute).total  # type: ignore[arg-type]
+
+    assert total() < total(Micro(8, 128, 1024)) and total() < total(Micro(2, 256, 512)) * 2
+    assert total(layers=1) < total(layers=3) < total() < total(targets="all-linear")
+    assert total(recompute=True) < total() and total(bits=4) < total(bits=8) < total()
+    assert total(gpu=True) < total() and total(Micro(4, 128, 16)) <= total()
+
+
+def test_a_large_adapter_on_a_short_row_peaks_when_it_is_updated() -> None:
+    costs = cost(rank=32, targets="all-linear")
+    parts = predict(costs, Micro(1, 8, 8), recompute=True)
+    assert parts.activations == parts.loss == 0
+    assert parts.optimizer == costs.state + costs.adapter + int(COEFFICIENTS.updates * costs.adapter)
+
+
+def test_a_correction_leaves_alone_what_is_known_exactly() -> None:
+    costs = cost()
+    plain, doubled = (predict(costs, MICRO, recompute=False, correction=times) for times in (1.0, 2.0))
+    assert doubled.total - costs.fixed == pytest.approx(2 * (plain.total - costs.fixed), abs=8)
+
+
+@pytest.mark.parametrize("checkpoint", ["off", "on"])
+def test_a_tiny_model_peaks_about_where_it_is_predicted(tiny: LoadedModel, checkpoint: str) -> None:
+    gc.collect()  # what other tests have left must not be freed on the way
+    rows = [Row(np.arange(257, dtype=np.int32) % 250 + 1, np.array([0.0] + [1.0] * 256, np.float32))] * 4
+    attach(tiny.model, Adapter())
+    settings = Train(iters=3, batch_size=4, grad_checkpoint=checkpoint)  # type: ignore[arg-type]
+    before = mx.get_active_memory()
+    steps = [
+        event for event in train(tiny.model, rows, [], settings, split=split(tiny.model)) if isinstance(event, Step)
+    ]
+    found = costs(tiny.model, settings, dtype=mx.float32, gpu=False)
+    measured = max(step.peak_memory for step in steps) - before + found.weights + found.adapter
+    assert predict(found, Micro(4, 256, 1024), recompute=checkpoint == "on").total == pytest.approx(measured, rel=0.35)
+
+
+def test_what_was_measured_is_predicted_within_a_tenth() -> None:
+    runs = [{**run, "config": RECORD["configs"][run["base"]]} for run in RECORD["runs"]]
+    lengths = {run["length"] for run in runs if run["base"] == "SmolLM2-135M"}
+    assert lengths == {128, 512, 2048} and len({run["base"] for run in runs}) == 5
+    found = ours_plan.predicted(runs=runs)["predicted"]
+    assert found == [run["predicted_bytes"] for run in runs], "run: python -m tests.bench plan"
+    assert max(abs(total / run["peak_bytes"] - 1) for total, run in zip(found, runs, strict=True)) < 0.1
+
+
+def test_the_coefficients_are_the_fitted_ones() -> None:
+    assert asdict(COEFFICIENTS) == RECORD["coefficients"]
+
+
+def test_qloras_table_is_made_by_todays_arithmetic() -> None:
+    configs = {size: case.llama(size) for size in case.SIZES}
+    made = ours_plan.shapes(configs=configs, length=case.POSITIONS, coefficients=asdict(COEFFICIENTS))
+    assert made == RECORD["qlora"]
+    for size, (peak, _, finished) in case.QLORA.items():
+        assert 0.8 * peak < made[size]["paper"]["peak_bytes"] / 1e9 < 1.4 * peak
+        assert 0.8 * finished < made[size]["default"]["peak_bytes"] / 1e9 < finished
+
+
+def test_other_coefficients_give_another_prediction() -> None:
+    more = replace(COEFFICIENTS, tiles=2 * COEFFICIENTS.tiles, scores=2 * COEFFICIENTS.scores)
+    assert predict(cost(), MICRO, recompute=True, using=more).total > predict(cost(), MICRO, recompute=True).total
