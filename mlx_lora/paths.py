@@ -5,6 +5,8 @@ Knows names and directories only; what is inside an adapter is `store`'s busines
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -120,11 +122,27 @@ def check_space(folder: Path, needs: int) -> None:
         )
 
 
+def clear_leftovers(target: Path) -> None:
+    """Remove what a process that died while it wrote `target` left beside it, and put back what it had set aside.
+
+    Only for whoever holds the right to write there: another process may be writing at this moment.
+    """
+    for leftover in target.parent.glob(f".{target.name}.*"):
+        if not re.fullmatch(re.escape(f".{target.name}.") + "[a-z0-9_]{8}", leftover.name):
+            continue
+        if (leftover / "old").is_dir() and not target.exists():
+            (leftover / "old").rename(target)
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def synchronize(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Wait until a file, or the names in a directory, are on the disk; on macOS also out of the disk's own cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            with contextlib.suppress(OSError):  # not every file system has it
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     finally:
         os.close(descriptor)
 

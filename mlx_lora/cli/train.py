@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,7 +107,8 @@ class StopSignal:
         if self.code:
             raise SystemExit(self.code)
         self.code = 130 if number == signal.SIGINT else 143
-        ui.note("stopping after this step, then saving; once more to leave at once")
+        with suppress(OSError):  # the terminal may be what has gone
+            ui.note("stopping after this step, then saving; once more to leave at once")
 
 
 def listener(stack: ExitStack, stop: StopSignal, *, quiet: bool = False) -> Listener:
@@ -118,14 +119,16 @@ def listener(stack: ExitStack, stop: StopSignal, *, quiet: bool = False) -> List
     bars = stack.enter_context(ExitStack())
     advance: Callable[[int, str], None] | None = None
     untrained: float | None = None
+    shown = 0
 
     def hear(event: Any) -> None:
-        nonlocal advance, untrained
+        nonlocal advance, untrained, shown
         if isinstance(event, Step):
             if advance is None:
                 bars.close()
                 advance = bars.enter_context(ui.bar("training", event.steps))
-            advance(1, _step(event))
+            advance(event.step - shown, _step(event))
+            shown = event.step
         elif isinstance(event, Evaluated):
             untrained = event.loss if not event.step else untrained
             ui.note(f"step {event.step}: validation loss {event.loss:.4f}{' (best)' if event.best else ''}")

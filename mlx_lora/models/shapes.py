@@ -37,12 +37,17 @@ def network(config: dict[str, Any], *, quantization: dict[str, Any] | None = Non
     isn't packed is float32. Raises ModelError for an architecture that mlx_lm doesn't have, and for a configuration
     that lacks what its architecture needs.
     """
-    model = _bare(config)
+    inner = config.get("text_config")
+    packed = any("quantization_config" in part for part in (config, inner) if isinstance(part, dict))
+    if packed and not config.get("quantization"):
+        raise ModelError("config.json: how this base is packed (quantization_config) is not known here")
+    with files.refusing(ModelError, "config.json describes no model"):
+        model = _bare(config)
     model.set_dtype(stored_dtype(config))
     if config.get("quantization"):
         try:
             _pack(model, *_stored(config["quantization"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ModelError(
                 f"config.json: its quantization can't be followed: {error} ({type(error).__name__})",
                 hint="mlx_lm writes bits and group_size there, and for single layers the same by path",

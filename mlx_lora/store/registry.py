@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from mlx_lora import files, paths
 from mlx_lora.config import Quantize
@@ -75,8 +78,36 @@ def _entry(name: str, path: Path) -> Entry:
     )
 
 
+@contextmanager
+def held(name: str) -> Iterator[None]:
+    """Hold the adapter and the run called `name`, against other processes; a dead process holds nothing.
+
+    What a process that died while writing has left is cleared. Raises NameTaken where another process holds them.
+    """
+    folder = paths.home() / ".locks"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    lock = FileLock(folder / paths.check_name(name), timeout=0, mode=0o600)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise NameTaken(f"another process is training {name!r}", hint="wait for it, or --name another one") from None
+    try:
+        run = paths.room("runs", name)
+        unfinished = {run / leftover.name[1:-9] for leftover in run.glob(".*") if leftover.is_dir()}
+        for target in (paths.room("adapters", name), *unfinished):
+            paths.clear_leftovers(target)
+        yield
+    finally:
+        lock.release()
+
+
 def rename(old: str, new: str) -> Path:
-    """Give an adapter, and its run, another name."""
+    """Give an adapter, and its run, another name. Raises NameTaken where it is taken, or one of them is in training."""
+    with held(old), held(new):
+        return _rename(old, new)
+
+
+def _rename(old: str, new: str) -> Path:
     source, target = find_by_name(old), paths.room("adapters", new)
     if os.path.lexists(target):  # a link that leads nowhere takes the name too
         raise NameTaken(f"an adapter {new!r} exists", hint="remove it first, or choose another name")
@@ -88,7 +119,12 @@ def rename(old: str, new: str) -> Path:
 
 
 def remove(name: str) -> int:
-    """Delete an adapter and its run; return the bytes freed."""
+    """Delete an adapter and its run; return the bytes freed. Raises NameTaken where it is in training."""
+    with held(name):
+        return _remove(name)
+
+
+def _remove(name: str) -> int:
     doomed = [path for path in (find_by_name(name), paths.room("runs", name)) if path.is_dir()]
     freed = sum(paths.directory_bytes(path) for path in doomed if not path.is_symlink())
     for path in doomed:

@@ -13,13 +13,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import device, paths
+from mlx_lora import device, files, paths
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Recipe, load_recipe
 from mlx_lora.data.batch import padded
 from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, prepare, silent
-from mlx_lora.errors import RecipeError
+from mlx_lora.errors import ModelError, RecipeError
 from mlx_lora.models.load import find_model, load_tokenizer
 from mlx_lora.models.shapes import describe, network, stored_dtype
 from mlx_lora.train import history, memory
@@ -67,7 +67,8 @@ def costs_of(config: dict[str, Any], recipe: Recipe, *, gpu: bool) -> Costs:
     quantization = recipe.quantize.complete() if recipe.quantize else None
     model = network(config, quantization=quantization, gpu=gpu)
     attach(model, recipe.adapter, seed=recipe.seed)
-    return costs(model, recipe.train, dtype=stored_dtype(config) if gpu else mx.float32, gpu=gpu)
+    with files.refusing(ModelError, "what training this model costs can't be read off it"):
+        return costs(model, recipe.train, dtype=stored_dtype(config) if gpu else mx.float32, gpu=gpu)
 
 
 def _plan(cost: Costs, recipe: Recipe, rows: Lengths | None, limit: int) -> Plan:
@@ -99,7 +100,10 @@ def suggest(config: dict[str, Any], recipe: Recipe, rows: Lengths | None, machin
     """Overrides that make the recipe fit, harming least what it learns: None where nothing does."""
     known: dict[str, Costs] = {}
     for overrides in _overrides(config, recipe, rows):
-        changed = load_recipe(None, overrides, settings=recipe.model_dump())
+        try:
+            changed = load_recipe(None, overrides, settings=recipe.model_dump())
+        except RecipeError:  # as 4 bits of a mode that has 8
+            continue
         key = changed.model_dump_json(include={"quantize", "adapter"})
         if key not in known:
             known[key] = costs_of(config, changed, gpu=machine.gpu)

@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_lora import paths
 from mlx_lora.config import Data, Quantize, Recipe, load_recipe
+from mlx_lora.errors import TrainingError
 from mlx_lora.interop.fuse import fuse
 from mlx_lora.models.load import load_stored, save
 from mlx_lora.serve.engine import Engine
@@ -63,6 +64,8 @@ def quickstart(listener: Callable[[], Listener], stage: Callable[[str], None]) -
         trained[task] = train_adapter(recipe, force=True, listener=listener())
         if trained[task].finished.stopped_by == "interrupted":
             raise KeyboardInterrupt
+        if trained[task].finished.stopped_by == "memory":
+            raise TrainingError("training took more memory than it may", hint="close other programs, and try again")
     stage("loading the base once and answering test rows with each adapter")
     adapters = {task: read(paths.room("adapters", f"quickstart-{task}")) for task in TASKS}
     engine = Engine(registry.open_base(BASE, list(adapters.values())))

@@ -12,42 +12,23 @@ It listens to the trainer's events and never sees the training text. One process
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import yaml
-from filelock import FileLock, Timeout
 
 from mlx_lora import paths, ui
 from mlx_lora.adapters.attach import Wrappers
 from mlx_lora.config import Recipe
-from mlx_lora.errors import NameTaken, TrainingError
+from mlx_lora.errors import TrainingError
 from mlx_lora.store import adapter as store
 from mlx_lora.train import checkpoint
 from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Saved, Step
 
 # Arrays of the adapter's size in a checkpoint: the adapter, two of the optimizer, the best one.
 ARRAYS = 4
-
-
-@contextmanager
-def held(name: str) -> Iterator[None]:
-    """Hold the run called `name`, against other processes; a dead process holds nothing. Raises NameTaken."""
-    folder = paths.home() / ".locks"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    lock = FileLock(folder / paths.check_name(name), timeout=0, mode=0o600)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise NameTaken(f"another process is training {name!r}", hint="wait for it, or --name another one") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _anywhere(name: str) -> str:

@@ -6,8 +6,9 @@ What it leaves on disk is `tasks.run`'s business. Training text is never written
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ from mlx_lora.adapters.attach import Wrappers, attach
 from mlx_lora.config import Recipe
 from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
-from mlx_lora.errors import NameTaken, RecipeError, TrainingError
+from mlx_lora.errors import ModelError, NameTaken, RecipeError, TrainingError
 from mlx_lora.models.load import LoadedModel, find_model, load_stored, load_tokenizer, ready
 from mlx_lora.models.shapes import describe as describe_model
 from mlx_lora.models.split import layers_of, split
 from mlx_lora.store import adapter as store
 from mlx_lora.store import fingerprint, registry
-from mlx_lora.tasks import run
 from mlx_lora.tasks.plan import Machine, lengths_of, plan_shape, suggest
 from mlx_lora.tasks.run import RunFolder
 from mlx_lora.train import checkpoint, history, memory
@@ -44,11 +44,11 @@ class Run:
     finished: Finished
     loaded: LoadedModel
     prepared: Prepared
-    plan: Plan
+    plan: Plan | None
 
     def as_dict(self) -> dict[str, Any]:
         """The keys of `train --json`."""
-        predicted = {"predicted_memory_bytes": self.plan.peak_memory_bytes}
+        predicted = {"predicted_memory_bytes": self.plan.peak_memory_bytes if self.plan else None}
         return {"adapter": str(self.path), "name": self.name, **asdict(self.finished), **predicted}
 
 
@@ -82,7 +82,7 @@ def train_adapter(
         raise TrainingError("several processes can't go on with a run yet", hint="start again with --force")
     with ExitStack() as stack:
         if group.rank == 0:
-            stack.enter_context(run.held(name))
+            stack.enter_context(registry.held(name))
         if resume:
             checkpoint.newest(paths.room("runs", name))  # there is something to go on from
         try:
@@ -93,20 +93,16 @@ def train_adapter(
 
 
 def _train(recipe: Recipe, name: str, hear: Listener, group: Processes, *, force: bool, resume: bool) -> Run:
-    assert recipe.model is not None and recipe.data.path is not None
-    hear.stage(f"reading {recipe.data.path}")
-    tokenizer = load_tokenizer(recipe.model)
-    prepared = prepare(recipe.data.path, recipe.data, tokenizer, seed=recipe.seed, progress=hear.progress)
-    if recipe.train.patience and not prepared.valid:
-        raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
-    plan = plan_rows(recipe, prepared.train)
+    assert recipe.model is not None
+    prepared, plan = _read(recipe, hear)
     hear.stage(f"loading {recipe.model}" + (" and quantizing it" if recipe.quantize else ""))
     loaded = load_stored(recipe.model, quantization=recipe.quantize)
     base = registry.describe_base(loaded)
     ready(loaded)
     wrappers = attach(loaded.model, recipe.adapter, seed=recipe.seed)
     hear.stage(summary(recipe, prepared, wrappers))
-    manifest, made_of = describe(recipe, loaded, prepared, wrappers, base), _made_of(recipe, base, prepared)
+    manifest = describe(recipe, loaded, prepared, wrappers, base)
+    made_of = _made_of(recipe, base, prepared, manifest, group.size)
     group.check_same({part: str(value) for part, value in made_of.items()})
     folder = RunFolder(
         recipe, name, manifest, wrappers, len(layers_of(loaded.model)),
@@ -136,19 +132,35 @@ def _train(recipe: Recipe, name: str, hear: Listener, group: Processes, *, force
         with closing(events):
             for event in events:
                 folder.hear(event)
-                hear.event(event)
+                with suppress(OSError):  # a screen that has gone ends nothing
+                    hear.event(event)
         assert folder.finished is not None
         if not folder.finished.iters:
             folder.forget()
             raise KeyboardInterrupt
         path = folder.save(force=force or resume)
-        if folder.writes and not resume:
-            _learn(plan, folder.finished)
+        if plan and folder.writes and not resume:
+            _learn(plan, folder.finished, prepared)
     except TrainingError:  # raised before the first step
         folder.forget()
         raise
-    hear.stage(f"peak memory {ui.size(folder.finished.peak_memory_bytes)}, predicted {ui.size(plan.peak_memory_bytes)}")
+    predicted = f", predicted {ui.size(plan.peak_memory_bytes)}" if plan else ""
+    hear.stage(f"peak memory {ui.size(folder.finished.peak_memory_bytes)}{predicted}")
     return Run(name, path, folder.finished, loaded, prepared, plan)
+
+
+def _read(recipe: Recipe, hear: Listener) -> tuple[Prepared, Plan | None]:
+    """The rows, and the plan for them where the model's memory can be planned; no weight is loaded for either."""
+    hear.stage(f"reading {recipe.data.path}")
+    tokenizer = load_tokenizer(str(recipe.model))
+    prepared = prepare(str(recipe.data.path), recipe.data, tokenizer, seed=recipe.seed, progress=hear.progress)
+    if recipe.train.patience and not prepared.valid:
+        raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
+    try:
+        return prepared, plan_rows(recipe, prepared.train)
+    except ModelError as error:
+        hear.stage(f"its memory can't be planned: {error.message}")
+        return prepared, None
 
 
 def plan_rows(recipe: Recipe, rows: Sequence[Row]) -> Plan:
@@ -165,10 +177,15 @@ def plan_rows(recipe: Recipe, rows: Sequence[Row]) -> Plan:
     )
 
 
-def _learn(plan: Plan, finished: Finished) -> None:
-    """Let what was measured correct the next plan, unless the run was too small or too short to say much."""
+def _learn(plan: Plan, finished: Finished, prepared: Prepared) -> None:
+    """Let what was measured correct the next plan, where it was what had been planned, and large enough to say much."""
     varying = plan.peak_memory_bytes - plan.fixed
-    if finished.iters >= ENOUGH_STEPS and varying >= ENOUGH_BYTES:
+    as_planned = finished.largest_micro_batch == plan.micro.positions
+    longest = max(len(row) for row in prepared.train)
+    trained_most = all(len(row) <= longest for row in prepared.valid)  # else an evaluation made the peak
+    if finished.iters < ENOUGH_STEPS or varying < ENOUGH_BYTES or not (as_planned and trained_most):
+        return
+    with suppress(OSError):  # the adapter is stored: nothing was lost
         history.remember(plan, finished.peak_memory_bytes, finished.seconds / finished.computed_tokens)
 
 
@@ -189,6 +206,7 @@ def check(recipe: Recipe, *, force: bool) -> str:
         )
         go_on = "--resume to go on with it, " if unfinished else ""
         raise NameTaken(what, hint=f"{go_on}--name another one, or --force to replace it")
+    paths.check_target(target, force=force)
     return recipe.name
 
 
@@ -232,10 +250,16 @@ def shareable(recipe: Recipe, base: store.Base) -> dict[str, Any]:
     return values
 
 
-def _made_of(recipe: Recipe, base: store.Base, prepared: Prepared) -> dict[str, Any]:
+def _made_of(
+    recipe: Recipe, base: store.Base, prepared: Prepared, manifest: store.Manifest, processes: int
+) -> dict[str, Any]:
     """What a run is made of, wherever its files lie: the same on every process of a group, and when it goes on."""
     return {
-        "recipe": recipe.model_dump(mode="json", exclude={"model": True, "name": True, "data": {"path"}}),
+        "recipe": recipe.model_dump(
+            mode="json", exclude={"model": True, "name": True, "data": {"path"}, "train": {"memory_limit_gb"}}
+        ),
+        "tokenizer": {"files": manifest.tokenizer, "chat_template": manifest.chat_template},
+        "machine": {"processes": processes, "device": "gpu" if device.on_gpu() else "cpu", "mlx": version("mlx")},
         "model": base.model_dump(mode="json", exclude={"name"}),
         "data": {
             str(number): f"{file['rows']} rows, sha256 {file['sha256'][:16]}"

@@ -15,6 +15,8 @@ from mlx_lora import device, ui
 FOR_ARRAYS = 0.9
 # Metal's recommendation for machines of this many bytes, and for larger ones.
 LARGE, OF_SMALL, OF_LARGE = 36 << 30, 2 / 3, 3 / 4
+# A prediction may be off by this much, and a plan that was accepted shouldn't stop its run for it.
+SLACK = 1.1
 # Below this much free memory a machine is about to swap.
 LEAST_FREE = 256 << 20
 
@@ -30,14 +32,15 @@ def limit_bytes(*, memory_gb: float | None = None, setting: float | None = None)
     elif device.on_gpu():
         limit = int(mx.device_info()["max_recommended_working_set_size"])
     else:
-        limit = int(mx.get_active_memory() + FOR_ARRAYS * psutil.virtual_memory().available)
+        available = psutil.virtual_memory().available
+        limit = int(mx.get_active_memory() + min(FOR_ARRAYS * available, available - LEAST_FREE))
     return limit if setting is None else min(limit, int(setting * 1e9))
 
 
 def exceeded(limit: int) -> str | None:
     """Why training should stop and save, looking at the highest use so far and at what the machine has left."""
     peak, free = int(mx.get_peak_memory()), int(psutil.virtual_memory().available)
-    if peak > limit:
+    if peak > SLACK * limit:
         return f"a step took {ui.size(peak)}, over the limit of {ui.size(limit)}"
     if free < LEAST_FREE:
         return f"only {ui.size(free)} of this machine's memory is left: it would swap"

@@ -108,7 +108,7 @@ def _loop(run: _Run, should_stop: Callable[[], bool]) -> Iterator[Event]:
                 stopped_by = reason
                 break
             # one optimizer step, and the figures of the one before
-            yield from run.step(batches, stop=run.processes.size > 1 and bool(run.exceeded or should_stop()))
+            yield from run.step(batches, stop=run.processes.size > 1 and should_stop())
             # evaluate once in a while, and at the end
             if run.evaluates(run.dispatched):
                 yield from run.collect()
@@ -134,10 +134,9 @@ def _loop(run: _Run, should_stop: Callable[[], bool]) -> Iterator[Event]:
 def _reason_to_stop(run: _Run, should_stop: Callable[[], bool]) -> str | None:
     done = run.progress
     # one process stops at once; several agree on it with the sums of a step
-    alone = run.processes.size == 1
-    if run.stop_asked or (alone and should_stop()):
+    if run.stop_asked or (run.processes.size == 1 and should_stop()):
         return "interrupted"
-    if alone and run.exceeded:
+    if run.exceeded:
         return "memory"
     if done.skipped_in_a_row >= MOST_SKIPPED:
         return "nonfinite"
@@ -186,7 +185,7 @@ class _Run:
         self.steps = settings.iters or settings.epochs * self.per_epoch
         self.rate = optim.schedule(settings, self.steps)
         self.prefix: prefix.Prefix | None = None
-        self.stop_asked, self.exceeded = False, ""
+        self.stop_asked, self.exceeded, self.largest = False, "", 0
         self._pending: Pending | None = None
 
     def prepare(self, split: Split | None, scratch: Path | None, stack: ExitStack) -> Iterator[Note]:
@@ -213,7 +212,8 @@ class _Run:
         done, plan = self.progress, self.plan
         if done.recomputes is None:
             done.recomputes = plan.recompute if plan else self.settings.grad_checkpoint == "on"
-            done.most_positions = plan.most_positions if plan else None
+            # several processes would cut their evaluations differently
+            done.most_positions = plan.most_positions if plan and self.processes.size == 1 else None
         if plan and done.recomputes and self.settings.grad_checkpoint == "auto":
             yield Note(f"gradient checkpointing is on, to stay within {ui.size(plan.limit_bytes)}")
         if done.most_positions and done.most_positions < MOST_POSITIONS:
@@ -294,6 +294,7 @@ class _Run:
         if not device.on_gpu():  # where dispatching takes as long as the step
             yield from self.collect()
         self.progress.computed_tokens += sum(batch.inputs.size for batch in batches)
+        self.largest = max([self.largest, *(batch.inputs.size for batch in batches)])
         self.progress.real_tokens += sum(batch.real for batch in batches)
 
     def collect(self) -> Iterator[Step]:
@@ -307,7 +308,8 @@ class _Run:
         device.hold_back()
         done.count(loss, tokens, finite=finite)
         self.stop_asked |= pending.stop.item() > 0
-        self.exceeded = (self.plan and memory.exceeded(self.plan.limit_bytes)) or ""
+        if self.plan and self.processes.size == 1:
+            self.exceeded = memory.exceeded(self.plan.limit_bytes) or ""
         yield Step(
             step=done.step,
             steps=self.steps,
@@ -323,6 +325,7 @@ class _Run:
     def evaluate(self, should_stop: Callable[[], bool]) -> float | None:
         """Mean loss per token over all validation rows, always in the same batches; None when asked to stop."""
         total, tokens = mx.array(0.0), 0
+        self.model.eval()  # also what makes states to keep
         share, most = self.processes.share, self.progress.most_positions
         for batch in by_length(self.valid, self.settings.batch_size, share, most):
             if self.processes.size == 1 and should_stop():
@@ -352,6 +355,8 @@ class _Run:
         """The run as it is, between two steps."""
         self._saved = time.perf_counter()
         progress = {**self.progress.as_dict(), "seconds": self._seconds()}
+        if self.exceeded:  # it has to go on in another way
+            progress |= {"recomputes": None, "most_positions": None}
         return Checkpoint(self.progress.step, self.stepper.state(), progress)
 
     def _seconds(self) -> float:
@@ -372,6 +377,7 @@ class _Run:
             seconds=seconds,
             tokens_per_second=done.trained_tokens / seconds,
             peak_memory_bytes=mx.get_peak_memory(),
+            largest_micro_batch=self.largest,
             trainable_parameters=sum(array.size for array in self.stepper.adapter().values()),
             skipped_steps=done.skipped,
             stopped_by=stopped_by,

@@ -16,11 +16,11 @@ import pytest
 from tests.conftest import write_model
 
 pytestmark = pytest.mark.real
-STEPS, KILLS = 60, 40
+STEPS, KILLS = 40, 40
 COMMON = [
     f"train.iters={STEPS}", "train.save_every=3", "train.eval_every=10", "train.batch_size=2",
     "data.valid_fraction=0.2", "train.learning_rate=0.005", "adapter.rank=4", "adapter.dropout=0.1",
-    "train.grad_accumulation=2", "--json",
+    "train.grad_accumulation=2", "data.template=none", "--json",
 ]  # fmt: skip
 CASES = {
     "adamw": [],

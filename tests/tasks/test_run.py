@@ -235,18 +235,43 @@ def test_an_unfinished_run_is_not_overwritten(recipe: Recipe) -> None:
 
 
 def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(recipe: Recipe, home: Path) -> None:
-    code = (
-        "import time; from mlx_lora.tasks.run import held\nwith held('mine'): print('held', flush=True); time.sleep(99)"
-    )
+    code = """if True:
+        import time
+        from mlx_lora.store.registry import held
+        with held("mine"):
+            print("held", flush=True)
+            time.sleep(99)
+    """
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     try:
-        with pytest.raises(NameTaken, match="another process is training 'mine'"):
-            train_adapter(recipe)
+        for use in (
+            lambda: train_adapter(recipe),
+            lambda: registry.remove("mine"),
+            lambda: registry.rename("mine", "x"),
+        ):
+            with pytest.raises(NameTaken, match="another process is training 'mine'"):
+                use()
     finally:
         other.kill()
         other.communicate()
     assert train_adapter(recipe).finished.iters == 4
+
+
+def test_what_a_killed_process_left_is_cleared_and_put_back(recipe: Recipe, home: Path) -> None:
+    """Killed between two renames, the adapter that was there lies in a directory without a name."""
+    train_adapter(recipe)
+    before, aside = weights(), home / "adapters" / ".mine.abcd1234"
+    aside.mkdir()
+    (home / "adapters" / "mine").rename(aside / "old")
+    for leftover in (home / "runs" / "mine" / ".checkpoint-2.abcd1234", home / "adapters" / ".mine.wxyz1234"):
+        (leftover / "inner").mkdir(parents=True)
+    other = home / "adapters" / ".mine.2.abcd1234"  # of another name
+    other.mkdir()
+    with registry.held("mine"):
+        assert weights() == before and other.exists()
+    assert not aside.exists() and not list((home / "runs" / "mine").glob(".*"))
+    assert [path.name for path in (home / "adapters").glob(".*")] == [other.name]
 
 
 def test_a_full_disk_is_noticed_before_the_first_step(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
