@@ -98,7 +98,7 @@ def test_frozen_layers_below_cost_no_memory(monkeypatch: pytest.MonkeyPatch) -> 
             mx.synchronize()
             before = mx.get_active_memory()
             taken.append(run(model, rows, iters=1).peak_memory_bytes - before)
-        peaks[layers, adapted] = min(taken)
+        peaks[layers, adapted] = min(taken[1:])  # during the first, what other tests have left may still be freed
         del model
     assert peaks[12, 2] < 1.05 * peaks[4, 2], peaks
     assert peaks[12, 10] > 2 * peaks[12, 2], f"the activations have to matter: {peaks}"

@@ -65,7 +65,7 @@ def assert_same_end(one: list[Event], other: list[Event]) -> None:
             np.testing.assert_array_equal(array, second[0].arrays[name], err_msg=f"{kind} {name}")
     later = {event.step: event.loss for event in of(other, Step | Evaluated)}  # type: ignore[arg-type]
     assert {event.step: event.loss for event in of(one, Step | Evaluated) if event.step in later} == later  # type: ignore[arg-type]
-    measured = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+    measured = {"seconds", "tokens_per_second", "peak_memory_bytes", "largest_micro_batch"}  # of one process each
     ends = [{k: v for k, v in vars(of(events, Finished)[0]).items() if k not in measured} for events in (one, other)]
     assert ends[0] == ends[1]
 
