@@ -87,10 +87,13 @@ def test_no_gradient_is_computed_below_the_lowest_adapted_layer(
 
 
 def test_frozen_layers_below_cost_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The peak of a step, less the weights, is that of the adapted layers however many there are below."""
+    """The peak of a step, less the weights, is that of the adapted layers however many there are below.
+
+    But for what MLX's CPU backend prepares ahead of itself: some ten results, fewer than twenty layers would keep.
+    """
     rows = [Row(np.arange(1, 130, dtype=np.int32) % 90, np.array([0.0] * 109 + [1.0] * 20, np.float32))] * 8
     peaks = {}
-    for layers, adapted in ((4, 2), (12, 2), (12, 10)):
+    for layers, adapted in ((4, 2), (24, 2), (12, 10)):
         model = network(monkeypatch, layers, adapted)
         taken = []
         for _ in range(3):  # MLX's CPU backend runs ahead of itself, further on a busy machine
@@ -100,8 +103,9 @@ def test_frozen_layers_below_cost_no_memory(monkeypatch: pytest.MonkeyPatch) -> 
             taken.append(run(model, rows, iters=1).peak_memory_bytes - before)
         peaks[layers, adapted] = min(taken[1:])  # during the first, what other tests have left may still be freed
         del model
-    assert peaks[12, 2] < 1.05 * peaks[4, 2], peaks
-    assert peaks[12, 10] > 2 * peaks[12, 2], f"the activations have to matter: {peaks}"
+    ahead = 10 * 8 * 128 * 4 * zoo.COMMON["hidden_size"]
+    assert peaks[24, 2] < 1.05 * peaks[4, 2] + ahead, peaks
+    assert peaks[12, 10] > 2 * peaks[4, 2], f"the activations have to matter: {peaks}"
 
 
 def test_little_more_than_the_trained_tokens_enters_the_head_and_little_is_padded(
