@@ -16,6 +16,11 @@ Model = Annotated[str, typer.Option("--model", help="A model directory, or a nam
 Adapter = Annotated[str | None, typer.Option("--adapter", help="An adapter directory, or a name in the home.")]
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="An adapter's directory or name; repeatable.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate for an answer.")]
+RecipeWords = Annotated[
+    list[str] | None, typer.Argument(metavar="[RECIPE] [key=value]…", help="A recipe file, then its overrides.")
+]
+Base = Annotated[str | None, typer.Option("--model", help="The base: a directory or a name.")]
+Rows = Annotated[str | None, typer.Option("--data", help="A file, or a folder with train, valid and test.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]…", help="Recipe settings, dotted keys.")]
 
 

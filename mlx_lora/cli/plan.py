@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_lora import ui
-from mlx_lora.cli.options import Json, progress
+from mlx_lora.cli.options import Base, Json, RecipeWords, Rows, progress
 
 if TYPE_CHECKING:
     from mlx_lora.train.choice import Plan
@@ -23,11 +23,9 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[RECIPE] [key=value]…", help="A recipe file, then its overrides.")
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="The base: a directory or a name.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="A file, or a folder with train, valid and test.")] = None,
+    settings: RecipeWords = None,
+    model: Base = None,
+    data: Rows = None,
     memory_gb: Annotated[
         float | None, typer.Option("--memory-gb", min=0.1, help="Plan for a machine with this much memory.")
     ] = None,

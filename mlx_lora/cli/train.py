@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_lora import paths, ui
-from mlx_lora.cli.options import Adapters, Force, Json, MaxTokens, Model, Overrides, data_settings, progress
+from mlx_lora.cli.options import (
+    Adapters,
+    Base,
+    Force,
+    Json,
+    MaxTokens,
+    Model,
+    Overrides,
+    RecipeWords,
+    Rows,
+    data_settings,
+    progress,
+)
 from mlx_lora.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -24,11 +36,9 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[RECIPE] [key=value]…", help="A recipe file, then its overrides.")
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="The base: a directory or a name.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="A file, or a folder with train, valid and test.")] = None,
+    settings: RecipeWords = None,
+    model: Base = None,
+    data: Rows = None,
     name: Annotated[str | None, typer.Option("--name", help="The adapter's name; the recipe's by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run of this name.")] = False,
     force: Force = False,
