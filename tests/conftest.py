@@ -6,6 +6,7 @@ The model directory is a real one, with random weights: everything that loads, t
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from mlx_lora import device, offline
 
 offline.set_hub_variables()
 device.load_blas()
+# A shell that isn't interactive starts what it puts in the background deaf to Ctrl-C, and with it all it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import mlx.core as mx  # noqa: E402  (after the BLAS it binds to)
 from mlx.utils import tree_flatten  # noqa: E402

@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     offline.set_hub_variables(offline=not may_connect)
     device.load_blas()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish
+            signal.signal(number, _terminate)
     with nullcontext() if may_connect else offline.network_guard():
         sys.exit(_run(words, debug))
 

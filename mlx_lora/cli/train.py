@@ -99,7 +99,8 @@ def _show(result: dict[str, Any]) -> None:
 class StopSignal:
     """From `install` on, the first SIGINT, SIGTERM or SIGHUP asks training to save and stop, the second ends it all.
 
-    Before, signals do what they always do: nothing has been learned yet.
+    Before, signals do what they always do: nothing has been learned yet. One that this process was started to ignore,
+    as by nohup, or by a script that put it in the background, stays ignored.
     """
 
     def __init__(self, stack: ExitStack):
@@ -108,7 +109,8 @@ class StopSignal:
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self.stack.callback(signal.signal, number, signal.signal(number, self._ask))
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self.stack.callback(signal.signal, number, signal.signal(number, self._ask))
 
     def __call__(self) -> bool:
         return self.code != 0
