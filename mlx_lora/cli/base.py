@@ -65,18 +65,24 @@ def import_gguf(
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or name.")],
     out: Out,
-    mode: Annotated[Mode, typer.Option("--mode", help="The number format.")] = Mode.affine,  # type: ignore[attr-defined]
+    mode: Annotated[Mode, typer.Option("--mode", help="The number format; mlx_lm has no nf4.")] = Mode.affine,  # type: ignore[attr-defined]
     bits: Annotated[int | None, typer.Option("--bits", help="Bits per weight; the mode's own by default.")] = None,
     group_size: Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")] = None,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4: quantize the scales as well.")] = False,
     verify: Annotated[str | None, typer.Option("--verify", help="Compare with the source on these rows.")] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Quantize a model directory, and say what it cost."""
-    from mlx_lora.config import load_recipe
+    from mlx_lora.recipe import load_recipe
     from mlx_lora.tasks.quantize import quantize_model
 
-    settings = {"quantize.mode": str(mode), "quantize.bits": bits, "quantize.group_size": group_size}
+    settings = {
+        "quantize.mode": str(mode),
+        "quantize.bits": bits,
+        "quantize.group_size": group_size,
+        "quantize.double_quant": double_quant,
+    }
     chosen = load_recipe(None, settings=settings, where="mlx-lora quantize").quantize
     assert chosen is not None
     with ExitStack() as stack:

@@ -22,8 +22,9 @@ from mlx_lora import device, files, paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError, nearest
 from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear
+from mlx_lora.quant import nf4
 from mlx_lora.quant.matmul import use_fast_multiply
-from mlx_lora.quant.quantize import Quantized, dequantize_layer, named_arrays, quantize
+from mlx_lora.quant.quantize import Quantized, dequantize_layer, named_arrays, pack, quantize
 
 with device.file_limits_kept():
     import mlx_lm.utils as mlx_lm_utils
@@ -182,7 +183,7 @@ def load_stored(
     config = read_config(path)
     check_files(path)
     with files.refusing(ModelError, f"{path}: can't be loaded"):
-        network, config = mlx_lm_utils.load_model(path, lazy=True)
+        network, config = _load_network(path, config)
         network(mx.zeros((1, 2), mx.int32))  # never computed: a setting that doesn't fit shows while this is built
     tokenizer = load_tokenizer(path)
     loaded = LoadedModel(network, tokenizer, config, path, _stored_dtype(network))
@@ -190,6 +191,27 @@ def load_stored(
         loaded.quantized = quantize(loaded.model, quantization.complete(), on_layer=on_layer)
         loaded.config["quantization"] = loaded.config["quantization_config"] = loaded.quantized.config
     return loaded
+
+
+def _load_network(path: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a directory, its weights unread. mlx_lm knows no nf4: such layers are in place before it begins."""
+    settings = config.get("quantization")
+    if not isinstance(settings, dict) or settings.get("mode") != nf4.MODE:
+        return mlx_lm_utils.load_model(path, lazy=True)  # type: ignore[no-any-return]
+
+    def classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], Any]:
+        model_class, arguments = mlx_lm_utils._get_classes(config)
+
+        def packed(args: Any) -> nn.Module:
+            model: nn.Module = model_class(args)
+            pack(model, settings)
+            return model
+
+        return packed, arguments
+
+    unpacked = {"quantization": None, "quantization_config": None}
+    network, read = mlx_lm_utils.load_model(path, lazy=True, model_config=unpacked, get_model_classes=classes)
+    return network, read | {"quantization": settings, "quantization_config": settings}
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -211,6 +233,7 @@ def ready(loaded: LoadedModel) -> LoadedModel:
     """Cast to the dtype this device computes in, choose its multiply, and freeze: a base never trains."""
     if not device.on_gpu():
         use_fast_multiply(loaded.model)
+    nf4.compute_in(loaded.model, _stored_dtype(loaded.model) if device.on_gpu() else mx.float32)
     loaded.model.freeze()
     loaded.model.eval()
     for _, array in tree_flatten(loaded.model.parameters()):
@@ -221,8 +244,9 @@ def ready(loaded: LoadedModel) -> LoadedModel:
 def _stored_dtype(model: nn.Module) -> mx.Dtype:
     """The float dtype that most bytes of the files have: half precision models keep a few float32 tensors."""
     sizes: dict[mx.Dtype, int] = {}
+    scales = {id(array) for module in model.modules() if nf4.is_nf4(module) for array in module.arrays()}
     for _, array in named_arrays(model):
-        if mx.issubdtype(array.dtype, mx.floating):
+        if mx.issubdtype(array.dtype, mx.floating) and id(array) not in scales:  # those of nf4 are always float32
             sizes[array.dtype] = sizes.get(array.dtype, 0) + array.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else mx.float32
 
@@ -251,7 +275,7 @@ def plain_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
     """
     if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
         plain: nn.Module = nn.Embedding(1, 1)
-    elif isinstance(layer, SwitchLinear | QuantizedSwitchLinear):
+    elif isinstance(layer, SwitchLinear | QuantizedSwitchLinear | nf4.NF4SwitchLinear):
         plain = SwitchLinear(1, 1, 1, bias=False)
     elif isinstance(layer, nn.Linear | nn.QuantizedLinear):
         plain = nn.Linear(1, 1, bias=False)
@@ -270,7 +294,7 @@ def set_modules(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
 
 
 def save(loaded: LoadedModel, out: Path, *, force: bool = False) -> int:
-    """Write a model directory that mlx_lm loads as it is; return its bytes. Appears whole or not at all."""
+    """Write a model directory that mlx_lm loads as it is, unless in nf4; return its bytes. Appears whole, or not."""
     needs = sum(array.nbytes for _, array in named_arrays(loaded.model))
     with paths.written_whole(out, force=force, needs=needs) as folder:
         mlx_lm_utils.save_model(folder, loaded.model)

@@ -49,7 +49,7 @@ class _Masks:
         return self._made[window]
 
 
-class _PackedCache:
+class PackedCache:
     """Stands in for the cache of one layer, of which attention wants a mask, an offset and the keys and values."""
 
     def __init__(self, masks: _Masks, offset: int):
@@ -82,7 +82,7 @@ def _caches(model: nn.Module, segment_ids: mx.array, *, first: int) -> list[Any]
     masks = _Masks(segment_ids, grouped=_grouped(model))
 
     def like(kind: Any) -> Any:
-        return tuple(map(like, kind.caches)) if isinstance(kind, CacheList) else _PackedCache(masks, first)
+        return tuple(map(like, kind.caches)) if isinstance(kind, CacheList) else PackedCache(masks, first)
 
     return [like(kind) for kind in kinds]
 

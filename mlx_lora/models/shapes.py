@@ -20,6 +20,7 @@ from mlx_lora import device, files
 from mlx_lora.errors import ModelError
 from mlx_lora.models.load import read_config, weight_files
 from mlx_lora.quant.matmul import use_fast_multiply
+from mlx_lora.quant.quantize import pack
 
 with device.file_limits_kept():
     import mlx_lm.utils as mlx_lm_utils
@@ -33,9 +34,9 @@ USUAL = mx.bfloat16
 def network(config: dict[str, Any], *, quantization: dict[str, Any] | None = None, gpu: bool) -> nn.Module:
     """The frozen model that `load` makes of this config.json, without weights; never evaluate its arrays.
 
-    `quantization` is `{mode, bits, group_size}` for a base that is packed on loading. Where it computes on a CPU, what
-    isn't packed is float32. Raises ModelError for an architecture that mlx_lm doesn't have, and for a configuration
-    that lacks what its architecture needs.
+    `quantization` is what `Quantize.complete` gives, for a base that is packed on loading. Where it computes on a CPU,
+    what isn't packed is float32. Raises ModelError for an architecture that mlx_lm doesn't have, and for a
+    configuration that lacks what its architecture needs.
     """
     inner = config.get("text_config")
     packed = any("quantization_config" in part for part in (config, inner) if isinstance(part, dict))
@@ -46,14 +47,14 @@ def network(config: dict[str, Any], *, quantization: dict[str, Any] | None = Non
     model.set_dtype(stored_dtype(config))
     if config.get("quantization"):
         try:
-            _pack(model, *_stored(config["quantization"]))
+            pack(model, config["quantization"])
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ModelError(
                 f"config.json: its quantization can't be followed: {error} ({type(error).__name__})",
                 hint="mlx_lm writes bits and group_size there, and for single layers the same by path",
             ) from None
     elif quantization:
-        _pack(model, quantization, {})
+        pack(model, quantization)
     if not gpu:
         use_fast_multiply(model)
     model.freeze()
@@ -108,23 +109,3 @@ def _bare(config: dict[str, Any]) -> nn.Module:
         with suppress(Exception):  # some drop a head of their own where the files have none; others want every tensor
             model.sanitize({})
     return model
-
-
-def _stored(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json's `quantization` as the setting of most layers and those of single ones, by path."""
-    whole = {"mode": settings.get("mode", "affine"), "bits": settings["bits"], "group_size": settings["group_size"]}
-    return whole, {path: value for path, value in settings.items() if isinstance(value, dict | bool)}
-
-
-def _pack(model: nn.Module, settings: dict[str, Any], of_layers: dict[str, Any]) -> None:
-    """Pack what `quant.quantize` packs: all that the group size divides, by the model's own choice where it has one."""
-    own = getattr(model, "quant_predicate", None)
-
-    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if not hasattr(module, "to_quantized"):
-            return False
-        choice = of_layers.get(path, own(path, module) if own is not None else True)
-        chosen = {"mode": "affine", **choice} if isinstance(choice, dict) else settings
-        return dict(chosen) if choice and not module.weight.shape[-1] % chosen["group_size"] else False
-
-    nn.quantize(model, class_predicate=predicate)

@@ -9,7 +9,7 @@ operations side by side and would hold all of them at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -43,42 +43,39 @@ def _unpacked(weight: mx.array, scales: mx.array, biases: mx.array, group_size: 
     return (groups * scales[..., None] + biases[..., None]).reshape(*weight.shape[:-1], -1)
 
 
+Unpack = Callable[[Sequence[mx.array], slice], mx.array]
+
+
 @lru_cache
-def _dequantizing_multiply(group_size: int, bits: int, mode: str) -> Callable[..., mx.array]:
-    """y = x Wᵀ with W dequantized in the forward pass and again in the backward pass, never kept between them.
+def _by_blocks(unpack: Unpack) -> Callable[..., mx.array]:
+    """y = x Wᵀ with W unpacked in the forward pass and again in the backward pass, never kept between them.
 
     Everything is an explicit input: a custom function's vjp gives silent zeros for what its closure holds.
     """
 
-    def unpack(packed: list[mx.array], after: mx.array) -> mx.array:
-        """A dense block in the dtype of `after`, made only once `after` is there."""
-        weight, *rest = (mx.depends([array], [after])[0] for array in packed)
-        scales, biases = rest[0], rest[1] if len(rest) > 1 else None
-        if biases is not None:  # dequantizing in half precision would round once more
-            scales, biases = scales.astype(after.dtype), biases.astype(after.dtype)
-        return dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode).astype(after.dtype)
-
-    def blocks(packed: tuple[mx.array, ...]) -> Iterator[tuple[slice, list[mx.array]]]:
-        rows, columns = packed[0].shape[0], packed[0].shape[1] * 32 // bits
+    def blocks(rows: int, columns: int) -> list[slice]:
         step = max(BLOCK_BYTES // (4 * columns), 1)
-        for start in range(0, rows, step):
-            here = slice(start, start + step)
-            yield here, [array[here] for array in packed]
+        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def dense(packed: Sequence[mx.array], here: slice, after: mx.array) -> mx.array:
+        """A block in the dtype of `after`, made only once `after` is there."""
+        return unpack(mx.depends(list(packed), [after]), here).astype(after.dtype)
 
     @mx.custom_function  # type: ignore[untyped-decorator]
     def multiply(x: mx.array, *packed: mx.array) -> mx.array:
         parts, after = [], x
-        for _, block in blocks(packed):
-            after = x @ unpack(block, after).T
+        for here in blocks(packed[0].shape[0], x.shape[-1]):
+            after = x @ dense(packed, here, after).T
             parts.append(after)
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
     @multiply.vjp  # type: ignore[untyped-decorator]
     def multiply_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-        packed, rows = primals[1:], cotangent.reshape(-1, cotangent.shape[-1])
+        x, *packed = primals
+        rows = cotangent.reshape(-1, cotangent.shape[-1])
         total = None
-        for here, block in blocks(packed):
-            weight = unpack(block, rows if total is None else total)
+        for here in blocks(packed[0].shape[0], x.shape[-1]):
+            weight = dense(packed, here, rows if total is None else total)
             total = rows[:, here] @ weight if total is None else mx.addmm(total, rows[:, here], weight)
         assert total is not None
         frozen = tuple(mx.broadcast_to(mx.zeros((), array.dtype), array.shape) for array in packed)
@@ -87,14 +84,34 @@ def _dequantizing_multiply(group_size: int, bits: int, mode: str) -> Callable[..
     return multiply  # type: ignore[return-value, no-any-return]
 
 
+def multiply_unpacked(x: mx.array, packed: Sequence[mx.array], unpack: Unpack) -> mx.array:
+    """x (…, in) times the transpose of a packed weight (out, in), giving (…, out) in x's dtype.
+
+    `unpack` makes the float32 rows of a slice from the `packed` arrays, whose first has a row for every row of the
+    weight. It must be the same function object every time, and hold no array that isn't constant.
+    """
+    return _by_blocks(unpack)(x, *packed)
+
+
+@lru_cache
+def _unpacking(group_size: int, bits: int, mode: str) -> Unpack:
+    def unpack(packed: Sequence[mx.array], here: slice) -> mx.array:
+        weight, scales, *biases = (array[here] for array in packed)
+        if biases:  # dequantizing in half precision would round once more
+            scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
+        return dequantize(weight, scales, biases[0] if biases else None, group_size=group_size, bits=bits, mode=mode)
+
+    return unpack
+
+
 def multiply_transposed(x: mx.array, layer: nn.Module) -> mx.array:
-    """x (…, in) times the transpose of a quantized layer's weight (out, in), giving (…, out) in x's dtype."""
+    """x (…, in) times the transpose of a layer's weight (out, in) in one of MLX's modes; (…, out) in x's dtype."""
     biases = layer.get("biases")
     if x.size // x.shape[-1] <= FEW_ROWS:
         settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
         return mx.quantized_matmul(x, layer["weight"], layer["scales"], biases, transpose=True, **settings)
-    multiply = _dequantizing_multiply(layer.group_size, layer.bits, layer.mode)
-    return multiply(x, layer["weight"], layer["scales"], *([] if biases is None else [biases]))
+    packed = [layer["weight"], layer["scales"], *([] if biases is None else [biases])]
+    return multiply_unpacked(x, packed, _unpacking(layer.group_size, layer.bits, layer.mode))
 
 
 class DequantizingLinear(nn.QuantizedLinear):

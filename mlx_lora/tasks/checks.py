@@ -47,6 +47,7 @@ TRAIN = Train(
     iters=20, batch_size=4, learning_rate=2e-3, schedule="constant", warmup=0, grad_checkpoint="off", cache_prefix="off"
 )
 MODE_NAMES = {f"{mode} {bits}": Quantize(mode=mode, bits=bits) for mode, (kinds, _) in MODES.items() for bits in kinds}
+MODE_NAMES["nf4 4 double"] = Quantize(mode="nf4", double_quant=True)
 ROWS = 32
 # Largest difference by what activations are computed in, as a part of the largest number: of logits, of the loss, and
 # of slopes as a part of the gradient's norm. A GPU may round float32 products to fewer digits.
@@ -296,11 +297,12 @@ def _in_numpy(model: nn.Module, config: dict[str, Any]) -> Llama:
     weights = {name: _numbers(array) for name, array in named_arrays(model) if name.endswith("norm.weight")}
     for path, module in model.named_modules():
         if "scales" in module:
-            packed = (module["weight"], module["scales"], module.get("biases"))
-            weight, scales, biases = (None if array is None else np.array(array) for array in packed)
-            assert weight is not None and scales is not None
-            settings = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-            weights[f"{path}.weight"] = dequantized(weight, scales, biases, **settings)
+            arrays = {name: np.array(array) for name, array in module.parameters().items()}
+            nested = (arrays["nested_scales"], arrays["nested_mean"]) if "nested_scales" in arrays else None
+            weights[f"{path}.weight"] = dequantized(
+                arrays["weight"], arrays["scales"], arrays.get("biases"), nested=nested,
+                group_size=module.group_size, bits=module.bits, mode=module.mode,
+            )  # fmt: skip
     return Llama(config, weights)
 
 

@@ -20,6 +20,12 @@ Weights = dict[str, np.ndarray]
 EMBEDDING = "model.embed_tokens.weight"
 # The numbers that four bits spell: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats, 5.3.3).
 E2M1 = np.array([sign * value for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)])
+# Four bits of NF4: QLoRA (arXiv 2305.14314), Appendix E.
+NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+])  # fmt: skip
 # Between two points of a central difference; its error is about the square of it.
 STEP = 1e-5
 
@@ -113,11 +119,19 @@ def slope(function: Callable[[Weights], float], arrays: Weights, direction: Weig
 
 
 def dequantized(
-    packed: np.ndarray, scales: np.ndarray, biases: np.ndarray | None, *, group_size: int, bits: int, mode: str
+    packed: np.ndarray,
+    scales: np.ndarray,
+    biases: np.ndarray | None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+    nested: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """The float64 weight behind MLX's packed one: uint32 words (…, columns · bits / 32) and a scale a group.
+    """The float64 weight behind a packed one: uint32 words (…, columns · bits / 32) and a scale a group.
 
     affine: scale · q + bias.   mxfp4, mxfp8: 2^(scale - 127) · element.   nvfp4: e4m3(scale) · element.
+    nf4: scale · NF4[q], where the scale is int8 with `nested` steps and mean: mean + step · scale, a step for each 256.
     Raises ValueError for another mode.
     """
     # one stream of bits, the lowest of the lowest byte first, whatever words they lie in
@@ -132,6 +146,11 @@ def dequantized(
         values = E2M1[groups] * e8m0(scales)[..., None]
     elif mode == "nvfp4":
         values = E2M1[groups] * e4m3(scales)[..., None]
+    elif mode == "nf4":
+        if nested is not None:
+            steps = nested[0].astype(np.float64).repeat(256)[: scales.size]
+            scales = nested[1].astype(np.float64) + steps.reshape(scales.shape) * scales
+        values = NF4[groups] * scales.astype(np.float64)[..., None]
     else:
         raise ValueError(f"no formula for mode {mode}")
     return values.reshape(*numbers.shape)

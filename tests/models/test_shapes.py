@@ -30,10 +30,14 @@ def described(model: Any) -> dict[str, tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("bits", [None, 4])
-def test_shapes_are_those_of_the_loaded_model(name: str, bits: int | None) -> None:
+@pytest.mark.parametrize(
+    "quantization",
+    [None, Quantize(bits=4, group_size=32), Quantize(mode="nf4", group_size=32, double_quant=True)],
+    ids=["plain", "4 bits", "nf4"],
+)
+def test_shapes_are_those_of_the_loaded_model(name: str, quantization: Quantize | None) -> None:
     kind, changes = MODELS[name]
-    settings = Quantize(bits=bits, group_size=32).complete() if bits else None
+    settings = quantization.complete() if quantization else None
     real = with_weights(name, dtype=mx.float16)
     if kind == "gemma3_text":
         real.sanitize({})  # as on loading, which drops a head of its own that the files don't have

@@ -46,8 +46,8 @@ def test_relative_error_and_bits_per_weight_are_what_numpy_says(mode: str, bits:
     lost = sum(np.square(a - b).sum() for a, b in zip(before, after, strict=True))
     expected = np.sqrt(lost / sum(np.square(a).sum() for a in before))
     assert report.relative_error == pytest.approx(expected, rel=1e-3)
-    # One half-precision scale and one zero-point a group, or one byte a group for the modes without zero-points.
-    assert report.bits_per_weight == pytest.approx(bits + (32 if mode == "affine" else 8) / group_size)
+    # A scale and a zero-point in half precision a group, a scale in float32, or a byte for the modes of MLX without.
+    assert report.bits_per_weight == pytest.approx(bits + (32 if mode in ("affine", "nf4") else 8) / group_size)
     assert report.bytes == 16384 * report.bits_per_weight / 8
 
 
@@ -105,7 +105,10 @@ def test_routers_are_kept_as_mlx_lm_asks(mode: str) -> None:
         assert layer_settings(layer.mlp.switch_mlp.up_proj) == settings_of(mode, 4, 32)
 
 
-@pytest.mark.parametrize(("mode", "bits", "group_size"), [*SETTINGS, ("affine", 4, 32), ("affine", 4, 128)])
+@pytest.mark.parametrize(
+    ("mode", "bits", "group_size"),
+    [*(settings for settings in SETTINGS if settings[0] != "nf4"), ("affine", 4, 32), ("affine", 4, 128)],
+)
 def test_a_saved_model_loads_in_mlx_lm_with_the_same_logits(
     tmp_path: Path, mode: str, bits: int, group_size: int
 ) -> None:
@@ -141,8 +144,8 @@ def test_unpacking_computes_in_float32_whatever_the_scales_are() -> None:
     np.testing.assert_allclose(dequantize_layer(packed, mx.float32), codes * scales + biases, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("mode", list(MODES))
 def test_activations_of_a_half_precision_model_stay_in_half_precision(tmp_path: Path, mode: str) -> None:
-    """The modes whose scales are integers unpack to bfloat16; float16 norms beside it would give float32."""
+    """MLX's modes whose scales are integers unpack to bfloat16; float16 norms beside it would give float32."""
     loaded = load_stored(write_model(tmp_path / "half", dtype=mx.float16), quantization=Quantize(mode=mode))
-    assert loaded.model(mx.array([[1, 2, 3]])).dtype == (mx.float16 if mode == "affine" else mx.bfloat16)
+    assert loaded.model(mx.array([[1, 2, 3]])).dtype == (mx.float16 if mode in ("affine", "nf4") else mx.bfloat16)

@@ -48,7 +48,7 @@ def test_merging_adds_the_scaled_product_in_the_weights_own_orientation(tiny_pat
 
 @pytest.mark.parametrize(
     ("mode", "bits", "group_size"),
-    [(mode, bits, size) for mode, (kinds, sizes) in MODES.items() for bits in kinds for size in sizes],
+    [(mode, bits, size) for mode, (kinds, sizes) in MODES.items() if mode != "nf4" for bits in kinds for size in sizes],
 )
 def test_unpacking_is_mlxs(mode: str, bits: int, group_size: int) -> None:
     settings = {"mode": mode, "bits": bits, "group_size": group_size}
