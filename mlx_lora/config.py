@@ -1,4 +1,4 @@
-"""The recipe: the one place where every setting, its default and its validation lives.
+"""The recipe: the one place where every setting, its default and its validation lives; `recipe.py` reads the files.
 
 A type here says what is built: a value that the contract names but no code serves yet is not in the type, so asking
 for it is an error and never ignored. Nothing here imports MLX.
@@ -6,22 +6,15 @@ for it is an error and never ignored. Nothing here imports MLX.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from mlx_lora import files, paths
-from mlx_lora.errors import RecipeError, nearest
-from mlx_lora.methods import INITIALISATIONS, METHODS, MODES
-
-ENDINGS = (".yaml", ".yml")
-LARGEST = 1 << 20  # bytes of a recipe
+from mlx_lora.errors import nearest
+from mlx_lora.methods import COMBINATIONS, INITIALISATIONS, LORA_ONLY, METHODS, MODES, SETTINGS, TARGETS
 
 
 def _known(value: str, known: Iterable[str]) -> str:
@@ -58,7 +51,7 @@ class Quantize(Section):
     mode: str = "affine"
     bits: Integer | None = None
     group_size: Integer | None = None
-    double_quant: Literal[False] = False
+    double_quant: bool = False
 
     @field_validator("mode")
     @classmethod
@@ -73,18 +66,41 @@ class Quantize(Section):
             for key, value, known in (("bits", self.bits, bits), ("group_size", self.group_size, groups))
             if value is not None and value not in known
         ]
+        if self.double_quant and self.mode != "nf4":
+            faults.append(f"double_quant for mode {self.mode}; only nf4 has it")
         if faults:
             raise ValueError("; ".join(faults))
         return self
 
     def complete(self) -> dict[str, Any]:
-        """`{mode, bits, group_size}` with the mode's own defaults filled in."""
+        """`{mode, bits, group_size}` with the mode's own defaults filled in, and for nf4 `double_quant`."""
         bits, groups = MODES[self.mode]
-        return {"mode": self.mode, "bits": self.bits or bits[0], "group_size": self.group_size or groups[0]}
+        settings = {"mode": self.mode, "bits": self.bits or bits[0], "group_size": self.group_size or groups[0]}
+        return settings | ({"double_quant": self.double_quant} if self.mode == "nf4" else {})
+
+
+class Glora(Section):
+    """What trains in GLoRA (arXiv 2306.07967, eq. 6): W = W₀ + W₀⊙A + B, b = b₀ + b₀⊙D + E + W₀C."""
+
+    a: Literal["lora", "vector", "scalar", "none"] = "lora"
+    b: Literal["lora", "vector", "scalar", "none"] = "lora"
+    c: Literal["lora", "vector", "none"] = "lora"
+    d: Literal["vector", "scalar", "none"] = "vector"
+    e: Literal["vector", "scalar", "none"] = "vector"
+
+    @model_validator(mode="after")
+    def _check(self) -> Glora:
+        if {self.a, self.b, self.c, self.d, self.e} == {"none"}:
+            raise ValueError("with a, b, c, d and e all none, nothing would train")
+        return self
 
 
 class Adapter(Section):
-    """What is attached: method, rank, scale and place. The update is (alpha / rank) · B A."""
+    """What is attached: method, rank, scale and place. The update of LoRA is (alpha / rank) · B A.
+
+    `targets` left out is the method's own choice (`methods.TARGETS`). A setting that the method doesn't have is an
+    error where it is given. prune_from and prune_until are fractions of the steps.
+    """
 
     method: str = "lora"
     rank: Integer = Field(default=8, ge=1)
@@ -96,11 +112,30 @@ class Adapter(Section):
     rslora: bool = False
     rank_pattern: dict[str, Annotated[Integer, Field(ge=1)]] = {}
     alpha_pattern: dict[str, Annotated[Number, Field(gt=0)]] = {}
+    glora: Glora = Glora()
+    projection_seed: Integer = Field(default=0, ge=0, lt=2**64)
+    virtual_tokens: Integer = Field(default=16, ge=1)
+    position: Literal["prefix", "infix"] = "prefix"
+    bottleneck: Integer = Field(default=16, ge=1)
+    target_rank: Integer | None = Field(default=None, ge=1)
+    prune_from: Number = Field(default=0.1, ge=0, le=1)
+    prune_until: Number = Field(default=0.5, ge=0, le=1)
+    prune_every: Integer = Field(default=10, ge=1)
+    orthogonal: Number = Field(default=0.5, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _place(cls, values: Any) -> Any:
+        """The method's own targets where none are given; stored settings name `own` where the place is the method's."""
+        if isinstance(values, dict) and values.get("targets") is None:
+            method = str(values.get("method", "lora")).partition("+")[0]
+            return values | {"targets": TARGETS.get(method, "attention") or "own"}
+        return values
 
     @field_validator("method")
     @classmethod
     def _method(cls, value: str) -> str:
-        return _known(value, METHODS)
+        return _known(value, [*METHODS, *COMBINATIONS])
 
     @field_validator("init")
     @classmethod
@@ -122,6 +157,32 @@ class Adapter(Section):
         for pattern in value:
             _expression(pattern)
         return value
+
+    @model_validator(mode="after")
+    def _belongs(self) -> Adapter:
+        methods = set(self.method.split("+"))
+        fields = type(self).model_fields
+        given = [key for key in SETTINGS if getattr(self, key) != fields[key].default]  # a manifest holds them all
+        faults = [
+            f"{key} is a setting of {', '.join(SETTINGS[key])}; {self.method} has none"
+            for key in given
+            if not methods.intersection(SETTINGS[key])
+        ]
+        if methods <= {"prefix", "prompt"} and self.targets != "own":
+            faults.append(f"{self.method} has a place of its own: leave targets out")
+        if self.init in LORA_ONLY and "lora" not in methods:
+            faults.append(f"init {self.init} is for lora")
+        if self.target_rank is not None and self.target_rank > self.rank:
+            faults.append(f"target_rank {self.target_rank} is above the rank it starts from, {self.rank}")
+        if self.prune_from > self.prune_until:
+            faults.append("prune_from is after prune_until")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def of(self, method: str) -> Adapter:
+        """These settings as those of one method of a combination."""
+        return self if method == self.method else self.model_copy(update={"method": method})
 
     def rank_of(self, path: str) -> int:
         """The rank of the module at `path`, after `rank_pattern`."""
@@ -180,7 +241,7 @@ class Train(Section):
     optimizer: Literal["adam", "adamw", "sgd", "lion", "adafactor", "muon"] = "adamw"
     weight_decay: Number = Field(default=0.0, ge=0)
     max_grad_norm: Number | None = Field(default=1.0, gt=0)
-    loraplus_ratio: None = None
+    loraplus_ratio: Number | None = Field(default=None, gt=0)
     eval_every: Integer | None = Field(default=None, ge=1)
     save_every: Integer | None = Field(default=None, ge=1)
     patience: Integer | None = Field(default=None, ge=1)
@@ -215,165 +276,3 @@ class Recipe(Section):
     @classmethod
     def _section(cls, value: Any) -> Any:
         return {} if value is None else value  # a heading whose keys are all commented out
-
-
-SECTIONS: dict[str, type[Section]] = {"quantize": Quantize, "adapter": Adapter, "data": Data, "train": Train}
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values only. A key given twice is an error; YAML would keep the last one in silence.
-
-    So is an alias: ten lines of them stand for more values than memory holds.
-    """
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases have no use here", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is a word", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: Any) -> int:
-        """Any base, but no more digits than a setting has: Python refuses to write longer ones out."""
-        if abs(value := int(super().construct_yaml_int(node))) >= 2**64:
-            raise yaml.constructor.ConstructorError(None, None, "a number with too many digits", node.start_mark)
-        return value
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
-def load_recipe(
-    file: Path | None = None,
-    overrides: Iterable[str] = (),
-    *,
-    settings: dict[str, Any] | None = None,
-    where: str = "recipe",
-) -> Recipe:
-    """Read a recipe file, then `settings` (dotted keys), then `key=value` overrides, each winning over the former.
-
-    A file that isn't there is looked up among the recipes that come with the package. The run's name defaults to the
-    file's. Raises RecipeError naming every fault at once, with the nearest key where one is close.
-    """
-    values: dict[str, Any] = {}
-    if file is not None:
-        file = _find_recipe(file)
-        values = _read_yaml(file)
-        values["name"] = file.stem if values.get("name") is None else values["name"]
-    for key, value in (settings or {}).items():
-        _set(values, key, value)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"{override!r} is not key=value", hint="for example: adapter.rank=16")
-        _set(values, key, _parse_yaml(text, f"override {override!r}"))
-    return parse_recipe(values, str(file) if file else where)
-
-
-def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Validate a mapping. Raises RecipeError listing all faults."""
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(f"{where}: " + "\n  ".join(_faults(error))) from None
-
-
-def dotted_keys() -> list[str]:
-    """Every key a recipe may set, dotted."""
-    return [*Recipe.model_fields, *(f"{name}.{key}" for name, part in SECTIONS.items() for key in part.model_fields)]
-
-
-def _faults(error: ValidationError) -> list[str]:
-    """One line for each faulty key, however many forms of its value were tried."""
-    lines: dict[str, list[str]] = {}
-    for fault in error.errors():
-        key = str(fault["input"]) if fault["type"] == "invalid_key" else _key(fault["loc"])
-        if fault["type"] in ("extra_forbidden", "invalid_key"):
-            lines[f"unknown key {key!r}{_nearest_key(key)}"] = []
-            continue
-        given = "" if fault["type"] == "value_error" else f" {str(fault['input'])[:40]!r} is refused:"
-        wanted = lines.setdefault(f"{key}:{given} ", [])
-        wanted += [reason for reason in [_reason(fault)] if reason not in wanted]
-    return [line + ", or ".join(wanted) for line, wanted in lines.items()]
-
-
-def _key(location: tuple[int | str, ...]) -> str:
-    """The dotted key of a fault, without the forms of its value that pydantic adds."""
-    parts = [str(part) for part in location]
-    if parts[0] not in SECTIONS:
-        return parts[0]
-    return ".".join(parts[: 3 if parts[1:2] in (["rank_pattern"], ["alpha_pattern"]) else 2])
-
-
-def _reason(fault: Any) -> str:
-    if fault["type"] == "none_required":
-        return "only null is known here"
-    if fault["type"] == "literal_error":
-        known = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
-        word = str(fault["input"])
-        return f"not known here{nearest(word, known)}" if known else "only false is known here"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] == "model_type":
-        message = "a section is a mapping of keys to values"
-    return message[0].lower() + message[1:]
-
-
-def _nearest_key(key: str) -> str:
-    """What `key` was meant to be: the same word in another place, else a similar one in its own."""
-    section, _, word = key.rpartition(".")
-    words = {known.rpartition(".")[2]: known for known in dotted_keys()}
-    if word in words:
-        return f"; did you mean {words[word]!r}?"
-    here = {known.rpartition(".")[2]: known for known in dotted_keys() if known.rpartition(".")[0] == section}
-    if close := difflib.get_close_matches(word, here, n=1, cutoff=0.5):
-        return f"; did you mean {here[close[0]]!r}?"
-    if close := difflib.get_close_matches(word, words, n=1, cutoff=0.5):
-        return f"; did you mean {words[close[0]]!r}?"
-    return f"; known: {', '.join(sorted(here or Recipe.model_fields))}"
-
-
-def _find_recipe(file: Path) -> Path:
-    with_ending = file if file.suffix else file.with_suffix(".yaml")
-    for candidate in (file, Path("recipes", with_ending.name)):
-        if (found := paths.existing(candidate)) and found.is_file():
-            return found
-    names = [path.name for path in paths.bundled("recipes").glob("*.yaml")]
-    raise RecipeError(f"{file}: no such recipe{nearest(with_ending.name, names)}")
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    if file.suffix not in ENDINGS:
-        raise RecipeError(f"{file}: not a {' or '.join(ENDINGS)} file")
-    values = _parse_yaml(files.read_text(file, RecipeError, most=LARGEST), str(file))
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise RecipeError(f"{file}: a recipe is a mapping of keys to values", hint="see the examples in recipes/")
-    return values
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        # YAMLError apart: dates that don't exist, tags on values they don't fit, nesting without end
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = values.get(section)
-        if not isinstance(inner, dict):
-            inner = values[section] = {}
-        values = inner
-    values[last] = value

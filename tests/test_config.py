@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from mlx_lora.config import Adapter, Quantize, Recipe, load_recipe, parse_recipe
+from mlx_lora.config import Adapter, Quantize, Recipe
 from mlx_lora.errors import RecipeError
+from mlx_lora.recipe import load_recipe, parse_recipe
 
 # The recipe as the documentation shows it: every key, with its default.
 DOCUMENTED = """
@@ -27,6 +28,16 @@ adapter:
   rslora: false
   rank_pattern: {}
   alpha_pattern: {}
+  glora: {a: lora, b: lora, c: lora, d: vector, e: vector}
+  projection_seed: 0
+  virtual_tokens: 16
+  position: prefix
+  bottleneck: 16
+  target_rank: null
+  prune_from: 0.1
+  prune_until: 0.5
+  prune_every: 10
+  orthogonal: 0.5
 data:
   path: null
   format: auto
@@ -201,14 +212,41 @@ def test_a_refused_value_is_named_with_what_is_taken(text: str, said: str) -> No
 @pytest.mark.parametrize(
     "text",
     [
-        "adapter: {method: dora}", "adapter: {init: pissa}", "quantize: {mode: nf4}", "quantize: {double_quant: true}",
         "data: {format: csv}", "data: {format: folder}", "data: {format: preference}",
-        "train: {loraplus_ratio: 16}",
     ],
 )  # fmt: skip
 def test_a_value_that_nothing_serves_is_refused(text: str) -> None:
     (section, inner) = next(iter(yaml.safe_load(text).items()))
     assert f"{section}.{next(iter(inner))}: " in refused(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "adapter: {method: ia3, rank: 4}",
+            "rank is a setting of lora, dora, qalora, glora, vera, adalora; ia3",
+        ),
+        ("adapter: {method: lora, virtual_tokens: 4}", "virtual_tokens is a setting of prefix, prompt"),
+        ("adapter: {method: dora, init: pissa}", "init pissa is for lora"),
+        ("adapter: {method: prefix, targets: attention}", "prefix has a place of its own"),
+        ("adapter: {method: adalora, rank: 4, target_rank: 6}", "target_rank 6 is above the rank it starts from, 4"),
+        ("adapter: {method: glora, glora: {a: none, b: none, c: none, d: none, e: none}}", "nothing would train"),
+        ("adapter: {method: lora+ia3}", "'lora+ia3' is not known here"),
+        ("quantize: {double_quant: true}", "nf4"),
+    ],
+)
+def test_settings_belong_to_methods(text: str, said: str) -> None:
+    assert said in refused(text)
+
+
+def test_a_method_has_its_own_place_unless_told() -> None:
+    place = {"lora": "attention", "ia3": ["k_proj", "v_proj", "down_proj"], "full": "all", "prefix": "own"}
+    assert {method: Adapter(method=method).targets for method in place} == place
+    assert Adapter(method="ia3", targets="all-linear").targets == "all-linear"
+    combined = Adapter(method="lora+prefix", rank=4, virtual_tokens=3)
+    assert combined.of("prefix").virtual_tokens == 3 and combined.of("lora").targets == "attention"
+    assert Adapter.model_validate(combined.model_dump()) == combined
 
 
 def test_all_faults_are_reported_at_once() -> None:

@@ -22,12 +22,13 @@ from gguf import GGMLQuantizationType as Kind
 
 from mlx_lora.adapters.attach import attach
 from mlx_lora.cli import main
-from mlx_lora.config import Adapter, Data, load_recipe
+from mlx_lora.config import Adapter, Data
 from mlx_lora.data.encode import Encoder
 from mlx_lora.data.read import find_splits, read
 from mlx_lora.errors import MlxLoraError
 from mlx_lora.models.gguf import import_gguf
 from mlx_lora.models.load import load, load_tokenizer, ready
+from mlx_lora.recipe import load_recipe
 from mlx_lora.store import adapter as store
 from tests import fuzz
 from tests.conftest import write_model

@@ -1,13 +1,18 @@
-"""The contract of a weight method, and what every method asks of the layer it wraps.
+"""The contract of a method, and what every method asks of the module it wraps.
 
-A weight method is a module that holds one frozen base layer and a few trainable arrays:
+A method's wrapper is a module that holds one frozen base module, whose place it takes, and a few trainable arrays:
 
-    from_base(layer, config, path=…, key=…) -> module      the wrapper around `layer`, equal to it at the start
-    __call__(x)                                             base output plus the update
-    base -> layer                                           the very same layer it was given
-    adapter_params() -> names                               its own trainable arrays
-    delta() -> array                                        the update of the weight, where it is additive
-    fuse() -> layer                                         a plain layer with the update merged, or CannotFuse
+    find(model, config) -> paths                 the modules to wrap, or None for those that adapter.targets names
+    refusal(layer, config, path) -> reason       why a layer can't be served, and what works; None where it can
+    shared(layers, config) -> anything           made once for all wrappers, such as frozen arrays in common
+    from_base(layer, config, path=…, key=…, shared=…) -> module     the wrapper around `layer`
+    __call__(x)                                  base output with the update
+    base -> layer                                the very same module it was given
+    adapter_params() -> names                    its own trainable arrays
+    delta() -> array                             the update of the weight, or CannotFuse where there is none
+    fuse() -> layer                              a plain layer with the update merged, or CannotFuse
+    fuse_packed() -> layer                       a packed layer with the update merged exactly, or None
+    stored_arrays() -> arrays                    what is written of it
 
 Adapter parameters are float32 masters; they are cast to the activations' dtype where they are used, so that a
 half-precision model stays in half precision.
@@ -16,7 +21,8 @@ half-precision model stays in half precision.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from math import prod
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,24 +31,48 @@ from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError
 from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear
 from mlx_lora.models.load import plain_layer
+from mlx_lora.quant.nf4 import NF4SwitchLinear
 from mlx_lora.quant.quantize import dequantize_layer
 
 LINEARS = (nn.Linear, nn.QuantizedLinear)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
-EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
+EXPERTS = (SwitchLinear, QuantizedSwitchLinear, NF4SwitchLinear)
 ADAPTABLE = LINEARS + EMBEDDINGS + EXPERTS
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 class AdapterLayer(nn.Module):
-    """Base of every weight method's wrapper. `scale` is s in y = W₀x + s·Δx."""
+    """Base of every method's wrapper. `scale` is s in y = W₀x + s·Δx, `rank` is 0 where the method has none.
 
-    scale: float
-    rank: int
+    PRECISE names the arrays that are stored in float32, because they multiply: factors are stored in bf16.
+    """
+
+    PRECISE: ClassVar[frozenset[str]] = frozenset()
+
+    scale: float = 1.0
+    rank: int = 0
+
+    @staticmethod
+    def find(model: nn.Module, config: Adapter) -> list[str] | None:
+        """Paths of the modules to wrap, where the place is the method's own; None leaves it to `adapter.targets`."""
+        return None
+
+    @staticmethod
+    def refusal(layer: nn.Module, config: Adapter, path: str) -> str | None:
+        """Why `layer` can't be served and what works instead, or None."""
+        if isinstance(layer, ADAPTABLE):
+            return None
+        return f"a {type(layer).__name__} can't be served by {config.method}; a linear layer or an embedding can"
+
+    @staticmethod
+    def shared(layers: dict[str, nn.Module], config: Adapter) -> Any:
+        """Whatever the wrappers of `layers` have in common."""
+        return None
 
     @property
     @abstractmethod
     def base(self) -> nn.Module:
-        """The wrapped layer, the same object that was given."""
+        """The wrapped module, the same object that was given."""
 
     @abstractmethod
     def adapter_params(self) -> tuple[str, ...]:
@@ -50,15 +80,23 @@ class AdapterLayer(nn.Module):
 
     @abstractmethod
     def delta(self) -> mx.array:
-        """The update of the weight, float32, in the weight's own (unpacked) shape."""
+        """The update of the weight, float32, in the weight's own (unpacked) shape. Raises CannotFuse without one."""
 
     def fuse(self) -> nn.Module:
         """A plain layer with weight W₀ + ΔW in float32, whether the base is packed or not."""
         return plain_layer(self.base, dequantize_layer(self.base, mx.float32) + self.delta())
 
+    def fuse_packed(self) -> nn.Module | None:
+        """The packed base with the update merged exactly, nothing packed anew; None where that can't be."""
+        return None
+
     def adapter_arrays(self) -> dict[str, mx.array]:
         """The trainable arrays by name."""
         return {name: self[name] for name in self.adapter_params()}
+
+    def stored_arrays(self) -> dict[str, mx.array]:
+        """The arrays to write, by name: what `from_base` needs to be filled with."""
+        return self.adapter_arrays()
 
 
 class Dropout(nn.Module):
@@ -91,7 +129,7 @@ def layer_shape(layer: nn.Module) -> tuple[int, ...]:
 
 def check_ranks(config: Adapter, layers: dict[str, nn.Module]) -> None:
     """Raise AdapterError naming every layer whose smaller dimension is below its rank."""
-    smaller = {path: min(layer_shape(layer)[-2:]) for path, layer in layers.items()}
+    smaller = {path: _smaller_dimension(layer) for path, layer in layers.items()}
     faults = [path for path, dimension in smaller.items() if config.rank_of(path) > dimension]
     if faults:
         most = min(smaller[path] for path in faults)
@@ -100,6 +138,14 @@ def check_ranks(config: Adapter, layers: dict[str, nn.Module]) -> None:
             f"the rank is above the smaller dimension of the weight: {shown}{' …' if len(faults) > 5 else ''}",
             hint=f"choose adapter.rank of at most {most}, or set adapter.rank_pattern for these modules",
         )
+
+
+def _smaller_dimension(layer: nn.Module) -> int:
+    """Of the weight as a matrix; a convolution's is (out, patch)."""
+    if isinstance(layer, CONVOLUTIONS):
+        outputs, *patch = layer["weight"].shape
+        return min(outputs, prod(patch))
+    return min(layer_shape(layer)[-2:])
 
 
 def draw(config: Adapter, shape: tuple[int, ...], *, fan_in: int, rank: int, key: Any) -> mx.array:

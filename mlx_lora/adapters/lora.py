@@ -2,8 +2,9 @@
 
     y = W₀x + s·B A x,  s = α/r   (eq. 3);  rsLoRA: s = α/√r (arXiv 2312.03732)
 
-A starts random and B at zero, so the wrapped layer equals its base at the start, bit for bit. Arrays keep mlx-lm's
-names and orientation: for a linear `lora_a` (in, r) and `lora_b` (r, out), so Δ = s·(lora_a lora_b)ᵀ.
+A starts random and B at zero, so the wrapped layer equals its base at the start, bit for bit; `adapters.init` has the
+starts that differ. Arrays keep mlx-lm's names and orientation: for a linear `lora_a` (in, r) and `lora_b` (r, out), so
+Δ = s·(lora_a lora_b)ᵀ.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import EMBEDDINGS, EXPERTS, AdapterLayer, Dropout, draw, layer_shape
+from mlx_lora.adapters.base import CONVOLUTIONS, EMBEDDINGS, EXPERTS, LINEARS, AdapterLayer, Dropout, draw, layer_shape
+from mlx_lora.adapters.init import FROM_WEIGHT, from_weight
 from mlx_lora.config import Adapter
 
 
 class LoRA(AdapterLayer):
-    """What the three kinds of layers share. Call `LoRA.from_base` to get the right one."""
+    """What the kinds of layers share. Call `LoRA.from_base` to get the right one."""
 
     def __init__(self, layer: nn.Module, config: Adapter, path: str):
         super().__init__()
@@ -28,13 +30,39 @@ class LoRA(AdapterLayer):
         self.dropout = Dropout(config.dropout)
 
     @staticmethod
-    def from_base(layer: nn.Module, config: Adapter, *, path: str, key: Any) -> LoRA:
-        """Wrap a Linear, an Embedding or a SwitchLinear, quantized or not. `key` seeds A."""
+    def from_base(layer: nn.Module, config: Adapter, *, path: str, key: Any, shared: Any = None) -> LoRA:
+        """Wrap a Linear, an Embedding or a SwitchLinear, quantized or not, or a convolution. `key` seeds A."""
+        from mlx_lora.adapters import lora_conv  # which derives from what is here
+
+        if isinstance(layer, CONVOLUTIONS):
+            return lora_conv.LoRAConv(layer, config, path, key)
         if isinstance(layer, EMBEDDINGS):
             return LoRAEmbedding(layer, config, path, key)
         if isinstance(layer, EXPERTS):
             return LoRASwitchLinear(layer, config, path, key)
         return LoRALinear(layer, config, path, key)
+
+    @staticmethod
+    def refusal(layer: nn.Module, config: Adapter, path: str) -> str | None:
+        """Why `layer` can't be served and what works instead, or None."""
+        from mlx_lora.adapters import lora_conv
+
+        if isinstance(layer, CONVOLUTIONS):
+            return lora_conv.refusal(layer, config, path)
+        if reason := AdapterLayer.refusal(layer, config, path):
+            return reason
+        others = "choose adapter.init default, gaussian, pissa or olora"
+        if config.init == "eva" and not isinstance(layer, LINEARS):
+            return (
+                f"init eva looks at activations that enter a linear layer, and {path} is a {type(layer).__name__}; "
+                f"leave it out of adapter.targets, or {others}"
+            )
+        if config.init == "loftq" and mx.issubdtype(layer["weight"].dtype, mx.floating):
+            return (
+                f"init loftq makes up for what packing loses, and {path} isn't packed; "
+                f"quantize: in the recipe packs it, or {others}"
+            )
+        return None
 
     @property
     def base(self) -> nn.Module:
@@ -42,6 +70,33 @@ class LoRA(AdapterLayer):
 
     def adapter_params(self) -> tuple[str, ...]:
         return ("lora_a", "lora_b")
+
+    def start(self, config: Adapter, key: Any) -> None:
+        """Begin where `config.init` says, if that isn't at random; first_a and first_b are A₀ and B₀, frozen."""
+        if config.init in FROM_WEIGHT:
+            self.take(*from_weight(self.base, config.init, self.rank, self.scale))
+            self.first_a, self.first_b = self.lora_a, self.lora_b
+            self.freeze(keys=["first_a", "first_b"], recurse=False)
+
+    def take(self, left: mx.array, right: mx.array) -> None:
+        """Set the factors from a product left (…, m, r) right (…, r, n) of the weight's own orientation (…, m, n)."""
+        self.lora_a, self.lora_b = right, left
+
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """The pair whose product is the update without its scale, oriented like lora_a and lora_b.
+
+        Of rank 2r where the factors began at a part of the weight: BA − B₀A₀ = B(A − A₀) + (B − B₀)A₀.
+        """
+        if "first_a" not in self:
+            return self.lora_a, self.lora_b
+        a = mx.concatenate([self.lora_a - self.first_a, self.first_a], axis=1)
+        b = mx.concatenate([self.lora_b, self.lora_b - self.first_b], axis=0 if self.lora_b.ndim == 2 else 2)
+        return a, b
+
+    def stored_arrays(self) -> dict[str, mx.array]:
+        """The factors of the update over the original base: of rank 2r after PiSSA or OLoRA, for any reader of LoRA."""
+        a, b = self.factors()
+        return {"lora_a": a, "lora_b": b}
 
     def _extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}"
@@ -56,13 +111,18 @@ class LoRALinear(LoRA):
         self.linear = layer
         self.lora_a = draw(config, (inputs, self.rank), fan_in=inputs, rank=self.rank, key=key)
         self.lora_b = mx.zeros((self.rank, outputs))
+        self.start(config, key)
+
+    def take(self, left: mx.array, right: mx.array) -> None:
+        self.lora_a, self.lora_b = right.T, left.T
 
     def __call__(self, x: mx.array) -> mx.array:
-        z = self.dropout(x) @ self.lora_a.astype(x.dtype)
-        return mx.addmm(self.linear(x), z, self.lora_b.astype(x.dtype), alpha=self.scale)
+        a, b = self.factors()
+        return mx.addmm(self.linear(x), self.dropout(x) @ a.astype(x.dtype), b.astype(x.dtype), alpha=self.scale)
 
     def delta(self) -> mx.array:
-        return self.scale * (self.lora_a @ self.lora_b).T
+        a, b = self.factors()
+        return self.scale * (a @ b).T
 
 
 class LoRAEmbedding(LoRA):
@@ -74,18 +134,24 @@ class LoRAEmbedding(LoRA):
         self.embedding = layer
         self.lora_a = draw(config, (vocabulary, self.rank), fan_in=vocabulary, rank=self.rank, key=key)
         self.lora_b = mx.zeros((self.rank, dim))
+        self.start(config, key)
+
+    def take(self, left: mx.array, right: mx.array) -> None:
+        self.lora_a, self.lora_b = left, right
 
     def __call__(self, tokens: mx.array) -> mx.array:
+        a, b = self.factors()
         y = self.embedding(tokens)
-        z = self.dropout(self.lora_a[tokens] @ self.lora_b)
-        return y + (self.scale * z).astype(y.dtype)
+        return y + (self.scale * self.dropout(a[tokens] @ b)).astype(y.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        z = self.dropout(x) @ self.lora_b.T.astype(x.dtype)
-        return mx.addmm(self.embedding.as_linear(x), z, self.lora_a.T.astype(x.dtype), alpha=self.scale)
+        a, b = self.factors()
+        z = self.dropout(x) @ b.T.astype(x.dtype)
+        return mx.addmm(self.embedding.as_linear(x), z, a.T.astype(x.dtype), alpha=self.scale)
 
     def delta(self) -> mx.array:
-        return self.scale * (self.lora_a @ self.lora_b)
+        a, b = self.factors()
+        return self.scale * (a @ b)
 
 
 class LoRASwitchLinear(LoRA):
@@ -97,12 +163,15 @@ class LoRASwitchLinear(LoRA):
         self.linear = layer
         self.lora_a = draw(config, (experts, self.rank, inputs), fan_in=inputs, rank=self.rank, key=key)
         self.lora_b = mx.zeros((experts, outputs, self.rank))
+        self.start(config, key)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         multiply = partial(mx.gather_mm, rhs_indices=indices, sorted_indices=sorted_indices)
-        z = multiply(self.dropout(x), self.lora_a.swapaxes(-1, -2).astype(x.dtype))
-        z = multiply(z, self.lora_b.swapaxes(-1, -2).astype(x.dtype))
+        a, b = self.factors()
+        z = multiply(self.dropout(x), a.swapaxes(-1, -2).astype(x.dtype))
+        z = multiply(z, b.swapaxes(-1, -2).astype(x.dtype))
         return self.linear(x, indices, sorted_indices=sorted_indices) + self.scale * z
 
     def delta(self) -> mx.array:
-        return self.scale * (self.lora_b @ self.lora_a)
+        a, b = self.factors()
+        return self.scale * (b @ a)

@@ -26,8 +26,8 @@ def bench(
 ) -> None:
     """Measure training on this machine: time and memory of a step, and the floor that its matrix products set."""
     from mlx_lora import paths
-    from mlx_lora.config import load_recipe
     from mlx_lora.models.load import load
+    from mlx_lora.recipe import load_recipe
     from mlx_lora.study import bench as measuring
 
     settings = {} if quantize is None else {"quantize.bits": quantize}

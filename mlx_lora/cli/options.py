@@ -37,8 +37,8 @@ def progress(stack: ExitStack) -> Callable[[str, int], Callable[[], None]]:
 
 def data_settings(overrides: list[str] | None, stored: dict[str, Any] | None = None) -> Any:
     """Data settings: the defaults, then those an adapter was trained with, then `data.key=value` overrides."""
-    from mlx_lora.config import load_recipe
     from mlx_lora.errors import RecipeError
+    from mlx_lora.recipe import load_recipe
 
     unused = [word for word in overrides or [] if not word.startswith("data.") or word.startswith("data.path=")]
     if unused:

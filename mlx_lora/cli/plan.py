@@ -35,7 +35,7 @@ def plan(
     json: Json = False,
 ) -> None:
     """Say what training will take in memory and time before anything is loaded, and what would fit."""
-    from mlx_lora.config import load_recipe
+    from mlx_lora.recipe import load_recipe
     from mlx_lora.tasks.plan import plan_recipe
 
     words = list(settings or [])

@@ -45,7 +45,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Train an adapter from a recipe, from options, or from both. Ctrl-C saves what there is; --resume goes on."""
-    from mlx_lora.config import load_recipe
+    from mlx_lora.recipe import load_recipe
     from mlx_lora.tasks.train import train_adapter
     from mlx_lora.train.distributed import processes
 

@@ -9,7 +9,7 @@ renders it differently once the answer follows, the row is a problem and not a w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,7 +162,7 @@ class Encoder:
         if any(token in ends for token in own[start:]):
             end = 1 + next((i for i in range(start, len(whole)) if whole[i] in ends), len(whole) - 1)
         else:
-            end = max(start, self._common(own, whole))
+            end = max(start, common(own, whole))
         if all(token in ends for token in whole[start:end]):
             raise ValueError(f"the chat template shows nothing of message {turn + 1}")
         return end
@@ -187,7 +187,7 @@ class Encoder:
         """Where the answer of message `turn` starts: the length of its prompt, verified to be a token prefix."""
         prompt = self._render(example.messages[:turn], example.tools, prompt=True)
         if whole[: len(prompt)] != prompt:
-            same = self._common(prompt, whole)
+            same = common(prompt, whole)
             raise ValueError(
                 f"the chat template renders the prompt of message {turn + 1} differently once the answer follows "
                 f"(from token {same} of {len(prompt)}); a mask there would be wrong, only data.mask=all is possible"
@@ -201,10 +201,6 @@ class Encoder:
             raise
         except Exception as error:  # jinja's own errors, and whatever a template raises
             raise ValueError(f"the chat template refuses this conversation: {shorten(str(error))}") from None
-
-    @staticmethod
-    def _common(a: list[int], b: list[int]) -> int:
-        return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
     @property
     def _ends(self) -> set[int]:
@@ -250,6 +246,11 @@ class Encoder:
             raise ValueError("no token carries loss" + (" after truncation" if too_long else ""))
         result.truncated += too_long
         return [_row(tokens, weights)]
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _row(tokens: list[int], weights: list[float]) -> Row:

@@ -16,8 +16,10 @@ import numpy as np
 from mlx_lora.config import Data
 from mlx_lora.data.encode import Encoder, Row
 from mlx_lora.data.read import HINT, Source, find_splits, read, sha256
+from mlx_lora.data.virtual import Virtual
 from mlx_lora.errors import DataError, Problem
 
+NO_PROMPT = "an infix goes between prompt and answer, and rows here are learned whole; adapter.position=prefix works"
 OnFile = Callable[[str, int], Callable[[], None]]
 
 
@@ -38,8 +40,19 @@ def silent(name: str, total: int) -> Callable[[], None]:
     return lambda: None
 
 
-def prepare(path: str | Path, settings: Data, tokenizer: Any, *, seed: int = 0, progress: OnFile = silent) -> Prepared:
-    """Read, encode and split. Raises DataError with every problem of the files that training reads."""
+def prepare(
+    path: str | Path,
+    settings: Data,
+    tokenizer: Any,
+    *,
+    seed: int = 0,
+    progress: OnFile = silent,
+    virtual: Virtual | None = None,
+) -> Prepared:
+    """Read, encode and split; rows have the adapter's virtual tokens, on top of `max_seq_length`, where it has any.
+
+    Raises DataError with every problem of the files that training reads.
+    """
     splits = find_splits(path)
     if "train" not in splits:
         raise DataError([Problem(str(path), 0, "has no train.jsonl")], hint="name the file itself to use it alone")
@@ -53,7 +66,9 @@ def prepare(path: str | Path, settings: Data, tokenizer: Any, *, seed: int = 0, 
         source = read(splits[name], settings)
         encoded = encoder.encode(source, progress(f"reading {splits[name].name}", len(source.examples)))
         problems += source.problems + encoded.problems
-        rows[name] = encoded.rows
+        if virtual and virtual.position == "infix" and _without_prompt(source, settings):
+            problems.append(Problem(str(splits[name]), 0, NO_PROMPT))
+        rows[name] = [virtual.row(row) for row in encoded.rows] if virtual else encoded.rows
         prepared.truncated += encoded.truncated
         prepared.dropped += encoded.dropped
         prepared.format = prepared.format or source.format or ""
@@ -77,6 +92,11 @@ def set_aside(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], l
     chosen = set(np.random.default_rng([seed, len(rows)]).permutation(len(rows))[:count].tolist())
     train = [row for index, row in enumerate(rows) if index not in chosen]
     return train, [row for index, row in enumerate(rows) if index in chosen]
+
+
+def _without_prompt(source: Source, settings: Data) -> bool:
+    """Whether any row carries loss from its beginning."""
+    return settings.mask == "all" or any(example.text is not None for example in source.examples)
 
 
 def _describe(source: Source, rows: list[Row]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mlx_lora.data.encode import Row
 from mlx_lora.errors import CannotFuse
 from mlx_lora.measure import Agreement, as_dict, compare, survival
 from mlx_lora.models.load import LoadedModel, dequantize_model, half, ready, save, set_modules
-from mlx_lora.quant.quantize import dequantize_layer, layer_settings, quantize
+from mlx_lora.quant.quantize import dequantize_layer, layer_settings, packed_layer, quantize
 from mlx_lora.store.adapter import StoredAdapter, wrappers_for
 
 BITS = ("mixed", "keep", "8", "16")
@@ -90,15 +90,21 @@ def merge(wrapper: AdapterLayer, bits: str, dtype: mx.Dtype) -> nn.Module:
     """The wrapped layer with its update merged, in the format that `bits` asks for.
 
     Under `mixed` that is 8 bits, unless 8 bits would lose most of this layer's update: then it stays plain. A short
-    training moves weights by less than an 8-bit step.
+    training moves weights by less than an 8-bit step. A method that merges exactly into the packed layer does so.
     """
+    if bits in ("mixed", "keep") and (packed := wrapper.fuse_packed()) is not None:
+        packed.set_dtype(dtype)  # what is float32 beside halves would make every output float32
+        if bits == "keep" or survival([_update(wrapper, packed)]) >= LEAST_SURVIVAL:
+            return packed
     plain = wrapper.fuse()
     plain.set_dtype(half(dtype) if bits == "16" else dtype)
+    if not hasattr(plain, "to_quantized"):  # a norm
+        return plain
     if bits == "mixed":
         packed = plain.to_quantized(**eight_bits(plain))
         return packed if survival([_update(wrapper, packed)]) >= LEAST_SURVIVAL else plain
     settings = layer_settings(wrapper.base)
-    return plain if settings is None or bits in ("8", "16") else plain.to_quantized(**settings)
+    return plain if settings is None or bits in ("8", "16") else packed_layer(plain, settings)
 
 
 def eight_bits(layer: nn.Module) -> dict[str, Any]:
@@ -132,5 +138,9 @@ def _convert(stored: LoadedModel, touched: list[str], bits: str) -> None:
         stored.config["quantization"] = quantize(stored.model, eight).config
     if bits == "mixed" or (bits == "keep" and "quantization" in stored.config):
         modules = dict(stored.model.named_modules())
-        layers = {path: layer_settings(modules[path]) or False for path in touched}
+        layers = {
+            path: layer_settings(modules[path]) or False
+            for path in touched
+            if hasattr(modules[path], "bits") or hasattr(modules[path], "to_quantized")
+        }
         stored.config["quantization"] = {**stored.config.get("quantization", eight), **layers}

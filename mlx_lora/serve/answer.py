@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_lora.config import Data
-from mlx_lora.data.encode import Encoder
+from mlx_lora.data.encode import Encoder, common
 from mlx_lora.data.example import Example
 from mlx_lora.errors import DataError, Problem
 from mlx_lora.serve.engine import Engine, Sampling
@@ -41,14 +41,30 @@ def prompt_tokens(tokenizer: Any, messages: Sequence[dict[str, Any]], *, templat
         raise DataError([Problem("prompt", 0, str(error))]) from None
 
 
+def first_answer(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tokens: Sequence[int], *, template: str
+) -> int | None:
+    """Where the first answer starts in `tokens`, the prompt tokens of `messages`; None where they hold no answer."""
+    first = next((index for index, message in enumerate(messages) if message["role"] == "assistant"), 0)
+    if template == "none" or not first:
+        return None
+    return common(prompt_tokens(tokenizer, messages[:first], template=template), tokens)
+
+
 def stream_text(
-    engine: Engine, prompt: Sequence[int], answer: Answer, *, max_tokens: int, sampling: Sampling | None = None
+    engine: Engine,
+    prompt: Sequence[int],
+    answer: Answer,
+    *,
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    first_answer: int | None = None,
 ) -> Iterator[str]:
     """Yield pieces of text as they are generated, filling `answer` on the way."""
     detokenizer = engine.loaded.tokenizer.detokenizer
     answer.prompt_tokens = len(prompt)
     start = time.perf_counter()
-    for token in engine.stream(prompt, max_tokens=max_tokens, sampling=sampling):
+    for token in engine.stream(prompt, max_tokens=max_tokens, sampling=sampling, first_answer=first_answer):
         detokenizer.add_token(token)
         answer.generated_tokens += 1
         answer.seconds = time.perf_counter() - start

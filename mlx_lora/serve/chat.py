@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_lora import paths, ui
 from mlx_lora.errors import AdapterError, MlxLoraError, nearest
-from mlx_lora.serve.answer import Answer, prompt_tokens, stream_text
+from mlx_lora.serve.answer import Answer, first_answer, prompt_tokens, stream_text
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
@@ -73,10 +73,11 @@ class Chat:
         answer = Answer()
         pieces: list[str] = []
         try:
-            tokens = prompt_tokens(self.engine.loaded.tokenizer, self.messages, template=self.template)
+            tokens, place = self._prompt()
             sampling = Sampling(**{key: self.settings[key] for key in ("temperature", "top_p", "seed")})
+            most = self.settings["max_tokens"]
             for piece in stream_text(
-                self.engine, tokens, answer, max_tokens=self.settings["max_tokens"], sampling=sampling
+                self.engine, tokens, answer, max_tokens=most, sampling=sampling, first_answer=place
             ):
                 pieces.append(piece)
                 ui.piece(piece)
@@ -159,6 +160,14 @@ class Chat:
         for word, command in self.commands.items():
             ui.result(f"{word:10} {command[1]}")
         ui.result(f"{'/bye':10} leave")
+
+    def _prompt(self) -> tuple[list[int], int | None]:
+        """Tokens of the conversation, and where an adapter with virtual tokens finds its first answer in them."""
+        tokenizer = self.engine.loaded.tokenizer
+        tokens = prompt_tokens(tokenizer, self.messages, template=self.template)
+        if self.engine.virtual is None:
+            return tokens, None
+        return tokens, first_answer(tokenizer, self.messages, tokens, template=self.template)
 
     def _swap(self, name: str | None) -> None:
         took = self.engine.use(name)

@@ -1,7 +1,8 @@
 """One loaded base, any number of adapters, token ids in and out.
 
 The engine knows nothing about templates or text. Swapping adapters exchanges modules and drops every key-value cache,
-because a cache holds what another adapter computed. The thread that made the engine must use it.
+because a cache holds what another adapter computed. The thread that made the engine must use it. Prompts come without
+the virtual tokens of prompt tuning: the engine puts those of the adapter in use where they belong.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import mlx.core as mx
 
 from mlx_lora import device
 from mlx_lora.adapters.attach import Wrappers, put
+from mlx_lora.adapters.prompt import Prompt
+from mlx_lora.data.encode import common
+from mlx_lora.data.virtual import Virtual
 from mlx_lora.errors import AdapterError, MlxLoraError, nearest
 from mlx_lora.models.load import LoadedModel
 
@@ -53,7 +57,7 @@ class Engine:
 
     def add(self, name: str, wrappers: Wrappers) -> None:
         """Make an adapter available under a name, evaluated now so that the first swap is as fast as the others."""
-        mx.eval([wrapper.adapter_arrays() for wrapper in wrappers.values()])
+        mx.eval([wrapper.state for wrapper in wrappers.values()])
         self.adapters[name] = wrappers
 
     def use(self, name: str | None) -> float:
@@ -66,23 +70,36 @@ class Engine:
         self.forget()
         return 1000 * (time.perf_counter() - start)
 
+    @property
+    def virtual(self) -> Virtual | None:
+        """The virtual tokens of the adapter in use, if it has any."""
+        wrappers = self.adapters[self.current].values() if self.current is not None else ()
+        prompts = (wrapper for wrapper in wrappers if isinstance(wrapper, Prompt))
+        return next((Virtual(prompt.soft.shape[0], prompt.position) for prompt in prompts), None)
+
     def forget(self) -> None:
         """Drop the key-value cache."""
         self.cache = Cache()
 
     def stream(
-        self, prompt: Sequence[int], *, max_tokens: int = 256, sampling: Sampling | None = None
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        first_answer: int | None = None,
     ) -> Iterator[int]:
         """Yield token ids after `prompt` until an end token (not yielded) or `max_tokens`.
 
-        A prompt that continues the last one reuses its cache. Raises MlxLoraError for an empty prompt.
+        A prompt that continues the last one reuses its cache. `first_answer` is where the first answer in it starts,
+        for an adapter with an infix; by default the prompt has none. Raises MlxLoraError for an empty prompt.
         """
         if not prompt:
             raise MlxLoraError("the prompt is empty")
         sampling = sampling or Sampling()
         if sampling.seed is not None:
             mx.random.seed(sampling.seed)
-        layers, rest = self._resume(list(prompt))
+        layers, rest = self._resume(self._complete(prompt, first_answer))
         sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p if sampling.top_p < 1 else 0.0)
         steps = generate_step(
             mx.array(rest), self.loaded.model, max_tokens=max_tokens, sampler=sampler, prompt_cache=layers
@@ -100,13 +117,24 @@ class Engine:
             self.forget()
             raise
 
-    def batch(self, prompts: Sequence[Sequence[int]], *, max_tokens: int = 256) -> Iterator[tuple[int, list[int]]]:
-        """Answer many prompts greedily, several at a time; yield (index of the prompt, its tokens) as they end."""
+    def batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int = 256,
+        first_answers: Sequence[int | None] | None = None,
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Answer many prompts greedily, several at a time; yield (index of the prompt, its tokens) as they end.
+
+        `first_answers` are the prompts' `first_answer`, as `stream` takes it.
+        """
+        places = first_answers or [None] * len(prompts)
+        complete = [self._complete(prompt, place) for prompt, place in zip(prompts, places, strict=True)]
         generator = BatchGenerator(
             self.loaded.model, stop_tokens=[[end] for end in sorted(self.ends)], max_tokens=max_tokens
         )
         try:
-            indices = {uid: i for i, uid in enumerate(generator.insert([list(prompt) for prompt in prompts]))}
+            indices = {uid: i for i, uid in enumerate(generator.insert(complete))}
             answers: dict[int, list[int]] = {uid: [] for uid in indices}
             while answers:
                 responses = generator.next_generated()
@@ -125,18 +153,19 @@ class Engine:
         """Token ids that end an answer."""
         return set(self.loaded.tokenizer.eos_token_ids)
 
+    def _complete(self, prompt: Sequence[int], first_answer: int | None) -> list[int]:
+        virtual = self.virtual
+        return virtual.prompt(prompt, first_answer) if virtual else list(prompt)
+
     def _resume(self, prompt: list[int]) -> tuple[list[Any], list[int]]:
         """A cache holding a beginning of `prompt`, and the tokens it lacks (at least one)."""
-        held = self.cache.tokens
-        shorter = min(len(held), len(prompt))
-        common = next((index for index in range(shorter) if held[index] != prompt[index]), shorter)
-        common = min(common, len(prompt) - 1)
+        kept = min(common(self.cache.tokens, prompt), len(prompt) - 1)
         layers = self.cache.layers
         computed = self._length(layers)
-        if layers is None or not common or computed < common or not self._trim(layers, computed - common):
-            layers, common = make_prompt_cache(self.loaded.model), 0
+        if layers is None or not kept or computed < kept or not self._trim(layers, computed - kept):
+            layers, kept = make_prompt_cache(self.loaded.model), 0
         self.cache = Cache(layers, list(prompt))
-        return layers, prompt[common:]
+        return layers, prompt[kept:]
 
     @staticmethod
     def _length(layers: list[Any] | None) -> int:

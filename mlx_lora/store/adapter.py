@@ -1,17 +1,20 @@
 """One adapter on disk: mlx-lm's two files, and a manifest written last.
 
-    adapters.safetensors     lora_a, lora_b by module path; bf16, as mlx-lm names and shapes them
+    adapters.safetensors     arrays by module path; LoRA's and DoRA's as mlx-lm names and shapes them
     adapter_config.json      what `mlx_lm.generate --adapter-path` needs, with `alpha` for tools that read only that
     manifest.json            what the adapter is: recipe, base, data by hash (never the data), metrics
 
-A directory without a manifest of ours (trained by mlx-lm) reads too; it just can't say which base it belongs to.
+Arrays are rounded to bf16, but for those that multiply, which stay float32. mlx-lm knows LoRA, DoRA and full weights;
+what it doesn't know has a configuration that it refuses. A directory without a manifest of ours (trained by mlx-lm)
+reads too; it just can't say which base it belongs to.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,14 +24,17 @@ import mlx.core as mx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mlx_lora import __version__, files, paths
-from mlx_lora.adapters.attach import Wrappers, adaptable, build
+from mlx_lora.adapters.attach import Wrappers, build
 from mlx_lora.adapters.base import AdapterLayer
+from mlx_lora.adapters.targets import bare_modules
 from mlx_lora.config import Adapter
 from mlx_lora.data.read import sha256
 from mlx_lora.errors import AdapterError
 
 WEIGHTS, CONFIG, MANIFEST = "adapters.safetensors", "adapter_config.json", "manifest.json"
 SCHEMA = 1
+# Methods whose files mlx-lm reads as they are, with one rank and one scale for all modules.
+MLX_LM = ("lora", "dora")
 
 
 class Base(BaseModel):
@@ -70,8 +76,8 @@ class Manifest(BaseModel):
 class StoredAdapter:
     """An adapter read from disk and checked on its own: its manifest and its arrays by full name.
 
-    `rank` and `scale` are those of the arrays: modules with others are zero-padded, and scaled in lora_b. Left out,
-    they are the manifest's.
+    `rank` and `scale` are those of the arrays where mlx-lm knows the method: modules with others are zero-padded, and
+    scaled in lora_b. Left out, they are the manifest's. For other methods every module has its own.
     """
 
     path: Path
@@ -90,14 +96,38 @@ class StoredAdapter:
 
 
 def save(out: Path, wrappers: Wrappers, manifest: Manifest, layers: int, *, force: bool = False) -> Path:
-    """Write an adapter directory whole or not at all. Factors are rounded to bf16 here, the only rounding there is.
+    """Write an adapter directory whole or not at all. Arrays are rounded here, the only rounding there is.
 
     `layers` is the model's number of layers. Raises NameTaken when `out` exists and `force` is false.
     """
+    stored = {path: wrapper.stored_arrays() for path, wrapper in wrappers.items()}
+    scales = {path: wrapper.scale for path, wrapper in wrappers.items()}
+    precise = {f"{path}.{name}" for path, wrapper in wrappers.items() for name in wrapper.PRECISE}
+    return write(out, stored, scales, manifest, layers, precise=precise, force=force)
+
+
+def write(
+    out: Path,
+    stored: dict[str, dict[str, mx.array]],
+    scales: dict[str, float],
+    manifest: Manifest,
+    layers: int,
+    *,
+    precise: Collection[str] = (),
+    force: bool = False,
+) -> Path:
+    """`save` for arrays by module path and name, of which `precise` names those to keep in float32."""
+    manifest = _as_stored(manifest, stored)
+    if manifest.method in MLX_LM:
+        arrays, scale = _padded_alike(stored, scales)
+        config = _for_mlx_lm(manifest, layers, scale)
+    else:
+        arrays = {f"{path}.{name}": array for path, named in stored.items() for name, array in named.items()}
+        config = {"fine_tune_type": manifest.method, "num_layers": layers}
+    rounded = {name: array.astype(mx.float32 if name in precise else mx.bfloat16) for name, array in arrays.items()}
     with paths.written_whole(out, force=force) as folder:
-        arrays, config = _for_mlx_lm(wrappers, manifest, layers)
         with paths.created(folder / WEIGHTS) as stream:
-            mx.save_safetensors(stream, arrays, metadata={"format": "mlx"})
+            mx.save_safetensors(stream, rounded, metadata={"format": "mlx"})
         _write(folder / CONFIG, config)
         complete = manifest.model_copy(
             update={
@@ -109,30 +139,53 @@ def save(out: Path, wrappers: Wrappers, manifest: Manifest, layers: int, *, forc
     return out
 
 
-def _for_mlx_lm(wrappers: Wrappers, manifest: Manifest, layers: int) -> tuple[dict[str, mx.array], dict[str, Any]]:
+def _as_stored(manifest: Manifest, stored: dict[str, dict[str, mx.array]]) -> Manifest:
+    """A manifest that says what the arrays are: some are wider than what was trained (PiSSA's first factors)."""
+    settings = Adapter.model_validate(manifest.adapter)
+    ranks = {path: _rank(named) for path, named in stored.items() if "lora_a" in named}
+    changed: dict[str, Any] = {"init": "default"}
+    if any(settings.rank_of(path) != rank for path, rank in ranks.items()):
+        usual = max(set(ranks.values()), key=list(ranks.values()).count)
+        others = {re.escape(path): rank for path, rank in ranks.items() if rank != usual}
+        changed |= {"rank": usual, "rank_pattern": others}
+    return manifest.model_copy(update={"adapter": settings.model_dump() | changed})
+
+
+def _padded_alike(
+    stored: dict[str, dict[str, mx.array]], scales: dict[str, float]
+) -> tuple[dict[str, mx.array], float]:
     """mlx-lm knows one rank and one scale: others are reached by zero-padding, and by folding the scale into lora_b."""
-    rank = max(wrapper.rank for wrapper in wrappers.values())
-    scale = next(iter(wrappers.values())).scale
+    rank, scale = max(_rank(named) for named in stored.values()), next(iter(scales.values()))
     arrays = {}
-    for path, wrapper in wrappers.items():
-        for name, array in wrapper.adapter_arrays().items():
-            if name == "lora_b" and wrapper.scale != scale:
-                array = array * (wrapper.scale / scale)
-            padded = _padded(array, rank, axis=_rank_axis(name, array.ndim))
-            arrays[f"{path}.{name}"] = padded.astype(mx.bfloat16)
-    config = {
-        "fine_tune_type": "lora",
+    for path, named in stored.items():
+        for name, array in named.items():
+            if name == "lora_b" and scales[path] != scale:
+                array = array * (scales[path] / scale)
+            axis = _rank_axis(name, array.ndim)
+            arrays[f"{path}.{name}"] = array if axis is None else _padded(array, rank, axis=axis)
+    return arrays, scale
+
+
+def _for_mlx_lm(manifest: Manifest, layers: int, scale: float) -> dict[str, Any]:
+    settings = Adapter.model_validate(manifest.adapter)
+    rank = max(map(settings.rank_of, manifest.modules))
+    return {
+        "fine_tune_type": manifest.method,
         "num_layers": layers,
         "lora_parameters": {
             "rank": rank,
             "scale": scale,
             "alpha": scale * rank,
             "dropout": manifest.adapter.get("dropout", 0.0),
-            "keys": list(wrappers),
+            "keys": manifest.modules,
         },
         "alpha": scale * rank,
     }
-    return arrays, config
+
+
+def _rank(named: dict[str, mx.array]) -> int:
+    array = named["lora_a"]
+    return int(array.shape[_rank_axis("lora_a", array.ndim)])  # type: ignore[index]
 
 
 def _padded(array: mx.array, rank: int, *, axis: int) -> mx.array:
@@ -147,13 +200,13 @@ def read(path: Path) -> StoredAdapter:
     if missing := [name for name in (WEIGHTS, CONFIG) if not (path / name).is_file()]:
         raise AdapterError(f"{path}: not an adapter, {' and '.join(missing)} missing")
     config = _read_json(path / CONFIG)
-    rank, scale = _rank_and_scale(path / CONFIG, config)
     arrays = read_arrays(path / WEIGHTS)
     manifest = _read_manifest(path, config, arrays)
+    rank, scale = _rank_and_scale(path / CONFIG, config) if manifest.method in MLX_LM else (0, 0.0)
     faults = []
     if manifest.weights_sha256 and sha256(path / WEIGHTS) != manifest.weights_sha256:
         faults.append(f"{WEIGHTS} is not the file that the manifest describes")
-    if manifest.weights_sha256 and [rank, scale] != _implied(manifest):
+    if manifest.weights_sha256 and manifest.method in MLX_LM and [rank, scale] != _implied(manifest):
         faults.append(f"{CONFIG} says rank {rank} and scale {scale:g}, which is not what the manifest describes")
     if not arrays:
         faults.append(f"{WEIGHTS} holds no tensors")
@@ -193,17 +246,21 @@ def wrappers_for(model: Any, adapter: StoredAdapter) -> Wrappers:
 
     Raises one AdapterError listing every tensor that is missing, extra, or of another shape.
     """
-    known = adaptable(model)
+    known = bare_modules(model)
     modules = sorted({name.rpartition(".")[0] for name in adapter.arrays} | set(adapter.manifest.modules))
-    settings = Adapter.model_validate(adapter.manifest.adapter).model_copy(update={"dropout": 0.0})
+    settings = Adapter.model_validate(adapter.manifest.adapter).model_copy(update={"dropout": 0.0, "init": "default"})
     wrappers = build(model, settings, only=[path for path in modules if path in known])
-    faults = [f"{path} is no layer of the base" for path in modules if path not in known]
+    unserved = [path for path in modules if path not in wrappers]
+    faults = [f"{path} is no layer of the base that {settings.method} serves" for path in unserved]
     expected = set()
+    one_rank = adapter.manifest.method in MLX_LM
     for path, wrapper in wrappers.items():
-        wrapper.scale = adapter.scale
+        if wrapper.rank:
+            wrapper.scale = adapter.scale if one_rank else adapter.manifest.scales[path]
         for name in wrapper.adapter_params():
             expected.add(f"{path}.{name}")
-            fault = _fill(wrapper, name, adapter.arrays.get(f"{path}.{name}"), adapter.rank)
+            rank = adapter.rank if one_rank else wrapper.rank
+            fault = _fill(wrapper, name, adapter.arrays.get(f"{path}.{name}"), rank)
             faults += [f"{path}.{name} {fault}"] if fault else []
     extra = [name for name in adapter.arrays if name not in expected and name.rpartition(".")[0] in known]
     faults += [f"{name} is not part of this method" for name in extra]
@@ -217,19 +274,26 @@ def wrappers_for(model: Any, adapter: StoredAdapter) -> Wrappers:
 def _fill(wrapper: AdapterLayer, name: str, stored: mx.array | None, rank: int) -> str | None:
     """Give a wrapper one stored array, cut from the file's rank to the wrapper's own; or say what is wrong with it."""
     shape = list(wrapper[name].shape)
-    axis = _rank_axis(name, len(shape))
-    shape[axis] = rank
+    axis = _rank_axis(name, len(shape)) if rank else None
+    if axis is not None:
+        shape[axis] = rank
     if stored is None:
         return "is missing"
     if list(stored.shape) != shape:
         return f"has shape {tuple(stored.shape)}, the base needs {tuple(shape)}"
-    wrapper[name] = mx.split(stored, [min(wrapper.rank, rank)], axis=axis)[0].astype(mx.float32)
+    if axis is not None:
+        stored = mx.split(stored, [min(wrapper.rank, rank)], axis=axis)[0]
+    wrapper[name] = stored.astype(mx.float32)
     return None
 
 
-def _rank_axis(name: str, dimensions: int) -> int:
-    """Where the rank is: lora_a (in, r) or (E, r, in), lora_b (r, out) or (E, out, r)."""
-    return 1 if name == "lora_a" else dimensions - 1 if dimensions == 3 else 0
+def _rank_axis(name: str, dimensions: int) -> int | None:
+    """Where the rank is: lora_a (in, r) or (E, r, in), lora_b (r, out) or (E, out, r); nowhere in other arrays."""
+    if name == "lora_a":
+        return 1
+    if name == "lora_b":
+        return 2 if dimensions == 3 else 0
+    return None
 
 
 def _read_manifest(path: Path, config: dict[str, Any], arrays: dict[str, mx.array] | None) -> Manifest:
@@ -257,17 +321,20 @@ def _manifest_of_mlx_lm(path: Path, config: dict[str, Any], arrays: Mapping[str,
     rank, scale = _rank_and_scale(path / CONFIG, config)
     modules = sorted({name.rpartition(".")[0] for name in arrays})
     try:
-        settings = Adapter(rank=rank, alpha=scale * rank, dropout=config["lora_parameters"].get("dropout", 0.0))
+        dropout = config["lora_parameters"].get("dropout", 0.0)
+        method = config.get("fine_tune_type", "lora")
+        settings = Adapter(method=method, rank=rank, alpha=scale * rank, dropout=dropout)
     except ValidationError as error:
         raise AdapterError(f"{path / CONFIG}: {error.errors()[0]['msg']}") from None
-    return Manifest(method="lora", adapter=settings.model_dump(), modules=modules, scales=dict.fromkeys(modules, scale))
+    scales = dict.fromkeys(modules, scale)
+    return Manifest(method=settings.method, adapter=settings.model_dump(), modules=modules, scales=scales)
 
 
 def _rank_and_scale(file: Path, config: dict[str, Any]) -> tuple[int, float]:
     """The one rank and the one scale of the arrays, from mlx-lm's configuration."""
     kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
-    if kind != "lora" or not isinstance(parameters, dict):
-        raise AdapterError(f"{file}: fine_tune_type {kind!r} is not supported, only lora")
+    if kind not in MLX_LM or not isinstance(parameters, dict):
+        raise AdapterError(f"{file}: fine_tune_type {kind!r} is not supported, only {' and '.join(MLX_LM)}")
     try:
         return int(parameters["rank"]), float(parameters["scale"])
     except (KeyError, TypeError, ValueError) as error:

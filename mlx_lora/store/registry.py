@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mlx_lora import files, paths
+from mlx_lora import files, methods, paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import AdapterError, NameTaken, nearest
 from mlx_lora.models.load import LoadedModel, check_files, find_model, load_stored, read_config, ready
@@ -23,7 +23,7 @@ from mlx_lora.store.adapter import Base, StoredAdapter
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of `adapters list`."""
+    """One line of `adapters list`; a method without a rank has 0."""
 
     name: str
     method: str
@@ -70,7 +70,7 @@ def _entry(name: str, path: Path) -> Entry:
     return Entry(
         name=name,
         method=manifest.method,
-        rank=int(manifest.adapter["rank"]),
+        rank=int(manifest.adapter["rank"]) if set(methods.parts(manifest.method)).intersection(methods.LOW_RANK) else 0,
         base=manifest.base.name if manifest.base else None,
         bytes=size,
         valid_loss=manifest.metrics.get("best_valid_loss"),
@@ -188,7 +188,7 @@ def open_stored(model: str, belonging: Sequence[StoredAdapter] = ()) -> LoadedMo
     if len({repr(quantization) for quantization in needed}) > 1:
         raise AdapterError("these adapters were trained over different quantizations of the base")
     settings = needed[0] if needed else None
-    chosen = Quantize(**{key: settings[key] for key in ("mode", "bits", "group_size")}) if settings else None
+    chosen = Quantize(**{key: settings[key] for key in Quantize.model_fields if key in settings}) if settings else None
     return load_stored(path, quantization=chosen)
 
 

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_lora.config import Data
 from mlx_lora.data.batch import by_length
-from mlx_lora.data.encode import Encoder, Row
+from mlx_lora.data.encode import Encoder, Row, common
 from mlx_lora.data.example import Example
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.read import HINT, find_splits, read
@@ -93,7 +94,8 @@ def evaluate(
     exact = None
     if asked.prompts:
         right = 0
-        for index, answer in engine.batch(asked.prompts, max_tokens=max_tokens):
+        places = first_answers(asked) if engine.virtual else None
+        for index, answer in engine.batch(asked.prompts, max_tokens=max_tokens, first_answers=places):
             right += engine.loaded.tokenizer.decode(answer).strip() == asked.answers[index].strip()
             on_row()
         exact = right / len(asked.prompts)
@@ -102,7 +104,8 @@ def evaluate(
 
 def mean_loss(engine: Engine, rows: Sequence[Row], on_row: Callable[[], None]) -> tuple[float, int]:
     """(mean loss per token, tokens) over `rows` with whatever is attached."""
-    model = engine.loaded.model
+    model, virtual = engine.loaded.model, engine.virtual
+    rows = [virtual.row(row) for row in rows] if virtual else rows
     loss_sum = Loss(model, split(model))
     total, tokens = 0.0, 0
     for batch in by_length(rows, BATCH):
@@ -111,6 +114,13 @@ def mean_loss(engine: Engine, rows: Sequence[Row], on_row: Callable[[], None]) -
         for _ in batch.inputs:
             on_row()
     return total / tokens, tokens
+
+
+def first_answers(asked: Questions) -> list[int | None]:
+    """Where the first answer that was learned starts in each prompt, None where its answer is the first."""
+    starts = [int(np.flatnonzero(row.weights)[0]) for row in asked.rows]
+    same = [common(row.tokens.tolist(), prompt) for row, prompt in zip(asked.rows, asked.prompts, strict=True)]
+    return [start if start <= alike else None for start, alike in zip(starts, same, strict=True)]
 
 
 def _answer(example: Example) -> str:

@@ -15,13 +15,15 @@ import mlx.core as mx
 
 from mlx_lora import device, files, paths
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Recipe, load_recipe
+from mlx_lora.config import Recipe
 from mlx_lora.data.batch import padded
 from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, prepare, silent
+from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import ModelError, RecipeError
 from mlx_lora.models.load import find_model, load_tokenizer
 from mlx_lora.models.shapes import describe, network, stored_dtype
+from mlx_lora.recipe import load_recipe
 from mlx_lora.train import history, memory
 from mlx_lora.train.choice import Lengths, Plan, plan
 from mlx_lora.train.costs import Costs, costs
@@ -82,7 +84,10 @@ def read_lengths(recipe: Recipe, progress: OnFile = silent) -> Lengths | None:
     if not recipe.data.path or paths.existing(recipe.data.path) is None:
         return None
     tokenizer = load_tokenizer(str(recipe.model))
-    return lengths_of(prepare(recipe.data.path, recipe.data, tokenizer, seed=recipe.seed, progress=progress).train)
+    virtual = virtual_of(recipe.adapter)
+    return lengths_of(
+        prepare(recipe.data.path, recipe.data, tokenizer, seed=recipe.seed, progress=progress, virtual=virtual).train
+    )
 
 
 def lengths_of(rows: Sequence[Row]) -> Lengths:
@@ -92,8 +97,14 @@ def lengths_of(rows: Sequence[Row]) -> Lengths:
 
 def guessed(recipe: Recipe) -> Lengths:
     """One step of rows of the longest length that the recipe allows, with loss on every token."""
-    longest = recipe.data.max_seq_length
-    return Lengths([longest] * (recipe.train.batch_size * recipe.train.grad_accumulation), longest - 1)
+    rows = recipe.train.batch_size * recipe.train.grad_accumulation
+    return Lengths([longest(recipe)] * rows, recipe.data.max_seq_length - 1)
+
+
+def longest(recipe: Recipe) -> int:
+    """Tokens of the longest row that the recipe allows, virtual ones included."""
+    virtual = virtual_of(recipe.adapter)
+    return recipe.data.max_seq_length + (virtual.count if virtual else 0)
 
 
 def suggest(config: dict[str, Any], recipe: Recipe, rows: Lengths | None, machine: Machine) -> list[str] | None:
@@ -150,7 +161,7 @@ def _layers(config: dict[str, Any], recipe: Recipe) -> list[list[str]]:
 
 def _shortened(rows: Lengths | None, recipe: Recipe) -> Lengths | None:
     """Rows as the recipe's `max_seq_length` leaves them."""
-    most = recipe.data.max_seq_length
+    most = longest(recipe)
     return rows and Lengths([min(tokens, most) for tokens in rows.tokens], min(rows.trained, most - 1))
 
 

@@ -12,10 +12,11 @@ from statistics import median
 from typing import Any
 
 from mlx_lora import paths
-from mlx_lora.config import Data, Quantize, Recipe, load_recipe
+from mlx_lora.config import Data, Quantize, Recipe
 from mlx_lora.errors import TrainingError
 from mlx_lora.interop.fuse import fuse
 from mlx_lora.models.load import load_stored, save
+from mlx_lora.recipe import load_recipe
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for

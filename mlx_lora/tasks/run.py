@@ -27,8 +27,8 @@ from mlx_lora.store import adapter as store
 from mlx_lora.train import checkpoint
 from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Saved, Step
 
-# Arrays of the adapter's size in a checkpoint: the adapter, two of the optimizer, the best one.
-ARRAYS = 4
+# Arrays of the adapter's size in a checkpoint: the adapter, two of the optimizer, two of AdaLoRA's, the best one.
+ARRAYS = 6
 
 
 def _anywhere(name: str) -> str:

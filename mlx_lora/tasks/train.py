@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora import device, paths, ui
-from mlx_lora.adapters.attach import Wrappers, attach
+from mlx_lora.adapters.attach import Wrappers
 from mlx_lora.config import Recipe
 from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
+from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import ModelError, NameTaken, RecipeError, TrainingError
+from mlx_lora.methods import LORA_ONLY, LOW_RANK, parts
 from mlx_lora.models.load import LoadedModel, find_model, load_stored, load_tokenizer, ready
 from mlx_lora.models.shapes import describe as describe_model
 from mlx_lora.models.split import layers_of, split
 from mlx_lora.store import adapter as store
 from mlx_lora.store import fingerprint, registry
+from mlx_lora.tasks.begin import begin, check_init
 from mlx_lora.tasks.plan import Machine, lengths_of, plan_shape, suggest
 from mlx_lora.tasks.run import RunFolder
 from mlx_lora.train import checkpoint, history, memory
@@ -99,7 +102,9 @@ def _train(recipe: Recipe, name: str, hear: Listener, group: Processes, *, force
     loaded = load_stored(recipe.model, quantization=recipe.quantize)
     base = registry.describe_base(loaded)
     ready(loaded)
-    wrappers = attach(loaded.model, recipe.adapter, seed=recipe.seed)
+    if recipe.adapter.init in LORA_ONLY:
+        hear.stage(f"beginning at {recipe.adapter.init}'s factors")
+    wrappers = begin(recipe, loaded, prepared.train)
     hear.stage(summary(recipe, prepared, wrappers))
     manifest = describe(recipe, loaded, prepared, wrappers, base)
     made_of = _made_of(recipe, base, prepared, manifest, group.size)
@@ -153,7 +158,10 @@ def _read(recipe: Recipe, hear: Listener) -> tuple[Prepared, Plan | None]:
     """The rows, and the plan for them where the model's memory can be planned; no weight is loaded for either."""
     hear.stage(f"reading {recipe.data.path}")
     tokenizer = load_tokenizer(str(recipe.model))
-    prepared = prepare(str(recipe.data.path), recipe.data, tokenizer, seed=recipe.seed, progress=hear.progress)
+    prepared = prepare(
+        str(recipe.data.path), recipe.data, tokenizer,
+        seed=recipe.seed, progress=hear.progress, virtual=virtual_of(recipe.adapter),
+    )  # fmt: skip
     if recipe.train.patience and not prepared.valid:
         raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
     try:
@@ -197,6 +205,7 @@ def check(recipe: Recipe, *, force: bool) -> str:
     if recipe.name is None:
         raise RecipeError("the run has no name", hint="--name NAME sets it")
     assert recipe.model is not None
+    check_init(recipe)
     find_model(recipe.model)
     target, folder = paths.room("adapters", recipe.name), paths.room("runs", recipe.name)
     unfinished = bool(checkpoint.checkpoints(folder))
@@ -217,9 +226,11 @@ def summary(recipe: Recipe, prepared: Prepared, wrappers: Wrappers) -> str:
     scale = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
     too_long = f" ({prepared.dropped} dropped, {prepared.truncated} truncated: too long)"
     changed = too_long if prepared.dropped or prepared.truncated else ""
+    low_rank = set(parts(recipe.adapter.method)) <= set(LOW_RANK)
+    size = f" of rank {recipe.adapter.rank}, scale {scale}," if low_rank else ""
     return (
-        f"{len(prepared.train)} rows to train on{changed}, {len(prepared.valid)} to validate; {recipe.adapter.method} "
-        f"of rank {recipe.adapter.rank}, scale {scale}, on {len(wrappers)} modules, {parameters:,} parameters"
+        f"{len(prepared.train)} rows to train on{changed}, {len(prepared.valid)} to validate; {recipe.adapter.method}"
+        f"{size} on {len(wrappers)} modules, {parameters:,} parameters"
     )
 
 

@@ -16,14 +16,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.attach import ATTENTION, Wrappers, adaptable, attached
+from mlx_lora.adapters.attach import Wrappers, attached
 from mlx_lora.adapters.base import EXPERTS, layer_shape
+from mlx_lora.adapters.targets import ATTENTION, adaptable
 from mlx_lora.config import Train
 from mlx_lora.models.lean import lean
 from mlx_lora.models.prefix import lowest_trainable
 from mlx_lora.models.split import layers_of
 from mlx_lora.quant.quantize import model_bytes
 from mlx_lora.train import optim
+from mlx_lora.train.adalora import rule_for
 
 # Arrays of its inner width that an activation keeps, and of its scores that attention keeps, where they aren't lean.
 ACTIVATION, SCORES = 4, 3
@@ -97,6 +99,8 @@ def costs(model: nn.Module, settings: Train, *, dtype: mx.Dtype, gpu: bool) -> C
     adapter = sum(array.nbytes for array in trained.values())
     optimizer = optim.build(settings, 1)
     optimizer.init(model.trainable_parameters())
+    rule = rule_for(model, 1)
+    states = [optimizer.state, rule.state if rule else {}]
     layers, lowest = layers_of(model), lowest_trainable(model)
     first = lowest if isinstance(lowest, int) else 0
     vocabulary, hidden = _embedding(model, layers)
@@ -105,7 +109,7 @@ def costs(model: nn.Module, settings: Train, *, dtype: mx.Dtype, gpu: bool) -> C
     return Costs(
         weights=model_bytes(model) - adapter,
         adapter=adapter,
-        state=sum(array.nbytes for _, array in tree_flatten(optimizer.state) if isinstance(array, mx.array)),
+        state=sum(array.nbytes for _, array in tree_flatten(states) if isinstance(array, mx.array)),
         size=int(dtype.size),
         hidden=hidden,
         vocabulary=vocabulary,

@@ -34,8 +34,26 @@ def schedule(settings: Train, steps: int) -> Schedule:
 
 
 def build(settings: Train, steps: int) -> optimizers.Optimizer:
-    """The optimizer a recipe asks for, with bias correction where Adam has it."""
-    rate, decay = schedule(settings, steps), settings.weight_decay
+    """The optimizer a recipe asks for, with bias correction where Adam has it.
+
+    With `loraplus_ratio` λ two of them: the one for every `lora_b` learns at λ times the rate, η_B = λ·η_A (LoRA+,
+    arXiv 2402.12354, section 5).
+    """
+    rate = schedule(settings, steps)
+    ratio = settings.loraplus_ratio
+    if ratio is None:
+        return _one(settings, rate)
+    faster = _one(settings, lambda step: ratio * rate(step))
+    return optimizers.MultiOptimizer([faster, _one(settings, rate)], [lambda path, _: is_b(path)])
+
+
+def is_b(path: str) -> bool:
+    """Whether a trainable array is the factor that LoRA+ gives a rate of its own."""
+    return path.rpartition(".")[2] == "lora_b"
+
+
+def _one(settings: Train, rate: Schedule) -> optimizers.Optimizer:
+    decay = settings.weight_decay
     makers: dict[str, Callable[[], optimizers.Optimizer]] = {
         "adam": lambda: optimizers.Adam(rate, bias_correction=True),
         "adamw": lambda: optimizers.AdamW(rate, weight_decay=decay, bias_correction=True),

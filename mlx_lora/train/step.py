@@ -14,9 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
+from mlx_lora.adapters.attach import attached
 from mlx_lora.config import Train
 from mlx_lora.errors import TrainingError
 from mlx_lora.train import optim
+from mlx_lora.train.adalora import rule_for
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.loss import Arrays, Loss
 
@@ -36,23 +38,33 @@ class Pending:
 
 
 class Stepper:
-    """The compiled step and the state it changes: adapter, optimizer, random numbers."""
+    """The compiled step and the state it changes: adapter, optimizer, random numbers, and AdaLoRA's rule if it's used.
+
+    Raises TrainingError for a rate of lora_b's own where no method has that array.
+    """
 
     def __init__(self, model: nn.Module, loss: Loss, settings: Train, steps: int, seed: int, processes: Processes):
         self._model, self._loss, self._settings, self._processes = model, loss, settings, processes
-        self._optimizer = optim.build(settings, steps)
+        names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+        if settings.loraplus_ratio is not None and not any(map(optim.is_b, names)):
+            raise TrainingError(
+                "train.loraplus_ratio is for methods with a factor lora_b, and this adapter has none",
+                hint="leave it out, or use adapter.method lora, dora or adalora",
+            )
+        self._optimizer, self._rule = optim.build(settings, steps), rule_for(model, steps)
         self._optimizer.init(model.trainable_parameters())
+        self._memory = {"optimizer": self._optimizer.state} | ({"rule": self._rule.state} if self._rule else {})
         self._zeros = tree_map(mx.zeros_like, model.trainable_parameters())
         self._shapes: set[Any] = set()
         mx.random.seed(seed + processes.rank)  # each process drops out its own rows' activations
-        mx.eval(model.state, self._optimizer.state, self._zeros)
+        mx.eval(model.state, self._memory, self._zeros)
         self._compile()
 
     def _compile(self) -> None:
-        model, optimizer = self._model, self._optimizer
+        model, optimizer, rule, memory = self._model, self._optimizer, self._rule, self._memory
         most = self._settings.max_grad_norm  # not through self: a cycle would keep the graphs of a run that is over
         loss_and_gradients = nn.value_and_grad(model, self._loss.differentiable)
-        state = [model.state, optimizer.state, mx.random.state]
+        state = [model.state, memory, mx.random.state]
 
         def accumulate(loss: mx.array, totals: Any, arrays: Arrays) -> tuple[mx.array, Any]:
             loss_here, gradients = loss_and_gradients(arrays)
@@ -60,15 +72,20 @@ class Stepper:
 
         def apply(loss: mx.array, totals: Any, tokens: mx.array) -> tuple[mx.array, mx.array]:
             gradients = tree_map(lambda total: total / tokens, totals)
+            parameters, before = model.trainable_parameters(), tree_map(lambda array: array, memory)
+            if rule:
+                gradients = rule.penalized(parameters, gradients)
+                rule.observe(parameters, gradients)
             norm = optim.global_norm(gradients)
             finite = mx.isfinite(loss) & mx.isfinite(norm)
             if most is not None:
                 shrink = mx.minimum(most / (norm + 1e-6), 1.0)
                 gradients = tree_map(lambda gradient: gradient * shrink, gradients)
-            parameters, memory = model.trainable_parameters(), tree_map(lambda array: array, optimizer.state)
             optimizer.update(model, gradients)
+            if rule:
+                model.update(rule.pruned(model.trainable_parameters()))
             model.update(_where(finite, model.trainable_parameters(), parameters))
-            optimizer.state.update(_where(finite, optimizer.state, memory))  # in place: the compiled step holds it
+            _refill(memory, _where(finite, memory, before))
             return norm, finite
 
         self._accumulate = mx.compile(accumulate, inputs=state, outputs=state)
@@ -89,7 +106,7 @@ class Stepper:
         counts = mx.array([float(tokens), float(stop)])
         loss, totals, counts = self._processes.sum((loss, totals, counts))
         norm, finite = self._apply(loss, totals, counts[0])
-        mx.async_eval(loss, counts, norm, finite, self._model.trainable_parameters(), self._optimizer.state)
+        mx.async_eval(loss, counts, norm, finite, self._model.trainable_parameters(), self._memory)
         return Pending(loss, counts[0], norm, finite, counts[1])
 
     def evaluate(self, arrays: Arrays) -> mx.array:
@@ -99,13 +116,23 @@ class Stepper:
         return self._evaluate(arrays)
 
     def adapter(self) -> dict[str, mx.array]:
-        """The trainable arrays as they are now; arrays are immutable, so this copies nothing."""
-        return dict(tree_flatten(self._model.trainable_parameters()))
+        """The trainable arrays as they are now, by bare path; arrays are immutable, so this copies nothing."""
+        arrays = dict(tree_flatten(self._model.trainable_parameters()))
+        wrapped = {
+            f"{path}.{name}": array
+            for path, wrapper in attached(self._model).items()
+            for name, array in wrapper.adapter_arrays().items()
+        }
+        inside = {id(array) for array in wrapped.values()}
+        return {name: array for name, array in arrays.items() if id(array) not in inside} | wrapped
 
     def state(self) -> dict[str, mx.array]:
-        """All that the next steps depend on, by name: adapter.*, optimizer.*, and MLX's random key (2,) uint32."""
-        optimizer = tree_flatten(self._optimizer.state, prefix=".optimizer")
-        arrays = {f"adapter.{name}": array for name, array in self.adapter().items()} | dict(optimizer)
+        """All that the next steps depend on, by name: adapter.*, optimizer.*, and MLX's random key (2,) uint32.
+
+        AdaLoRA's rule adds rule.*.
+        """
+        trained = tree_flatten(self._model.trainable_parameters())
+        arrays = {f"adapter.{name}": array for name, array in trained} | dict(tree_flatten(self._memory))
         return arrays | {"random": mx.random.state[0]}
 
     def restore(self, arrays: dict[str, mx.array]) -> None:
@@ -117,12 +144,11 @@ class Stepper:
                 "the checkpoint holds other arrays than this adapter and optimizer", hint="start again with --force"
             )
         adapter = tree_map_with_path(lambda path, _: arrays[f"adapter.{path}"], self._model.trainable_parameters())
-        memory = tree_map_with_path(lambda path, _: arrays[f"optimizer.{path}"], self._optimizer.state)
         self._model.update(adapter)
-        self._optimizer.state.update(memory)  # in place: the compiled step holds it
+        _refill(self._memory, tree_map_with_path(lambda path, _: arrays[path], self._memory))
         high, low = arrays["random"].tolist()
         mx.random.seed((high << 32) | low)  # a key is the two halves of a seed
-        mx.eval(self._model.trainable_parameters(), self._optimizer.state)
+        mx.eval(self._model.trainable_parameters(), self._memory)
 
     def _remember(self, arrays: Arrays) -> None:
         """Compile anew when there are too many shapes."""
@@ -130,6 +156,15 @@ class Stepper:
         if len(self._shapes) > MOST_SHAPES:
             self._shapes.clear()
             self._compile()
+
+
+def _refill(tree: Any, new: Any) -> None:
+    """Put `new` into a tree of the same shape, in place: the optimizer and the compiled step hold that tree."""
+    for key, value in new.items() if isinstance(new, dict) else enumerate(new):
+        if isinstance(value, dict | list):
+            _refill(tree[key], value)
+        else:
+            tree[key] = value
 
 
 def _where(condition: mx.array, new: Any, old: Any) -> Any:

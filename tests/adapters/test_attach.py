@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.attach import adaptable, attach, attached, build, detach, find_targets, put
+from mlx_lora.adapters.attach import attach, attached, build, detach, put
+from mlx_lora.adapters.targets import adaptable, find_targets
 from mlx_lora.config import Adapter, Quantize
 from mlx_lora.errors import AdapterError
 from mlx_lora.models.load import LoadedModel, load

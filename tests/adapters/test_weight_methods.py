@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_lora.adapters.base import EXPERTS as EXPERT_LAYERS
 from mlx_lora.adapters.base import AdapterLayer, Dropout, layer_shape
 from mlx_lora.config import Adapter
-from mlx_lora.methods import METHODS, resolve
-from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear
+from mlx_lora.methods import LOW_RANK, METHODS, SETTINGS, resolve
+from mlx_lora.models import SwitchLinear
 from mlx_lora.quant.matmul import DequantizingEmbedding, DequantizingLinear, like
-from mlx_lora.quant.quantize import dequantize_layer
+from mlx_lora.quant.quantize import dequantize_layer, packed_layer
 
 OUT, IN, VOCABULARY, EXPERTS, RANK = 32, 64, 48, 4, 3
 Layer = Callable[[], nn.Module]
@@ -37,6 +38,7 @@ def experts() -> nn.Module:
     return SwitchLinear(IN, OUT, EXPERTS, bias=True)
 
 
+NF4 = {"mode": "nf4", "bits": 4, "group_size": 32}
 LAYERS: dict[str, Layer] = {
     "linear": linear,
     "linear without bias": lambda: linear(bias=False),
@@ -44,29 +46,67 @@ LAYERS: dict[str, Layer] = {
     "linear 3 bits": lambda: linear().to_quantized(group_size=32, bits=3),
     "linear 6 bits, CPU": lambda: like(linear().to_quantized(group_size=64, bits=6), DequantizingLinear),
     "linear mxfp4": lambda: linear().to_quantized(group_size=32, bits=4, mode="mxfp4"),
+    "linear nf4": lambda: packed_layer(linear(), NF4),
     "embedding": embedding,
+    "embedding nf4 double": lambda: packed_layer(embedding(), {**NF4, "double_quant": True}),
     "embedding 4 bits": lambda: embedding().to_quantized(group_size=32, bits=4),
     "embedding 5 bits, CPU": lambda: like(embedding().to_quantized(group_size=64, bits=5), DequantizingEmbedding),
     "experts": experts,
+    "experts nf4": lambda: packed_layer(experts(), NF4),
     "experts 4 bits": lambda: experts().to_quantized(group_size=32, bits=4),
     "experts 3 bits": lambda: experts().to_quantized(group_size=32, bits=3),
 }
+WIDTH = 5
+
+
+def pair(*shape: int) -> int:
+    """Two factors of rank RANK, for every expert."""
+    return (shape[0] if len(shape) == 3 else 1) * RANK * (shape[-1] + shape[-2])
+
+
+def vectors(*shape: int) -> int:
+    """A number for every output, of every expert."""
+    return (shape[0] if len(shape) == 3 else 1) * shape[-2]
+
+
 # Parameters by method and by the unpacked shape of the weight.
 CLOSED_FORM: dict[str, Callable[..., int]] = {
-    "lora": lambda *shape: (shape[0] if len(shape) == 3 else 1) * RANK * (shape[-1] + shape[-2]),
+    "lora": pair,
+    "dora": lambda *shape: pair(*shape) + int(np.prod(shape[:-1])),
+    "ia3": lambda *shape: shape[-1] if shape[0] == VOCABULARY else vectors(*shape),
+    "bitfit": lambda *shape: int(np.prod(shape[:-1])),
+    "bottleneck": lambda *shape: 2 * WIDTH * shape[-2] + WIDTH + shape[-2],
+    "vera": lambda *shape: vectors(*shape) + (shape[0] if len(shape) == 3 else 1) * RANK,
 }
-CASES = [(method, kind) for method in METHODS for kind in LAYERS]
+WRAPS_LAYERS = [method for method in METHODS if method not in ("prefix", "prompt")]
+
+
+def settings_of(method: str) -> Adapter:
+    if method in LOW_RANK:
+        return Adapter(method=method, rank=RANK, **({"alpha": 6} if method in SETTINGS["alpha"] else {}))
+    return Adapter(method=method, bottleneck=WIDTH) if method == "bottleneck" else Adapter(method=method)
+
+
+def serves(method: str, kind: str) -> bool:
+    return resolve(method).refusal(LAYERS[kind](), settings_of(method), "layer") is None
+
+
+CASES = [(method, kind) for method in WRAPS_LAYERS for kind in LAYERS if serves(method, kind)]
+FUSED = [(method, kind) for method, kind in CASES if method != "bottleneck"]
 EMBEDDING_KINDS = [kind for kind in LAYERS if kind.startswith("embedding")]
 
 
 def wrap(method: str, layer: nn.Module, *, strength: float = 0.0, **settings: object) -> AdapterLayer:
-    """A wrapper in evaluation, its zero factors filled with noise of the given strength."""
+    """A wrapper in evaluation, its arrays off by noise of the given strength; LoRA's A stays as it is drawn."""
     layer.freeze()
-    config = Adapter(method=method, rank=RANK, alpha=6, **settings)
-    wrapper: AdapterLayer = resolve(method).from_base(layer, config, path="layer", key=mx.random.key(3))
+    config = Adapter.model_validate(settings_of(method).model_dump() | settings)
+    cls = resolve(method)
+    shared = cls.shared({"layer": layer}, config)
+    wrapper: AdapterLayer = cls.from_base(layer, config, path="layer", key=mx.random.key(3), shared=shared)
     for name, array in wrapper.adapter_arrays().items():
-        if strength and not array.any().item():
-            wrapper[name] = strength * mx.random.normal(array.shape, key=mx.random.key(4))
+        if strength and name != "lora_a":
+            more = 10 if name == "lora_e" else 1  # it multiplies two factors that are small
+            wrapper[name] = array + more * strength * mx.random.normal(array.shape, key=mx.random.key(4))
     wrapper.eval()
     return wrapper
 
@@ -77,7 +117,7 @@ def run(module: nn.Module, dtype: mx.Dtype = mx.float32) -> mx.array:
     if isinstance(base, nn.Embedding | nn.QuantizedEmbedding):
         return module(mx.array([[0, 5, 47], [5, 5, 1]]))
     x = mx.random.normal((2, 5, IN), key=mx.random.key(5)).astype(dtype)
-    if isinstance(base, SwitchLinear | QuantizedSwitchLinear):
+    if isinstance(base, EXPERT_LAYERS):
         chosen = mx.array([[[0, 3], [1, 1], [2, 0], [3, 2], [0, 1]], [[2, 3], [1, 0], [2, 2], [3, 1], [0, 2]]])
         return module(x[..., None, None, :], chosen)
     return module(x)
@@ -99,7 +139,7 @@ def test_only_the_adapter_has_gradients_and_all_of_it(method: str, kind: str) ->
     assert all(gradient.any().item() for gradient in flat.values()), "a gradient is silently zero"
 
 
-@pytest.mark.parametrize(("method", "kind"), CASES)
+@pytest.mark.parametrize(("method", "kind"), FUSED)
 def test_the_fused_layer_is_plain_and_says_the_same(method: str, kind: str) -> None:
     wrapper = wrap(method, LAYERS[kind](), strength=0.1)
     fused = wrapper.fuse()
@@ -108,7 +148,20 @@ def test_the_fused_layer_is_plain_and_says_the_same(method: str, kind: str) -> N
     assert not np.allclose(run(fused), run(wrapper.base), atol=1e-2), "the update is too small to show anything"
 
 
-@pytest.mark.parametrize(("method", "kind"), CASES)
+@pytest.mark.parametrize(("method", "kind"), FUSED)
+def test_a_packed_merge_says_the_same_and_changes_no_packed_byte(method: str, kind: str) -> None:
+    wrapper = wrap(method, LAYERS[kind](), strength=0.1)
+    packed = np.array(wrapper.base["weight"])
+    fused = wrapper.fuse_packed()
+    if fused is None:
+        return
+    assert type(fused) is type(wrapper.base) and "scales" in fused
+    np.testing.assert_array_equal(fused["weight"], packed)
+    np.testing.assert_allclose(run(fused), run(wrapper), rtol=1e-4, atol=1e-4)
+    assert not np.allclose(run(fused), run(wrapper.base), atol=1e-2), "the update is too small to show anything"
+
+
+@pytest.mark.parametrize(("method", "kind"), [case for case in CASES if case[0] in CLOSED_FORM])
 def test_parameters_are_float32_and_as_many_as_the_formula_says(method: str, kind: str) -> None:
     """Shapes of 3, 5 and 6 bits come from packed · 32 // bits, not packed · (32 // bits)."""
     layer = LAYERS[kind]()
@@ -137,8 +190,7 @@ def test_lora_update_is_the_scaled_product_of_its_factors(kind: str) -> None:
     np.testing.assert_allclose(wrapper.delta(), scale * product, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", EMBEDDING_KINDS)
+@pytest.mark.parametrize(("method", "kind"), [case for case in FUSED if case[1] in EMBEDDING_KINDS])
 def test_an_adapted_embedding_is_adapted_as_tied_head_too(method: str, kind: str) -> None:
     wrapper = wrap(method, LAYERS[kind](), strength=0.1)
     x = mx.random.normal((7, IN), key=mx.random.key(6))

@@ -124,7 +124,11 @@ def test_an_adapter_is_found_by_name_first_and_by_path(write: Write, tmp_path: P
             registry.find(missing)
 
 
-@pytest.mark.parametrize("quantization", [None, Quantize(bits=4, group_size=32)], ids=["plain", "4 bits"])
+@pytest.mark.parametrize(
+    "quantization",
+    [None, Quantize(bits=4, group_size=32), Quantize(mode="nf4", double_quant=True)],
+    ids=["plain", "4 bits", "nf4"],
+)
 def test_an_adapter_opens_its_base_as_it_was_trained_over(
     write: Write, tiny_path: Path, tmp_path: Path, quantization: Quantize | None
 ) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from mlx_lora.config import Recipe, load_recipe
+from mlx_lora.config import Recipe
 from mlx_lora.errors import DataError, ModelError, RecipeError
+from mlx_lora.recipe import load_recipe
 from mlx_lora.tasks.plan import Machine, guessed, plan_recipe, plan_shape, suggest
 from mlx_lora.train import history
 from tests.conftest import questions

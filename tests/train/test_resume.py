@@ -39,12 +39,16 @@ CASES: dict[str, dict[str, Any]] = {
     "packing": {"packing": True},
     "prefix": {"cache_prefix": "on", "dropout": 0.1, "layers": 1},
     "prefix, packing": {"cache_prefix": "on", "packing": True, "layers": 1},
+    "loraplus": {"loraplus_ratio": 16},
+    "adalora": {"adapter": {"method": "adalora", "target_rank": 1, "prune_every": 2, "prune_until": 0.7}},
+    "pissa": {"adapter": {"init": "pissa"}},
 }
 
 
 def events_of(loaded: LoadedModel, *, resume: Checkpoint | None = None, **case: Any) -> Iterator[Event]:
     """A run with dropout that evaluates and saves at every step."""
-    adapter = Adapter(rank=4, dropout=case.pop("dropout", 0.1), layers=case.pop("layers", "all"))
+    dropout, layers = case.pop("dropout", 0.1), case.pop("layers", "all")
+    adapter = Adapter(rank=4, dropout=dropout, layers=layers, **case.pop("adapter", {}))
     packing, should_stop = case.pop("packing", False), case.pop("should_stop", lambda: False)
     made = case.pop("plan", None)
     chosen = {"batch_size": 4, "learning_rate": 1e-2, "warmup": 0.3, "iters": STEPS, "eval_every": 2, "save_every": 1}

@@ -1,0 +1,77 @@
+"""AdaLoRA (arXiv 2303.10512): an update in the form of a singular value decomposition, whose rank training chooses.
+
+    y = W₀x + s·P Λ Q x,  s = α/r,  r the rank it starts from   (eq. 3)
+
+Λ starts at zero, so the wrapped layer equals its base at the start, bit for bit; P and Q start Gaussian. A triplet is a
+singular value with its two vectors. Which of them stay, and what keeps P and Q nearly orthogonal, is `train.adalora`'s
+business: here a pruned one is a zero in Λ. Arrays are oriented as LoRA's: `lora_a` is Qᵀ, `lora_b` is Pᵀ.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.adapters.base import EMBEDDINGS, EXPERTS, AdapterLayer
+from mlx_lora.adapters.lora import LoRA, LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlx_lora.config import Adapter
+
+# Deviation of P and Q at the start, as in the authors' code and PEFT.
+DEVIATION = 0.02
+
+
+class AdaLoRA(LoRA):
+    """LoRA's arrays and `lora_e`, Λ: (r,), or (E, r) of experts. `settings` hold the budget of the whole adapter."""
+
+    PRECISE: ClassVar[frozenset[str]] = frozenset({"lora_e"})
+
+    settings: Adapter
+
+    @staticmethod
+    def from_base(layer: nn.Module, config: Adapter, *, path: str, key: Any, shared: Any = None) -> AdaLoRA:
+        """Wrap a Linear, an Embedding or a SwitchLinear, quantized or not. `key` seeds P and Q."""
+        if isinstance(layer, EMBEDDINGS):
+            return AdaLoRAEmbedding(layer, config, path, key)
+        if isinstance(layer, EXPERTS):
+            return AdaLoRASwitchLinear(layer, config, path, key)
+        return AdaLoRALinear(layer, config, path, key)
+
+    @staticmethod
+    def refusal(layer: nn.Module, config: Adapter, path: str) -> str | None:
+        """Why `layer` can't be served and what works instead, or None."""
+        if config.init != "default":
+            return f"adapter.init {config.init} is not for adalora, which has a start of its own; default works"
+        return AdapterLayer.refusal(layer, config, path)
+
+    def adapter_params(self) -> tuple[str, ...]:
+        return ("lora_a", "lora_e", "lora_b")
+
+    def start(self, config: Adapter, key: Any) -> None:
+        """P and Q at random, Λ at zero."""
+        one, other = mx.random.split(key)
+        self.lora_a = mx.random.normal(self.lora_a.shape, scale=DEVIATION, key=one)
+        self.lora_b = mx.random.normal(self.lora_b.shape, scale=DEVIATION, key=other)
+        self.lora_e = mx.zeros((*self.lora_a.shape[:-2], self.rank))
+        self.settings = config
+
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """Q, and P with each of its vectors times its singular value, oriented like lora_a and lora_b."""
+        values = self.lora_e[:, None] if self.lora_e.ndim == 1 else self.lora_e[:, None, :]
+        return self.lora_a, values * self.lora_b
+
+    def stored_arrays(self) -> dict[str, mx.array]:
+        return self.adapter_arrays()
+
+
+class AdaLoRALinear(AdaLoRA, LoRALinear):
+    """lora_a (in, r), lora_e (r,), lora_b (r, out); x (…, in) -> (…, out)."""
+
+
+class AdaLoRAEmbedding(AdaLoRA, LoRAEmbedding):
+    """lora_a (vocabulary, r), lora_e (r,), lora_b (r, dim); serves as output head too when embeddings are tied."""
+
+
+class AdaLoRASwitchLinear(AdaLoRA, LoRASwitchLinear):
+    """Triplets of its own for each expert: lora_a (E, r, in), lora_e (E, r), lora_b (E, out, r)."""

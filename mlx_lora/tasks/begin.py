@@ -1,0 +1,74 @@
+"""The adapter a run begins with: attached, and filled from what its init asks for.
+
+LoftQ asks for the weights from before packing, which are read a second time, lazily and one after another; EVA for
+activations, of a few batches of the training rows. Both give every process of a group the same arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora.adapters.attach import Wrappers, attach, build
+from mlx_lora.adapters.init import eva, loftq
+from mlx_lora.adapters.targets import adaptable
+from mlx_lora.config import Recipe
+from mlx_lora.data.batch import collate, epoch_steps
+from mlx_lora.data.encode import Row
+from mlx_lora.data.virtual import virtual_of
+from mlx_lora.errors import RecipeError
+from mlx_lora.models.load import LoadedModel, load_stored
+
+# EVA's look at the data: so many batches, and so many positions of each.
+BATCHES, POSITIONS = 16, 256
+
+
+def check_init(recipe: Recipe) -> None:
+    """Raise RecipeError for an init that this base can't give, before anything is loaded."""
+    if recipe.adapter.init == "loftq" and recipe.quantize is None:
+        raise RecipeError(
+            "adapter.init loftq starts from what packing the base loses, and this recipe packs none",
+            hint="add quantize: for a base in half precision; over one that is packed already, init pissa or default",
+        )
+    if recipe.adapter.init == "eva" and virtual_of(recipe.adapter):
+        raise RecipeError(
+            f"adapter.init eva looks at the activations of rows as they are, and {recipe.adapter.method} changes them",
+            hint="init default, or method lora",
+        )
+
+
+def begin(recipe: Recipe, loaded: LoadedModel, rows: Sequence[Row]) -> Wrappers:
+    """The wrappers of a recipe on its loaded base, ready to train. Raises AdapterError as `attach` does."""
+    settings = recipe.adapter
+    directions: dict[str, mx.array] = {}
+    if settings.init == "eva":
+        wanted = build(loaded.model, settings, seed=recipe.seed)  # raises for what has no activations
+        layers = {path: wrapper.base for path, wrapper in wanted.items() if "lora_a" in wrapper}
+        settings, directions = eva(loaded.model, layers, settings, _batches(recipe, rows))
+    wrappers = attach(loaded.model, settings, seed=recipe.seed)
+    for path, columns in directions.items():
+        wrappers[path].lora_a = columns
+    if settings.init == "loftq":
+        loftq(wrappers, _originals(recipe, wrappers))
+    for wrapper in wrappers.values():
+        mx.eval(wrapper.parameters())  # one after another: a weight taken apart is freed before the next
+    return wrappers
+
+
+def _originals(recipe: Recipe, wrappers: Wrappers) -> dict[str, mx.array]:
+    """The weights of the wrapped layers as the files hold them, not yet read."""
+    layers = adaptable(load_stored(str(recipe.model)).model)
+    return {path: layers[path]["weight"] for path in wrappers if path in layers}
+
+
+def _batches(recipe: Recipe, rows: Sequence[Row]) -> Iterator[tuple[mx.array, mx.array]]:
+    """Tokens (B, T) and positions with loss, evenly spaced, of the first batches of the first epoch."""
+    lengths = [len(row) for row in rows]
+    steps = epoch_steps(lengths, batch_size=recipe.train.batch_size, grad_accumulation=1, seed=recipe.seed, epoch=0)
+    for lines in [lines for step in steps[:BATCHES] for lines in step][:BATCHES]:
+        batch = collate(rows, lines)
+        (found,) = np.nonzero(batch.weights.reshape(-1))
+        spaced = np.unique(np.linspace(0, len(found) - 1, min(POSITIONS, len(found))).astype(int))
+        yield mx.array(batch.inputs), mx.array(found[spaced].astype(np.int32))
