@@ -15,7 +15,7 @@ import typer
 from typer.exceptions import TyperException
 
 from mlx_lora import device, offline, ui
-from mlx_lora.cli import adapters, base, bench, chat, data, machine, plan, quickstart, train
+from mlx_lora.cli import adapters, base, bench, chat, data, machine, plan, quickstart, study, train
 from mlx_lora.errors import MlxLoraError
 
 HELP = """Fine-tune language models on this machine, with files that never leave it.
@@ -26,6 +26,7 @@ app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_ma
 for room in (quickstart, machine, base, data, plan, train, chat, bench):
     room.register(app)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(study.app, name="study")
 
 
 class Terminated(BaseException):

@@ -1,16 +1,19 @@
-"""adapters list, show, path, rename, remove, verify."""
+"""adapters list, show, path, rename, remove, verify, merge."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from mlx_lora import ui
-from mlx_lora.cli.options import Json
+from mlx_lora.cli.options import Force, Json
+from mlx_lora.methods import MERGES
 
 app = typer.Typer(help="The adapters in the home directory.", no_args_is_help=True, rich_markup_mode=None)
+Way = StrEnum("Way", {way: way for way in MERGES})  # type: ignore[misc]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="An adapter in the home.")]
 
 
@@ -86,3 +89,34 @@ def verify(
         loaded = registry.open_stored(model, [stored])
         adapter.wrappers_for(loaded.model, stored)
     ui.result(f"{name}: {len(stored.arrays)} tensors, all in order{f', fits {model}' if model else ''}")
+
+
+@app.command()
+def merge(
+    adapters: Annotated[list[str], typer.Argument(metavar="NAME[:WEIGHT]", help="A weight below zero subtracts.")],
+    name: Annotated[str, typer.Option("--name", help="The new adapter's name.")],
+    method: Annotated[Way, typer.Option("--method", help="cat and linear are exact.")] = Way.cat,  # type: ignore[attr-defined]
+    rank: Annotated[int | None, typer.Option("--rank", help="The most that a module may have.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option("--tolerance", help="Relative error up to which ranks are made smaller.")
+    ] = None,
+    density: Annotated[float | None, typer.Option("--density", help="Share of entries kept; 0.5 by default.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which entries dare drops.")] = 0,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Add adapters of one base up into a new one, by their updates."""
+    from mlx_lora.store.arithmetic import How
+    from mlx_lora.tasks.merge import merge_adapters
+
+    how = How(str(method), rank=rank, tolerance=tolerance, density=density, seed=seed)
+    with ui.working(f"merging {len(adapters)} adapters"):
+        report = merge_adapters(adapters, name, how, force=force)
+    if json:
+        ui.as_json(report)
+        return
+    error = f", relative error {report['relative_error']:.2g}" if report["relative_error"] else ""
+    ui.result(
+        f"{report['adapter']}: {report['method']}, rank {report['rank']} on {report['modules']} modules, "
+        f"{ui.size(report['bytes'])}{error}"
+    )

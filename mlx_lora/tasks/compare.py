@@ -1,0 +1,251 @@
+"""A comparison run by run: train each recipe, measure what was stored on the test rows, and keep every line.
+
+    comparisons/<name>/comparison.json     a line for each run that is done, written whole after each of them
+    comparisons/<name>/comparison.png      loss against trainable parameters
+    adapters/<name>-<run>/                 what was trained, as any other adapter
+
+A line is kept as long as its recipe, its base and its data are what they were, so the same command goes on with what
+was broken off. Of several learning rates the test rows see one, which the validation rows have chosen. What is
+compared, and who wins, is `study.compare`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lora import paths
+from mlx_lora.data.read import find_splits, read, sha256
+from mlx_lora.errors import DataError, MlxLoraError, NameTaken, Problem, RecipeError
+from mlx_lora.models.load import find_model, load_stored, ready
+from mlx_lora.serve.engine import Engine
+from mlx_lora.store import adapter as store
+from mlx_lora.store import fingerprint, registry
+from mlx_lora.study.compare import Line, Run, best, draw
+from mlx_lora.study.evaluate import Questions, Result, evaluate, questions
+from mlx_lora.tasks.train import Listener, check, train_adapter
+
+FILE, PLOT = "comparison.json", "comparison.png"
+# Tokens beyond the longest right answer's: no answer that is longer can match.
+MORE = 8
+UNFINISHED = {
+    "nonfinite": "the loss or the gradient was not finite three steps in a row",
+    "memory": "training took more memory than it may",
+}
+
+
+@dataclass
+class Outcome:
+    """What the table and the JSON show: a line for each recipe, and the file that holds those of all runs."""
+
+    name: str
+    file: Path
+    lines: list[Line]
+    plot: Path | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "file": str(self.file),
+            "plot": str(self.plot) if self.plot else None,
+            "results": [line.as_dict() for line in self.lines],
+        }
+
+
+class Record:
+    """The file of a comparison: what each run is made of, its line once it is trained, what that was measured on."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.runs: dict[str, dict[str, Any]] = {}
+        if file.is_file():
+            try:
+                self.runs = dict(json.loads(file.read_text(encoding="utf-8"))["runs"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise MlxLoraError(f"{file} can't be read: {error}", hint="remove it to begin again") from None
+
+    def line(self, name: str, made_of: dict[str, Any]) -> Line | None:
+        """The line of a run that is done and made of the same things."""
+        entry = self.runs.get(name, {})
+        kept = entry.get("line") if entry.get("made_of") == made_of else None
+        return Line(**kept) if kept and not kept.get("error") else None
+
+    def put(self, name: str, line: Line | None, **of: dict[str, Any]) -> None:
+        """Set a run's line, and what it is made of or was measured on."""
+        self.runs[name] = {**self.runs.get(name, {}), **of, "line": line.as_dict() if line else None}
+
+    def write(self) -> None:
+        """Whole or not at all, readable by its owner alone."""
+        self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = self.file.with_name(f".{self.file.name}.new")
+        with paths.created(temporary) as stream:
+            stream.write(json.dumps({"runs": self.runs}, indent=1).encode() + b"\n")
+        paths.synchronize(temporary)
+        os.replace(temporary, self.file)
+
+
+def compare(
+    name: str,
+    runs: Sequence[Run],
+    *,
+    out: Path | None = None,
+    rows: int | None = None,
+    force: bool = False,
+    listener: Callable[[], Listener] = Listener,
+    stage: Callable[[str], None] = lambda text: None,
+) -> Outcome:
+    """Measure every run that has no line yet, on the first `rows` test rows (None: all), and draw what came of it.
+
+    A run that fails leaves a line that says why, and the others go on. Raises before any training for what is wrong
+    with all of them, and KeyboardInterrupt when a training was asked to stop: that run alone is lost.
+    """
+    folder = out or paths.room("comparisons", name)
+    if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise NameTaken(f"{folder} holds something else", hint="choose another --name, or another --out")
+    with registry.held(name):
+        record = Record(folder / FILE)
+        made_of = {run.name: _made_of(run) for run in runs}
+        todo = [run for run in runs if record.line(run.name, made_of[run.name]) is None]
+        _check_all(name, todo, record, force=force)
+        for run in todo:
+            record.put(run.name, None, made_of=made_of[run.name])
+        record.write()
+        done = len(runs) - len(todo)
+        for label in dict.fromkeys(run.label for run in runs):
+            of_label = [run for run in runs if run.label == label]
+            for run in of_label:
+                if record.line(run.name, made_of[run.name]) is None:
+                    done += 1
+                    stage(f"{done} of {len(runs)}: {run.name}")
+                    record.put(run.name, _trained(name, run, listener), made_of=made_of[run.name])
+                    record.write()
+            _measure_best(of_label, record, rows, listener)
+        lines = best(Line(**record.runs[run.name]["line"]) for run in runs)
+        return Outcome(name, record.file, lines, _draw(lines, name, folder / PLOT, stage))
+
+
+def _measure_best(runs: Sequence[Run], record: Record, rows: int | None, listener: Callable[[], Listener]) -> None:
+    """Measure on the test rows, of one recipe's runs, the one that validation has chosen."""
+    lines = [Line(**record.runs[run.name]["line"]) for run in runs]
+    (chosen,) = best(lines)
+    run = runs[lines.index(chosen)]
+    measured_on = {"test": sha256(find_splits(str(run.recipe.data.path))["test"]), "rows": rows}
+    if chosen.error or (chosen.loss is not None and record.runs[run.name].get("measured_on") == measured_on):
+        return
+    mx.clear_cache()  # what training held
+    try:
+        result = _evaluate(run, paths.room("adapters", chosen.adapter) if chosen.adapter else None, rows, listener())
+        line = replace(chosen, loss=result.loss, exact_match=result.exact_match)
+    except DataError:  # every run is measured on the same rows
+        raise
+    except MlxLoraError as fault:
+        line = replace(chosen, error=fault.message)
+    record.put(run.name, line, measured_on=measured_on)
+    record.write()
+
+
+def _check_all(name: str, todo: Sequence[Run], record: Record, *, force: bool) -> None:
+    """Raise for what would stop a run before its first step, and for adapters that are somebody else's."""
+    several: dict[str, int] = {}
+    for run in todo:
+        several[run.label] = several.get(run.label, 0) + 1
+        if run.bare:
+            check(_named(name, run, "base"), force=True)
+        else:
+            check(_named(name, run), force=force or run.name in record.runs)
+    for run in todo:
+        data = run.recipe.data
+        if several[run.label] > 1 and not data.valid_fraction and "valid" not in find_splits(str(data.path)):
+            raise RecipeError(
+                "validation rows choose between learning rates, and there are none",
+                hint="add a valid file, or set data.valid_fraction",
+            )
+
+
+def _named(name: str, run: Run, last: str | None = None) -> Any:
+    return run.recipe.model_copy(update={"name": f"{name}-{last or run.name}"})
+
+
+def _made_of(run: Run) -> dict[str, Any]:
+    """What a line depends on, test rows apart, wherever the files lie."""
+    recipe = run.recipe
+    if not recipe.model or not recipe.data.path:
+        check(recipe, force=True)  # says what is missing
+    settings = recipe.model_dump(
+        mode="json", exclude={"model": True, "name": True, "data": {"path"}, "train": {"memory_limit_gb"}}
+    )
+    if run.bare:
+        settings = {key: settings[key] for key in ("quantize", "data")}
+    splits = find_splits(str(recipe.data.path))
+    if "test" not in splits:
+        raise DataError(
+            [Problem(str(recipe.data.path), 0, "has no test file")],
+            hint="a comparison is judged on rows that training doesn't read: a folder with train.jsonl and test.jsonl",
+        )
+    return {
+        "recipe": settings,
+        "base": fingerprint.of_directory(find_model(str(recipe.model))),
+        "data": {split: sha256(file) for split, file in splits.items() if split != "test"},
+    }
+
+
+def _trained(name: str, run: Run, listener: Callable[[], Listener]) -> Line:
+    """Train a run; a base needs no training. What is wrong with this run alone becomes its line's `error`."""
+    if run.bare:
+        return Line(run.label)
+    recipe = _named(name, run)
+    line = Line(run.label, method=recipe.adapter.method, learning_rate=recipe.train.learning_rate)
+    try:
+        trained = train_adapter(recipe, force=True, listener=listener())
+    except DataError:  # every run reads the same rows
+        raise
+    except MlxLoraError as fault:
+        return replace(line, error=fault.message)
+    finished = trained.finished
+    if finished.stopped_by == "interrupted":
+        raise KeyboardInterrupt
+    return replace(
+        line,
+        parameters=finished.trainable_parameters,
+        valid_loss=finished.best_valid_loss,
+        seconds=finished.seconds,
+        peak_memory_bytes=finished.peak_memory_bytes,
+        adapter_bytes=(trained.path / store.WEIGHTS).stat().st_size,
+        adapter=trained.path.name,
+        error=UNFINISHED.get(finished.stopped_by),
+    )
+
+
+def _evaluate(run: Run, adapter: Path | None, rows: int | None, hear: Listener) -> Result:
+    """Loss and exact match of the base, with an adapter as it was stored, on the test rows."""
+    recipe = run.recipe
+    engine = Engine(ready(load_stored(str(recipe.model), quantization=recipe.quantize)))
+    name = None if adapter is None else run.name
+    if adapter is not None:
+        engine.add(run.name, store.wrappers_for(engine.loaded.model, store.read(adapter)))
+    asked = _questions(run, engine, rows)
+    longest = max(row.trained for row in asked.rows)
+    advance = hear.progress(f"measuring {run.name}", len(asked.rows) + len(asked.prompts))
+    return evaluate(engine, name, asked, max_tokens=longest + MORE, on_row=advance)
+
+
+def _questions(run: Run, engine: Engine, rows: int | None) -> Questions:
+    path, settings = str(run.recipe.data.path), run.recipe.data
+    exact = read(find_splits(path)["test"], settings).format != "text"
+    asked = questions(path, settings, engine.loaded.tokenizer, exact=exact, prefer=("test",))
+    return Questions(asked.rows[:rows], asked.prompts[:rows], asked.answers[:rows])
+
+
+def _draw(lines: Sequence[Line], title: str, file: Path, stage: Callable[[str], None]) -> Path | None:
+    try:
+        draw(lines, title, file)
+    except ImportError:
+        stage("matplotlib is not installed, so there is no plot: pip install 'mlx-lora[plots]'")
+        return None
+    return file
