@@ -82,7 +82,8 @@ class Record:
 
     def write(self) -> None:
         """Whole or not at all, readable by its owner alone."""
-        self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (self.file.parent.parent, self.file.parent):  # a mode is the last one's alone
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = self.file.with_name(f".{self.file.name}.new")
         with paths.created(temporary) as stream:
             stream.write(json.dumps({"runs": self.runs}, indent=1).encode() + b"\n")

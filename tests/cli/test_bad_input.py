@@ -71,7 +71,7 @@ def test_a_role_the_template_refuses(run: Run, tmp_path: Path, tiny_path: Path) 
         (["train", "--resume"], 1, ["model", "data.path"]),
         (["train", "--resume", "--name", "nowhere"], 1, ["no such recipe"]),
         (["plan"], 1, ["which model"]),
-        (["study"], 2, ["study"]),
+        (["study", "adapters"], 2, ["adapters"]),
         (["generate", "--model", "nowhere", "--prompt", "x"], 1, ["nowhere", "pull"]),
         (["generate", "--model", "some/repo", "--prompt", "x"], 1, ["some/repo", "mlx-lora pull some/repo"]),
         (["eval", "--model", "nowhere"], 2, ["--data"]),
@@ -82,7 +82,7 @@ def test_a_role_the_template_refuses(run: Run, tmp_path: Path, tiny_path: Path) 
         (["import-gguf", "nowhere.gguf", "out"], 1, ["nowhere.gguf"]),
         (["quantize", "nowhere", "out"], 1, ["nowhere"]),
         (["quantize", "nowhere", "out", "--bits", "7"], 1, ["bits 7", "2, 3, 4, 5, 6, 8"]),
-        (["quantize", "nowhere", "out", "--mode", "nf4"], 2, ["nf4"]),
+        (["quantize", "nowhere", "out", "--mode", "nf3"], 2, ["nf3"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

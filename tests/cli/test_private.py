@@ -43,6 +43,12 @@ def shorter_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "FUSED_ROWS", 2)
 
 
+def short_recipe(folder: Path, model: Path, data: Path) -> Path:
+    file = folder / "short.yaml"
+    file.write_text(f"model: {model}\ndata: {{path: {data}}}\ntrain: {{iters: 1}}\n")
+    return file
+
+
 def test_no_command_but_pull_tries_to_connect(
     monkeypatch: pytest.MonkeyPatch, run: Run, data: Path, tiny_path: Path, tmp_path: Path
 ) -> None:
@@ -52,6 +58,7 @@ def test_no_command_but_pull_tries_to_connect(
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **named: attempts.append(arguments) or [])
     monkeypatch.setattr(selftest, "PARTS", {"base": selftest.PARTS["base"]})
     shorter_quickstart(monkeypatch)
+    recipe = short_recipe(tmp_path, tiny_path, data)
     base = ("--model", tiny_path)
     commands: list[tuple[Any, ...]] = [
         ("doctor",),
@@ -71,6 +78,9 @@ def test_no_command_but_pull_tries_to_connect(
         ("adapters", "show", "a"),
         ("adapters", "path", "a"),
         ("adapters", "verify", "a", *base),
+        ("adapters", "merge", "a:0.5", "a:-0.2", "--name", "c", "--method", "cat"),
+        ("study", "subspace", "a", "c"),
+        ("study", "compare", recipe, "--name", "compared"),
         ("adapters", "rename", "a", "b"),
         ("adapters", "remove", "b", "--yes"),
     ]
@@ -94,7 +104,7 @@ def open_umask() -> Iterator[None]:
 
 
 def test_what_is_in_the_home_is_the_users_alone(
-    run: Run, home: Path, data: Path, tiny_path: Path, open_umask: None, monkeypatch: pytest.MonkeyPatch
+    run: Run, home: Path, data: Path, tiny_path: Path, tmp_path: Path, open_umask: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = ("--model", tiny_path)
     for words in (
@@ -102,6 +112,8 @@ def test_what_is_in_the_home_is_the_users_alone(
         ("quantize", tiny_path, home / "models" / "q", "--bits", 4),
         ("train", *base, "--data", data, "--name", "a", "train.iters=3", "train.save_every=1", "train.eval_every=1"),
         ("eval", *base, "--adapter", "a", "--data", data),
+        ("adapters", "merge", "a:0.5", "a:-0.2", "--name", "c", "--method", "svd"),
+        ("study", "compare", short_recipe(tmp_path, tiny_path, data), "--name", "compared"),
         ("fuse", *base, "--adapter", "a", "--out", home / "models" / "f"),
         ("chat", *base, "--adapter", "a"),
     ):
