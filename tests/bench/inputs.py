@@ -61,7 +61,7 @@ class Inputs:
             raise Failed("WikiSQL is absent: this benchmark needs it")
         folder = self.folder / "wikisql"
         folder.mkdir()
-        for name in ("train", "valid"):
+        for name in ("train", "valid", "test"):
             with open(source / f"{name}.jsonl") as rows, open(folder / f"{name}.jsonl", "w") as out:
                 for row in rows:
                     prompt, mark, completion = json.loads(row)["text"].rpartition("\nA: ")
