@@ -1,4 +1,4 @@
-"""What NF4 and MLX's affine mode cost a real model: bits a weight, error, perplexity and KL on WikiSQL, whoever wins."""
+"""What NF4 and MLX's affine mode cost a real model: bits a weight, perplexity and KL on WikiSQL, whoever wins."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tables(figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[Any]
     ]  # fmt: skip
     before = figures["modes"][0]["perplexity_before"]
     title = (
-        f"SmolLM2-135M in four bits, {figures['rows']} WikiSQL rows, loss on every token; perplexity {before:.1f} in half "
-        "precision. It was published in affine blocks of 32, which favours those."
+        f"SmolLM2-135M in four bits, {figures['rows']} WikiSQL rows, loss on every token; perplexity {before:.1f} in "
+        "half precision. It was published in affine blocks of 32, which favours those."
     )
     return [(title, ["mode", "bits a weight", "error", "perplexity", "KL (nats)", "same top token"], rows)]
