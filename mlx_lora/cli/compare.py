@@ -57,6 +57,8 @@ def compare(
 
         def stage(text: str) -> None:
             stack.close()  # the training before is over, and so is its way of handling signals
+            if stop.code:  # asked for when that had no step left to stop before
+                raise KeyboardInterrupt
             ui.note(text)
 
         try:

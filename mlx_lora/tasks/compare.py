@@ -126,12 +126,18 @@ def compare(
                     stage(f"{done} of {len(runs)}: {run.name}")
                     record.put(run.name, _trained(name, run, listener), made_of=made_of[run.name])
                     record.write()
-            _measure_best(of_label, record, rows, listener)
+            _measure_best(of_label, record, rows, listener, stage)
         lines = best(Line(**record.runs[run.name]["line"]) for run in runs)
         return Outcome(name, record.file, lines, _draw(lines, name, folder / PLOT, stage))
 
 
-def _measure_best(runs: Sequence[Run], record: Record, rows: int | None, listener: Callable[[], Listener]) -> None:
+def _measure_best(
+    runs: Sequence[Run],
+    record: Record,
+    rows: int | None,
+    listener: Callable[[], Listener],
+    stage: Callable[[str], None],
+) -> None:
     """Measure on the test rows, of one recipe's runs, the one that validation has chosen."""
     lines = [Line(**record.runs[run.name]["line"]) for run in runs]
     (chosen,) = best(lines)
@@ -139,6 +145,7 @@ def _measure_best(runs: Sequence[Run], record: Record, rows: int | None, listene
     measured_on = {"test": sha256(find_splits(str(run.recipe.data.path))["test"]), "rows": rows}
     if chosen.error or (chosen.loss is not None and record.runs[run.name].get("measured_on") == measured_on):
         return
+    stage(f"measuring {run.name}")
     mx.clear_cache()  # what training held
     try:
         result = _evaluate(run, paths.room("adapters", chosen.adapter) if chosen.adapter else None, rows, listener())

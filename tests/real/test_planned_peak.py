@@ -21,7 +21,7 @@ def long_rows(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     words = [" the", " a", " of", " to", " and", " in", " is", " it"]
     assert all(len(tokenizer.encode(word)) == 1 for word in words)
     generator, folder, files = np.random.default_rng(0), tmp_path_factory.mktemp("rows"), {}
-    for positions in (128, 512):
+    for positions in (512,):
         files[positions] = folder / f"{positions}.jsonl"
         # the end token is added to a text
         texts = ["".join(generator.choice(words, positions)) for _ in range(3)]
@@ -31,7 +31,7 @@ def long_rows(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
 
 @pytest.mark.parametrize(
     ("positions", "checkpoint", "bits"),
-    [(128, "off", None), (512, "on", 4)],
+    [(512, "on", 4)],
 )
 def test_a_plan_is_within_a_tenth_of_the_measured_peak(
     positions: int, checkpoint: str, bits: int | None, shell: Shell, smollm2: Path, long_rows: dict[int, Path]

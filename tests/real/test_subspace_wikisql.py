@@ -19,7 +19,7 @@ def test_the_top_direction_of_two_seeds_overlaps_more_than_chance(
     for seed in (0, 1):
         shell.json(
             "train", "--model", smollm2, "--data", wikisql / "train.jsonl", "--name", f"seed{seed}", f"seed={seed}",
-            "adapter.layers=4", "data.template=none", "data.valid_fraction=0", "train.iters=10",
+            "adapter.layers=4", "data.template=none", "data.valid_fraction=0", "train.iters=8",
             "train.batch_size=4", "train.learning_rate=5e-3", "train.schedule=constant",
         )  # fmt: skip
     out = tmp_path / "phi.png"
