@@ -17,10 +17,10 @@ from tests.bench import results
 from tests.bench.inputs import Inputs
 from tests.bench.process import ROOT, Failed
 
-RECIPES = ("lora", "dora", "qalora", "vera", "bitfit", "bottleneck", "full-last2")
+RECIPES = ("lora", "bottleneck", "bitfit", "full-last2")
 RATES = ("1e-3", "1e-2")
 SETTINGS = ("data.template=none", "data.max_seq_length=512", "train.batch_size=4")
-ITERS, ROWS = 24, 30
+ITERS, ROWS = 20, 30
 
 
 def measure(inputs: Inputs, quick: bool) -> dict[str, Any]:
