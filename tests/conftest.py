@@ -6,6 +6,7 @@ The model directory is a real one, with random weights: everything that loads, t
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 from mlx_lora import device, offline
 
 offline.set_hub_variables()
+if "PYTEST_XDIST_WORKER" in os.environ:  # of several: threads that wait for each other would take their time
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 device.load_blas()
 # A shell that isn't interactive starts what it puts in the background deaf to Ctrl-C, and with it all it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -93,7 +93,8 @@ def merge(wrapper: AdapterLayer, bits: str, dtype: mx.Dtype) -> nn.Module:
     training moves weights by less than an 8-bit step. A method that merges exactly into the packed layer does so.
     """
     if bits in ("mixed", "keep") and (packed := wrapper.fuse_packed()) is not None:
-        packed.set_dtype(dtype)  # what is float32 beside halves would make every output float32
+        for name, array in packed.parameters().items():  # float32 beside halves would make every output float32
+            packed[name] = array.astype(wrapper.base[name].dtype if name in wrapper.base else dtype)
         if bits == "keep" or survival([_update(wrapper, packed)]) >= LEAST_SURVIVAL:
             return packed
     plain = wrapper.fuse()
