@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -116,24 +115,6 @@ def _generate(shell: Shell, model: Path, adapter: Path, prompt: str) -> str:
     tokens = prompt_tokens(loaded.tokenizer, [{"role": "user", "content": prompt}], template="chat")
     list(stream_text(engine, tokens, answer, max_tokens=24))
     return answer.text
-
-
-def test_we_read_an_adapter_that_mlx_lm_trained(shell: Shell, smollm2: Path, wikisql: Path, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in (wikisql / "train.jsonl").read_text().splitlines()[:8]]
-    for name in ("train", "valid"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    adapter = tmp_path / "theirs"
-    command = [
-        sys.executable, "-m", "mlx_lm", "lora", "--model", str(smollm2), "--train", "--data", str(tmp_path),
-        "--iters", "6", "--batch-size", "2", "--num-layers", "4", "--learning-rate", "1e-3", "--val-batches", "1",
-        "--adapter-path", str(adapter),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
-    loaded = load(smollm2)
-    put(loaded.model, store.wrappers_for(loaded.model, store.read(adapter)))
-    for prompt in PROMPTS:
-        done = shell("generate", "--model", smollm2, "--adapter", adapter, "--prompt", prompt, "--max-tokens", 24)
-        assert_same_text(loaded, prompt, done.stdout.strip(), mlx_lm_says(smollm2, adapter, prompt))
 
 
 def test_fused_model_generates_in_mlx_lm(shell: Shell, trained: dict[str, Any], smollm2: Path, wikisql: Path) -> None:
