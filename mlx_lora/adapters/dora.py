@@ -15,6 +15,7 @@ where only W₀Aᵀ reads the weight: a block of rows at a time, so that no dens
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from math import prod
@@ -60,9 +61,9 @@ class DoRA(AdapterLayer):
     def adapter_params(self) -> tuple[str, ...]:
         return ("lora_a", "lora_b", "m")
 
+    @abstractmethod
     def factors(self) -> tuple[mx.array, mx.array]:
         """(left (…, out, r), right (…, r, in)) with W₀ + s · left right the weight whose direction is used."""
-        raise NotImplementedError
 
     def gain(self, after: mx.array | None = None) -> mx.array:
         """m/‖W₀ + sBA‖ of every row, (…, out) float32; of a frozen wrapper it is computed once, not for every token."""

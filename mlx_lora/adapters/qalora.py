@@ -12,6 +12,7 @@ mxfp8, nvfp4, nf4), nor of embeddings, whose input is a token and not a vector t
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import partial
 from typing import Any
 
@@ -68,9 +69,9 @@ class QALoRA(AdapterLayer):
         """The mean over each group of L inputs: x (…, in) -> (…, in/L)."""
         return x.reshape(*x.shape[:-1], -1, self.group_size).mean(-1)
 
+    @abstractmethod
     def zero_points(self) -> mx.array:
         """What the update adds to the zero-points, s/L·(B A): (out, in/L) or (experts, out, in/L), float32."""
-        raise NotImplementedError
 
     def delta(self) -> mx.array:
         return mx.repeat(self.zero_points(), self.group_size, axis=-1)
