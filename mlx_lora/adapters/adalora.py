@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import EMBEDDINGS, EXPERTS, AdapterLayer
+from mlx_lora.adapters.base import AdapterLayer, by_kind
 from mlx_lora.adapters.lora import LoRA, LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lora.config import Adapter
 
@@ -32,11 +32,8 @@ class AdaLoRA(LoRA):
     @staticmethod
     def from_base(layer: nn.Module, config: Adapter, *, path: str, key: Any, shared: Any = None) -> AdaLoRA:
         """Wrap a Linear, an Embedding or a SwitchLinear, quantized or not. `key` seeds P and Q."""
-        if isinstance(layer, EMBEDDINGS):
-            return AdaLoRAEmbedding(layer, config, path, key)
-        if isinstance(layer, EXPERTS):
-            return AdaLoRASwitchLinear(layer, config, path, key)
-        return AdaLoRALinear(layer, config, path, key)
+        kind = by_kind(layer, AdaLoRALinear, AdaLoRAEmbedding, AdaLoRASwitchLinear)
+        return kind(layer, config, path, key)  # type: ignore[no-any-return]
 
     @staticmethod
     def refusal(layer: nn.Module, config: Adapter, path: str) -> str | None:

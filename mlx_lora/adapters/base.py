@@ -119,6 +119,13 @@ class Dropout(nn.Module):
         return mx.random.bernoulli(self._keep, x.shape, key=self.__dict__["key"]) * x / self._keep
 
 
+def by_kind(layer: nn.Module, linear: Any, embedding: Any, experts: Any) -> Any:
+    """Of a method's three classes the one for the kind of `layer`."""
+    if isinstance(layer, EMBEDDINGS):
+        return embedding
+    return experts if isinstance(layer, EXPERTS) else linear
+
+
 def layer_shape(layer: nn.Module) -> tuple[int, ...]:
     """The unpacked shape of a layer's weight: (out, in), (vocabulary, dim) or (experts, out, in)."""
     *leading, columns = layer["weight"].shape

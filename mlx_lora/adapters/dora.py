@@ -24,45 +24,41 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import EMBEDDINGS, EXPERTS, AdapterLayer, Dropout, draw, layer_shape
+from mlx_lora.adapters.base import AdapterLayer, by_kind, layer_shape
+from mlx_lora.adapters.lora import LoRA, LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lora.config import Adapter
 from mlx_lora.quant import nf4
 from mlx_lora.quant.matmul import BLOCK_BYTES, like
 from mlx_lora.quant.quantize import dequantize_layer
 
 
-class DoRA(AdapterLayer):
-    """What the three kinds of layers share. Call `DoRA.from_base` to get the right one."""
+class DoRA(LoRA):
+    """What the three kinds of layers share: LoRA's arrays, and `m`. Call `DoRA.from_base` to get the right one."""
 
     PRECISE: ClassVar[frozenset[str]] = frozenset({"m"})
-
-    def __init__(self, layer: nn.Module, config: Adapter, path: str):
-        super().__init__()
-        self.rank = config.rank_of(path)
-        self.scale = config.scale_of(path)
-        self.dropout = Dropout(config.dropout)
-        self._squares = by_rows(layer, lambda _, weight: mx.square(weight).sum(axis=-1))  # frozen: ‖W₀‖² of each row
-        self.m = mx.sqrt(self._squares)
-        self.__dict__["kept"] = None  # no part of the compiled state
 
     @staticmethod
     def from_base(layer: nn.Module, config: Adapter, *, path: str, key: Any, shared: Any = None) -> DoRA:
         """Wrap a Linear, an Embedding or a SwitchLinear, quantized or not. `key` seeds A."""
-        if isinstance(layer, EMBEDDINGS):
-            return DoRAEmbedding(layer, config, path, key)
-        if isinstance(layer, EXPERTS):
-            return DoRASwitchLinear(layer, config, path, key)
-        return DoRALinear(layer, config, path, key)
+        kind = by_kind(layer, DoRALinear, DoRAEmbedding, DoRASwitchLinear)
+        return kind(layer, config, path, key)  # type: ignore[no-any-return]
 
-    @property
-    def base(self) -> nn.Module:
-        return self["embedding"] if "embedding" in self else self["linear"]
+    @staticmethod
+    def refusal(layer: nn.Module, config: Adapter, path: str) -> str | None:
+        """Why `layer` can't be served and what works instead, or None."""
+        return AdapterLayer.refusal(layer, config, path)
 
     def adapter_params(self) -> tuple[str, ...]:
         return ("lora_a", "lora_b", "m")
 
+    def start(self, config: Adapter, key: Any) -> None:
+        """m at ‖W₀‖, whose squares are kept: frozen, no parameter."""
+        self._squares = by_rows(self.base, lambda _, weight: mx.square(weight).sum(axis=-1))
+        self.m = mx.sqrt(self._squares)
+        self.__dict__["kept"] = None  # no part of the compiled state
+
     @abstractmethod
-    def factors(self) -> tuple[mx.array, mx.array]:
+    def sides(self) -> tuple[mx.array, mx.array]:
         """(left (…, out, r), right (…, r, in)) with W₀ + s · left right the weight whose direction is used."""
 
     def gain(self, after: mx.array | None = None) -> mx.array:
@@ -76,7 +72,7 @@ class DoRA(AdapterLayer):
 
     def _gain(self, after: mx.array | None) -> mx.array:
         """Computed only when `after` is there: nothing else here depends on what the layer is given."""
-        left, right = self.factors()
+        left, right = self.sides()
         transposed = right.swapaxes(-1, -2)
         read = by_rows(self.base, lambda rows, weight: weight @ _of(transposed, rows), after=after)
         cross = (left * read).sum(axis=-1)
@@ -90,25 +86,15 @@ class DoRA(AdapterLayer):
         return m / mx.stop_gradient(mx.where(norm > 0, norm, 1))
 
     def delta(self) -> mx.array:
-        left, right = self.factors()
+        left, right = self.sides()
         gain = self.gain()[..., None]
         return (gain - 1) * dequantize_layer(self.base, mx.float32) + gain * (self.scale * (left @ right))
 
-    def _extra_repr(self) -> str:
-        return f"rank={self.rank}, scale={self.scale:g}"
 
-
-class DoRALinear(DoRA):
+class DoRALinear(DoRA, LoRALinear):
     """lora_a (in, r), lora_b (r, out), m (out,); x (…, in) -> (…, out)."""
 
-    def __init__(self, layer: nn.Module, config: Adapter, path: str, key: Any):
-        super().__init__(layer, config, path)
-        outputs, inputs = layer_shape(layer)
-        self.linear = layer
-        self.lora_a = draw(config, (inputs, self.rank), fan_in=inputs, rank=self.rank, key=key)
-        self.lora_b = mx.zeros((self.rank, outputs))
-
-    def factors(self) -> tuple[mx.array, mx.array]:
+    def sides(self) -> tuple[mx.array, mx.array]:
         return self.lora_b.T, self.lora_a.T
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -117,17 +103,10 @@ class DoRALinear(DoRA):
         return _rescaled(y, self.linear.get("bias"), z, self.gain(after=y))
 
 
-class DoRAEmbedding(DoRA):
+class DoRAEmbedding(DoRA, LoRAEmbedding):
     """lora_a (vocabulary, r), lora_b (r, dim), m (vocabulary,); serves as output head too when embeddings are tied."""
 
-    def __init__(self, layer: nn.Module, config: Adapter, path: str, key: Any):
-        super().__init__(layer, config, path)
-        vocabulary, dim = layer_shape(layer)
-        self.embedding = layer
-        self.lora_a = draw(config, (vocabulary, self.rank), fan_in=vocabulary, rank=self.rank, key=key)
-        self.lora_b = mx.zeros((self.rank, dim))
-
-    def factors(self) -> tuple[mx.array, mx.array]:
+    def sides(self) -> tuple[mx.array, mx.array]:
         return self.lora_a, self.lora_b
 
     def __call__(self, tokens: mx.array) -> mx.array:
@@ -142,17 +121,10 @@ class DoRAEmbedding(DoRA):
         return _rescaled(y, None, z, self.gain(after=y))
 
 
-class DoRASwitchLinear(DoRA):
+class DoRASwitchLinear(DoRA, LoRASwitchLinear):
     """One of each for every expert: lora_a (E, r, in), lora_b (E, out, r), m (E, out)."""
 
-    def __init__(self, layer: nn.Module, config: Adapter, path: str, key: Any):
-        super().__init__(layer, config, path)
-        experts, outputs, inputs = layer_shape(layer)
-        self.linear = layer
-        self.lora_a = draw(config, (experts, self.rank, inputs), fan_in=inputs, rank=self.rank, key=key)
-        self.lora_b = mx.zeros((experts, outputs, self.rank))
-
-    def factors(self) -> tuple[mx.array, mx.array]:
+    def sides(self) -> tuple[mx.array, mx.array]:
         return self.lora_b, self.lora_a
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import CONVOLUTIONS, EMBEDDINGS, EXPERTS, LINEARS, AdapterLayer, Dropout, draw, layer_shape
+from mlx_lora.adapters.base import CONVOLUTIONS, LINEARS, AdapterLayer, Dropout, by_kind, draw, layer_shape
 from mlx_lora.adapters.init import FROM_WEIGHT, from_weight
 from mlx_lora.config import Adapter
 
@@ -36,11 +36,8 @@ class LoRA(AdapterLayer):
 
         if isinstance(layer, CONVOLUTIONS):
             return lora_conv.LoRAConv(layer, config, path, key)
-        if isinstance(layer, EMBEDDINGS):
-            return LoRAEmbedding(layer, config, path, key)
-        if isinstance(layer, EXPERTS):
-            return LoRASwitchLinear(layer, config, path, key)
-        return LoRALinear(layer, config, path, key)
+        kind = by_kind(layer, LoRALinear, LoRAEmbedding, LoRASwitchLinear)
+        return kind(layer, config, path, key)  # type: ignore[no-any-return]
 
     @staticmethod
     def refusal(layer: nn.Module, config: Adapter, path: str) -> str | None:
@@ -96,7 +93,7 @@ class LoRA(AdapterLayer):
     def stored_arrays(self) -> dict[str, mx.array]:
         """The factors of the update over the original base: of rank 2r after PiSSA or OLoRA, for any reader of LoRA."""
         a, b = self.factors()
-        return {"lora_a": a, "lora_b": b}
+        return {**self.adapter_arrays(), "lora_a": a, "lora_b": b}
 
     def _extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}"

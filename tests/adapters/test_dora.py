@@ -57,7 +57,7 @@ def wrap(layer: nn.Module, *, strength: float = 0.3, config: Adapter = CONFIG) -
 
 def direction(wrapper: dora.DoRA) -> np.ndarray:
     """W₀ + sBA in float64, formed."""
-    left, right = (np.array(factor, np.float64) for factor in wrapper.factors())
+    left, right = (np.array(factor, np.float64) for factor in wrapper.sides())
     return np.array(dequantize_layer(wrapper.base, mx.float32), np.float64) + wrapper.scale * left @ right
 
 
