@@ -42,7 +42,7 @@ class Coefficients:
 
 
 COEFFICIENTS = Coefficients(
-    tiles=5.824, states=4.455, scores=5.4, hidden=3.634, inner=4.853, blocks=1.46, updates=2.765, ahead=0.518
+    tiles=5.824, states=4.818, scores=5.616, hidden=3.779, inner=4.659, blocks=1.46, updates=2.765, ahead=0.518
 )
 
 
