@@ -26,6 +26,8 @@ WINDOW = 128
 MOST_POSITIONS = 2048
 # Positions of a packed line, unless a single row is longer: attention costs the square of it.
 PACKED_POSITIONS = 512
+# Columns beyond this share of a batch's are all of it: too little is saved.
+MOST_COLUMNS = 3 / 4
 
 Line = list[int]
 Lines = list[Line]
@@ -52,14 +54,30 @@ class Batch:
         """Positions with loss."""
         return int(np.count_nonzero(self.weights))
 
-    def with_loss(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(positions, targets, weights) of the positions with loss, in the flattened batch, padded with weight 0."""
-        (positions,) = np.nonzero(self.weights.reshape(-1))
+    def columns(self) -> np.ndarray | None:
+        """Consecutive columns (B, M) of each line that hold all its positions with loss; None if M is most of T."""
+        width = self.weights.shape[1]
+        there = self.weights != 0
+        first, last = there.argmax(axis=1), width - there[:, ::-1].argmax(axis=1)
+        needed = padded(int((last - first).max()))
+        if needed > MOST_COLUMNS * width:
+            return None
+        return (np.minimum(first, width - needed)[:, None] + np.arange(needed)).astype(np.int32)
+
+    def with_loss(self, columns: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(positions, targets, weights) of the positions with loss, padded with weight 0.
+
+        Positions count in the flattened batch, or in its flattened `columns`.
+        """
+        weights, targets = self.weights, self.targets
+        if columns is not None:
+            weights, targets = (np.take_along_axis(array, columns, axis=1) for array in (weights, targets))
+        (positions,) = np.nonzero(weights.reshape(-1))
         padding = padded(len(positions)) - len(positions)
         positions = np.concatenate([positions, np.zeros(padding, positions.dtype)]).astype(np.int32)
-        weights = self.weights.reshape(-1)[positions].copy()
-        weights[len(weights) - padding :] = 0
-        return positions, self.targets.reshape(-1)[positions], weights
+        chosen = weights.reshape(-1)[positions].copy()
+        chosen[len(chosen) - padding :] = 0
+        return positions, targets.reshape(-1)[positions], chosen
 
 
 def padded(size: int) -> int:

@@ -33,9 +33,9 @@ class _Box:
         self.entered: mx.array | None = None
 
     def __call__(self, x: mx.array, *_: Any, **__: Any) -> mx.array:
-        # stop_gradient also makes another array object: some trunks change theirs in place
+        # both are other array objects: some trunks change theirs in place
         self.entered = mx.stop_gradient(x)
-        return x if self._hidden is None else mx.stop_gradient(self._hidden)
+        return x if self._hidden is None else self._hidden.astype(self._hidden.dtype)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
@@ -58,21 +58,26 @@ class Below:
         """Hidden states entering layer `first`, (B, T, d), without gradients."""
         layers = layers_of(self.parts.model)
         boxes = [_Box(layer) for layer in layers[self.first :]]
-        self._shell([*layers[: self.first], *boxes])(tokens, cache=cache)
+        trunk_with(self.parts, [*layers[: self.first], *boxes])(tokens, cache=cache)
         return boxes[0].entered
 
-    def trunk(self, hidden: mx.array, cache: Any = None) -> mx.array:
-        """Hidden states after the final norm, (B, T, d), from those entering layer `first`."""
-        layers = layers_of(self.parts.model)
-        boxes = [_Box(layer, hidden) for layer in layers[: self.first]]
-        return self._shell([*boxes, *layers[self.first :]])(mx.zeros(hidden.shape[:2], mx.int32), cache=cache)
+    def trunk(self, hidden: mx.array, cache: Any = None, *, last: Any = None) -> mx.array:
+        """Hidden states after the final norm, (B, T, d), from those entering layer `first`.
 
-    def _shell(self, layers: list[Any]) -> Any:
-        """The trunk with other layers; its other parts are the very same objects."""
-        trunk = _trunk_of(self.parts)
-        shell = copy.copy(trunk)
-        shell[_list_of_layers(trunk, layers_of(self.parts.model))] = layers
-        return shell
+        `last` takes the last layer's place.
+        """
+        layers = layers_of(self.parts.model)
+        rest = layers[self.first :] if last is None else [*layers[self.first : -1], last]
+        boxes = [_Box(layer, hidden) for layer in layers[: self.first]]
+        return trunk_with(self.parts, [*boxes, *rest])(mx.zeros(hidden.shape[:2], mx.int32), cache=cache)
+
+
+def trunk_with(parts: Split, layers: list[Any]) -> Any:
+    """The trunk with other layers; its other parts are the very same objects."""
+    trunk = _trunk_of(parts)
+    shell = copy.copy(trunk)
+    shell[_list_of_layers(trunk, layers_of(parts.model))] = layers
+    return shell
 
 
 def below(parts: Split, first: int) -> Below | str:

@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora import device
 from mlx_lora.adapters.base import Dropout
 from mlx_lora.data.batch import Batch
+from mlx_lora.models.last import LastLayer
 from mlx_lora.models.prefix import Below
 from mlx_lora.models.segments import caches
 from mlx_lora.models.split import Split, layers_of
@@ -30,13 +32,15 @@ TILE_BYTES, TILE_BYTES_GPU, LEAST_ROWS = 16 << 20, 64 << 20, 64
 Arrays = dict[str, mx.array]
 
 
-def as_arrays(batch: Batch, states: mx.array | None = None) -> Arrays:
+def as_arrays(batch: Batch, states: mx.array | None = None, columns: np.ndarray | None = None) -> Arrays:
     """A batch on the device: inputs (B, T), and positions, targets and weights (N,) of the positions with loss.
 
-    `segments` (B, T) where rows are packed; `states` (B, T, d) in place of the inputs where a prefix is kept.
+    `segments` (B, T) where rows are packed; `states` (B, T, d) in place of the inputs where a prefix is kept; `columns`
+    (B, M) where the last layer runs for those alone, in which positions count then.
     """
-    positions, targets, weights = batch.with_loss()
+    positions, targets, weights = batch.with_loss(columns)
     arrays = {"positions": mx.array(positions), "targets": mx.array(targets), "weights": mx.array(weights)}
+    arrays |= {} if columns is None else {"columns": mx.array(columns)}
     arrays |= {"inputs": mx.array(batch.inputs)} if states is None else {"states": states}
     return arrays if batch.segments is None else arrays | {"segments": mx.array(batch.segments)}
 
@@ -47,8 +51,10 @@ class Loss:
     Without a split the whole model runs on every position, and its logits are picked afterwards.
     """
 
-    def __init__(self, model: nn.Module, split: Split | None, below: Below | None = None):
-        self._model, self._split, self._below = model, split, below
+    def __init__(
+        self, model: nn.Module, split: Split | None, below: Below | None = None, last: LastLayer | None = None
+    ):
+        self._model, self._split, self._below, self._last = model, split, below, last
 
     def __call__(self, arrays: Arrays) -> mx.array:
         hidden = self._hidden(arrays)
@@ -90,7 +96,11 @@ class Loss:
     def _hidden(self, arrays: Arrays) -> mx.array:
         """What enters the head, (N, d); the logits themselves, (N, V), of a model that has no split."""
         cache = caches(self._model, arrays["segments"]) if "segments" in arrays else None
-        if "states" in arrays:
+        if "columns" in arrays:
+            assert self._last is not None
+            kept = (self._below, arrays["states"]) if self._below and "states" in arrays else None
+            hidden = self._last.trunk(arrays["columns"], arrays.get("inputs"), cache, kept)
+        elif "states" in arrays:
             assert self._below is not None
             hidden = self._below.trunk(arrays["states"], cache)
         elif self._split is not None:

@@ -31,6 +31,7 @@ from mlx_lora.data.batch import (
 )
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
+from mlx_lora.models.last import LastLayer, last_layer
 from mlx_lora.models.lean import lean
 from mlx_lora.models.prefix import lowest_trainable
 from mlx_lora.models.segments import refusal
@@ -185,6 +186,7 @@ class _Run:
         self.steps = settings.iters or settings.epochs * self.per_epoch
         self.rate = optim.schedule(settings, self.steps)
         self.prefix: prefix.Prefix | None = None
+        self.last: LastLayer | None = None
         self.stop_asked, self.exceeded, self.largest = False, "", 0
         self._pending: Pending | None = None
 
@@ -199,9 +201,10 @@ class _Run:
         first = lowest_trainable(self.model)
         adapted = layers_of(self.model)[first if isinstance(first, int) else 0 :]
         stack.enter_context(lean(layers_of(self.model)))
+        self.last = last_layer(split) if split else None
         if self.progress.recomputes:
             stack.enter_context(recomputed(adapted))
-        loss = Loss(self.model, split, self.prefix.below if self.prefix else None)
+        loss = Loss(self.model, split, self.prefix.below if self.prefix else None, self.last)
         self.stepper = Stepper(self.model, loss, self.settings, self.steps, self.seed, self.processes)
         mx.reset_peak_memory()
         self.dispatched = self.progress.step
@@ -282,7 +285,8 @@ class _Run:
 
     def arrays(self, of: str, batch: Batch) -> Arrays:
         """A batch on the device, with its hidden states where a prefix is kept."""
-        return as_arrays(batch, self.prefix.states(of, batch) if self.prefix else None)
+        states = self.prefix.states(of, batch) if self.prefix else None
+        return as_arrays(batch, states, batch.columns() if self.last else None)
 
     def step(self, batches: list[Batch], *, stop: bool) -> Iterator[Step]:
         """Dispatch one optimizer step; yields the one before it, now that the device has something to do."""
