@@ -1,4 +1,4 @@
-"""The last layer for some columns alone: the trunk's own states and gradients there, and the rest of it not computed."""
+"""The last layer for some columns alone: the trunk's own states and gradients there, the rest of it not computed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from mlx_lora.data.encode import Row
 from mlx_lora.models.last import LastLayer, last_layer, rows_of_mask
 from mlx_lora.models.lean import lean
 from mlx_lora.models.prefix import Below, below
-from mlx_lora.models.segments import caches
 from mlx_lora.models.split import layers_of, split
 from mlx_lora.train.loss import Loss, as_arrays
 from mlx_lora.train.recompute import recomputed
