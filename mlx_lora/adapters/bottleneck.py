@@ -4,8 +4,7 @@
 
 Houlsby et al. (arXiv 1902.00751, figure 2) put one after attention's output projection and one after the MLP's last
 linear: the method's own targets, `outputs`. Pfeiffer et al. (2005.00247) leave out attention's: name the MLP's last
-linear in adapter.targets. `up` starts at zero, so a new adapter changes no
-bit. What is not linear has no merged form.
+linear in adapter.targets. `up` starts at zero, so a new adapter changes no bit. What is not linear has no merged form.
 """
 
 from __future__ import annotations

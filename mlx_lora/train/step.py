@@ -49,7 +49,7 @@ class Stepper:
         if settings.loraplus_ratio is not None and not any(map(optim.is_b, names)):
             raise TrainingError(
                 "train.loraplus_ratio is for methods with a factor lora_b, and this adapter has none",
-                hint="leave it out, or use adapter.method lora, dora or adalora",
+                hint="leave it out, or use adapter.method lora, dora, qalora or adalora",
             )
         self._optimizer, self._rule = optim.build(settings, steps), rule_for(model, steps)
         self._optimizer.init(model.trainable_parameters())

@@ -18,6 +18,7 @@ from mlx_lora.serve.chat import Chat
 from mlx_lora.serve.engine import Engine
 from mlx_lora.study.evaluate import evaluate, questions
 from mlx_lora.train.loss import Loss, as_arrays
+from tests.serve.test_engine import greedy
 
 COUNT = 3
 IDS = [-1, -2, -3]
@@ -48,17 +49,6 @@ def complete(name: str | None, prompt: list[int], place: int | None = None) -> l
         return IDS + prompt
     place = len(prompt) if place is None else place
     return prompt[:place] + IDS + prompt[place:] if name == "behind" else prompt
-
-
-def greedy(engine: Engine, prompt: list[int], count: int) -> list[int]:
-    """Without any cache: the whole sequence again for every token."""
-    tokens = list(prompt)
-    for _ in range(count):
-        token = int(engine.loaded.model(mx.array([tokens]))[0, -1].argmax().item())
-        if token in engine.ends:
-            break
-        tokens.append(token)
-    return tokens[len(prompt) :]
 
 
 def test_generation_equals_passes_without_a_cache_and_swaps_leave_the_base(engine: Engine) -> None:
