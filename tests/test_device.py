@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import ctypes.util
 import resource
 import subprocess
@@ -81,6 +82,25 @@ def test_a_cpu_waits_for_each_operation_inside_and_has_its_old_limit_back(fails:
         assert limit_now() == 3 << 30
     finally:
         mx.set_memory_limit(original)
+
+
+@pytest.mark.skipif(device.on_gpu() or not hasattr(ctypes.CDLL(None), "mallopt"), reason="for a CPU with glibc")
+def test_freed_memory_is_kept_inside_and_given_back_behind() -> None:
+    """Counted in pages that the system had to hand out: each of 20 arrays of 64 MB again, or few in all."""
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            mx.eval(mx.ones((16 << 20,)) + mx.array(1.0))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages = 20 * (64 << 20) // resource.getpagesize()
+    outside = faults()
+    with device.memory_limits():
+        faults()
+        inside = faults()
+    assert outside > pages and faults() > pages
+    assert inside < pages / 4
 
 
 @pytest.mark.skipif(device.on_gpu(), reason="a GPU isn't held back")
