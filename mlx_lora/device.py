@@ -27,7 +27,7 @@ POWERS = [math.log(2) ** i / math.factorial(i) for i in range(8)]
 # what stays: below a small peak everything is near it.
 HELD_BACK = 20 << 20
 # glibc's names for the size from which on memory is taken from the system and given back, and for what is kept on top.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, GLIBC_DEFAULT = -1, -3, 128 << 10
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, GLIBC_MOST = -1, -3, 32 << 20
 _blas: str | None = None
 
 
@@ -151,13 +151,14 @@ def _freed_memory_kept() -> Iterator[None]:
     if not hasattr(library, "gnu_get_libc_version"):
         yield
         return
-    for setting, most in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
-        library.mallopt(setting, most)
+    if not library.mallopt(M_MMAP_THRESHOLD, 1 << 30):  # older ones have a limit
+        library.mallopt(M_MMAP_THRESHOLD, GLIBC_MOST)
+    library.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     try:
         yield
-    finally:
-        for setting in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            library.mallopt(setting, GLIBC_DEFAULT)
+    finally:  # what its own rule arrives at, which mallopt has ended for good
+        library.mallopt(M_MMAP_THRESHOLD, GLIBC_MOST)
+        library.mallopt(M_TRIM_THRESHOLD, 2 * GLIBC_MOST)
         library.malloc_trim(0)
 
 

@@ -55,11 +55,15 @@ class Batch:
         return int(np.count_nonzero(self.weights))
 
     def columns(self) -> np.ndarray | None:
-        """Consecutive columns (B, M) of each line that hold all its positions with loss; None if M is most of T."""
+        """Consecutive columns (B, M) of each line that hold all its positions with loss; None if M is most of T.
+
+        M is some eighths of T, so that few shapes are compiled.
+        """
         width = self.weights.shape[1]
         there = self.weights != 0
         first, last = there.argmax(axis=1), width - there[:, ::-1].argmax(axis=1)
-        needed = padded(int((last - first).max()))
+        eighth = -(-width // 8)
+        needed = -(-int((last - first).max()) // eighth) * eighth
         if needed > MOST_COLUMNS * width:
             return None
         return (np.minimum(first, width - needed)[:, None] + np.arange(needed)).astype(np.int32)

@@ -201,9 +201,10 @@ class _Run:
         first = lowest_trainable(self.model)
         adapted = layers_of(self.model)[first if isinstance(first, int) else 0 :]
         stack.enter_context(lean(layers_of(self.model)))
-        self.last = last_layer(split) if split else None
         if self.progress.recomputes:
             stack.enter_context(recomputed(adapted))
+        else:  # what memory is left of the last layer while the loss is computed would be more than was planned
+            self.last = last_layer(split) if split else None
         loss = Loss(self.model, split, self.prefix.below if self.prefix else None, self.last)
         self.stepper = Stepper(self.model, loss, self.settings, self.steps, self.seed, self.processes)
         mx.reset_peak_memory()

@@ -18,7 +18,7 @@ from mlx_lora.config import Adapter, Train
 from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Row
 from mlx_lora.models.split import layers_of, split
-from mlx_lora.train import loss, step
+from mlx_lora.train import loss, step, trainer
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Finished
 from mlx_lora.train.loss import Loss, as_arrays
@@ -126,6 +126,25 @@ def test_little_more_than_the_trained_tokens_enters_the_head_and_little_is_padde
     assert finished.trained_tokens == trained
     assert trained <= sum(entered) <= 1.05 * trained
     assert finished.padding_fraction <= 0.05
+
+
+@pytest.mark.parametrize("checkpoint", ["off", "on"])
+def test_the_last_layer_runs_for_positions_with_loss(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On rows like WikiSQL's for less than half of them, to the same losses; where layers are recomputed for all."""
+    made: list[tuple[int, int]] = []
+    original = trainer.as_arrays
+
+    def noted(batch: Any, states: Any = None, columns: Any = None) -> Any:
+        made.append((batch.inputs.size, batch.inputs.size if columns is None else columns.size))
+        return original(batch, states, columns)
+
+    monkeypatch.setattr(trainer, "as_arrays", noted)
+    rows = like_wikisql(48)
+    ours = run(network(monkeypatch, 2), rows, epochs=1, grad_checkpoint=checkpoint)
+    positions, computed = (sum(sizes) for sizes in zip(*made, strict=True))
+    assert computed == positions if checkpoint == "on" else computed < 0.5 * positions
+    monkeypatch.setattr(trainer, "last_layer", lambda _: None)
+    assert run(network(monkeypatch, 2), rows, epochs=1).train_loss == pytest.approx(ours.train_loss, rel=1e-5)
 
 
 def test_frozen_parameters_have_neither_gradients_nor_optimizer_state(monkeypatch: pytest.MonkeyPatch) -> None:
