@@ -24,6 +24,7 @@ from mlx_lora.adapters.base import LINEARS, AdapterLayer, layer_shape
 from mlx_lora.adapters.targets import ATTENTION, bare_modules, layer_indices, layer_prefixes
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, CannotFuse
+from mlx_lora.models.last import NotingCache
 from mlx_lora.models.segments import PackedCache
 
 NO_UPDATE = "a prefix of keys and values is no update of a weight"
@@ -133,19 +134,6 @@ class _Front:
         return getattr(self._cache, name)
 
 
-class _Recorder:
-    """A cache that notes the shapes of what it is given."""
-
-    offset = 0
-
-    def __init__(self) -> None:
-        self.shapes: list[tuple[Shape, Shape]] = []
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.shapes.append((keys.shape, values.shape))
-        return keys, values
-
-
 def _in_front(prefix: mx.array, array: mx.array) -> mx.array:
     """(kv heads, l, d) and (B, kv heads, T, d) -> (B, kv heads, l + T, d), in the array's dtype."""
     repeated = mx.broadcast_to(prefix.astype(array.dtype), (array.shape[0], *prefix.shape))
@@ -193,14 +181,15 @@ def _kept(layer: nn.Module) -> tuple[Shape, Shape]:
     needed = [name for name, optional in _parameters(layer).items() if not optional and name not in (first, "cache")]
     fault: Exception = AdapterError("it has no linear layers")
     for width, _ in widths.most_common():
-        recorder = _Recorder()
+        cache = NotingCache()
         scales = {name: None if "mask" in name else mx.ones((1,)) for name in needed}
         try:
-            layer(**{first: mx.zeros((1, 1, width)), **scales, "cache": recorder})
+            layer(**{first: mx.zeros((1, 1, width)), **scales, "cache": cache})
         except Exception as error:  # the width of something else
             fault = error
             continue
-        if len(recorder.shapes) == 1 and all(len(shape) == 4 for shape in recorder.shapes[0]):
-            return recorder.shapes[0]
+        if len(cache.fetched) == 1 and all(array.ndim == 4 for array in cache.fetched[0]):
+            keys, values = cache.fetched[0]
+            return keys.shape, values.shape
         fault = AdapterError("it keeps no keys and values of its own")
     raise fault

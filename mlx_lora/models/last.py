@@ -46,10 +46,10 @@ class _Entry:
         return getattr(self._layer, name)
 
 
-class _Noted:
-    """A cache that notes the keys and values of all positions, as attention gets them."""
+class NotingCache:
+    """Stands in for a layer's cache: notes the keys and values that attention gives it, and hands them back."""
 
-    def __init__(self, cache: Any):
+    def __init__(self, cache: Any = None):
         self.offset = 0 if cache is None else cache.offset
         self.fetched: list[tuple[mx.array, mx.array]] = []
 
@@ -90,7 +90,7 @@ class LastLayer:
         else:
             trunk_with(self.parts, [*layers_of(self.parts.model)[:-1], entry])(tokens, cache=cache)
         first, call = self.names[0], entry.call
-        noted = _Noted(call.get("cache"))
+        noted = NotingCache(call.get("cache"))
         self.forward(layer, **{**call, "cache": noted})
         (held,) = noted.fetched
         x = mx.take_along_axis(call[first], columns[..., None], axis=1)

@@ -203,7 +203,7 @@ class _Run:
         stack.enter_context(lean(layers_of(self.model)))
         if self.progress.recomputes:
             stack.enter_context(recomputed(adapted))
-        else:  # what memory is left of the last layer while the loss is computed would be more than was planned
+        else:  # what stays of the last layer while the loss is computed is more than was planned for
             self.last = last_layer(split) if split else None
         loss = Loss(self.model, split, self.prefix.below if self.prefix else None, self.last)
         self.stepper = Stepper(self.model, loss, self.settings, self.steps, self.seed, self.processes)
