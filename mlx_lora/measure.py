@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Row
-from mlx_lora.models.split import logits_at, split
+from mlx_lora.models.trunk.split import logits_at, split
 
 
 @dataclass(frozen=True)

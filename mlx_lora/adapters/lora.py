@@ -15,9 +15,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import CONVOLUTIONS, LINEARS, AdapterLayer, Dropout, by_kind, draw, layer_shape
+from mlx_lora.adapters.base import CONVOLUTIONS, LINEARS, AdapterLayer, by_kind, draw, layer_shape
 from mlx_lora.adapters.init import FROM_WEIGHT, from_weight
 from mlx_lora.config import Adapter
+from mlx_lora.models.trunk.dropout import Dropout
 
 
 class LoRA(AdapterLayer):

@@ -24,8 +24,8 @@ from mlx_lora.adapters.base import LINEARS, AdapterLayer, layer_shape
 from mlx_lora.adapters.targets import ATTENTION, bare_modules, layer_indices, layer_prefixes
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, CannotFuse
-from mlx_lora.models.last import NotingCache
-from mlx_lora.models.segments import PackedCache
+from mlx_lora.models.trunk.last import NotingCache
+from mlx_lora.models.trunk.segments import PackedCache
 
 NO_UPDATE = "a prefix of keys and values is no update of a weight"
 Shape = tuple[int, ...]

@@ -19,8 +19,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import EMBEDDINGS, EXPERTS, LINEARS, AdapterLayer, Dropout, draw, layer_shape
+from mlx_lora.adapters.base import EMBEDDINGS, EXPERTS, LINEARS, AdapterLayer, draw, layer_shape
 from mlx_lora.config import Adapter
+from mlx_lora.models.trunk.dropout import Dropout
 from mlx_lora.quant.matmul import like
 
 # L over a layer that isn't packed: the smallest group of the affine mode, which leaves the update most freedom.

@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import EXPERTS, LINEARS, AdapterLayer, Dropout, layer_shape
+from mlx_lora.adapters.base import EXPERTS, LINEARS, AdapterLayer, layer_shape
 from mlx_lora.config import Adapter
+from mlx_lora.models.trunk.dropout import Dropout
 
 D_INITIAL = 0.1
 

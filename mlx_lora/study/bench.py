@@ -25,7 +25,7 @@ from mlx_lora.data.batch import steps_per_epoch
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.split import layers_of, split
+from mlx_lora.models.trunk.split import layers_of, split
 from mlx_lora.train.events import Finished, Step
 from mlx_lora.train.trainer import train
 

@@ -17,7 +17,7 @@ from mlx_lora.data.example import Example
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.read import HINT, find_splits, read
 from mlx_lora.errors import DataError, Problem
-from mlx_lora.models.split import split
+from mlx_lora.models.trunk.split import split
 from mlx_lora.serve.engine import Engine
 from mlx_lora.train.loss import Loss, as_arrays
 

@@ -28,9 +28,9 @@ from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import prepare
 from mlx_lora.interop.fuse import merge
 from mlx_lora.methods import MODES
-from mlx_lora.models.lean import lean
 from mlx_lora.models.load import LoadedModel, load_stored, load_tokenizer, ready, set_modules
-from mlx_lora.models.split import layers_of, split
+from mlx_lora.models.trunk.lean import lean
+from mlx_lora.models.trunk.split import layers_of, split
 from mlx_lora.quant.quantize import named_arrays
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import fingerprint

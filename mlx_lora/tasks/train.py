@@ -22,7 +22,7 @@ from mlx_lora.errors import ModelError, NameTaken, RecipeError, TrainingError
 from mlx_lora.methods import LORA_ONLY, LOW_RANK, parts
 from mlx_lora.models.load import LoadedModel, find_model, load_stored, load_tokenizer, ready
 from mlx_lora.models.shapes import describe as describe_model
-from mlx_lora.models.split import layers_of, split
+from mlx_lora.models.trunk.split import layers_of, split
 from mlx_lora.store import adapter as store
 from mlx_lora.store import fingerprint, registry
 from mlx_lora.tasks.begin import begin, check_init

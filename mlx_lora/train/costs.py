@@ -1,7 +1,7 @@
 """What training a model with its adapter costs, read off its modules: bytes of each kind, multiplications a position.
 
 Kept for the backward pass are: the inputs of norms; attention's queries, keys and values, and a gated activation's two
-inputs (`models.lean`); and of an adapted linear its input, once for those that share it, and its low-rank intermediate.
+inputs (`trunk.lean`); and of an adapted linear its input, once for those that share it, and its low-rank intermediate.
 Attention and activations that aren't lean keep more. A linear without an adapter keeps nothing: its weight is frozen.
 All of this is a matter of shapes: any model will do, with weights or from `models.shapes`, and nothing is evaluated.
 """
@@ -20,9 +20,9 @@ from mlx_lora.adapters.attach import Wrappers, attached
 from mlx_lora.adapters.base import EXPERTS, layer_shape
 from mlx_lora.adapters.targets import ATTENTION, adaptable
 from mlx_lora.config import Train
-from mlx_lora.models.lean import lean
-from mlx_lora.models.prefix import lowest_trainable
-from mlx_lora.models.split import layers_of
+from mlx_lora.models.trunk.lean import lean
+from mlx_lora.models.trunk.prefix import lowest_trainable
+from mlx_lora.models.trunk.split import layers_of
 from mlx_lora.quant.quantize import model_bytes
 from mlx_lora.train import optim
 from mlx_lora.train.adalora import rule_for

@@ -18,12 +18,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora import device
-from mlx_lora.adapters.base import Dropout
 from mlx_lora.data.batch import Batch
-from mlx_lora.models.last import LastLayer
-from mlx_lora.models.prefix import Below
-from mlx_lora.models.segments import caches
-from mlx_lora.models.split import Split, layers_of
+from mlx_lora.models.trunk.dropout import Dropout
+from mlx_lora.models.trunk.last import LastLayer
+from mlx_lora.models.trunk.prefix import Below
+from mlx_lora.models.trunk.segments import caches
+from mlx_lora.models.trunk.split import Split, layers_of
 
 # Bytes of float32 logits in one tile; four to six times as much is alive at once. A GPU wants more rows at a time, and
 # with too few of them every tile would only wait for the head's weights.

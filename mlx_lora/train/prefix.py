@@ -25,9 +25,9 @@ import psutil
 from mlx_lora import ui
 from mlx_lora.data.batch import Batch, Line, Lines
 from mlx_lora.errors import TrainingError
-from mlx_lora.models.prefix import Below, below, lowest_trainable
-from mlx_lora.models.segments import caches
-from mlx_lora.models.split import Split
+from mlx_lora.models.trunk.prefix import Below, below, lowest_trainable
+from mlx_lora.models.trunk.segments import caches
+from mlx_lora.models.trunk.split import Split
 
 # numpy has no bfloat16: its bits are kept.
 STORED = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}

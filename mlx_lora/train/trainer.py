@@ -31,18 +31,18 @@ from mlx_lora.data.batch import (
 )
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
-from mlx_lora.models.last import LastLayer, last_layer
-from mlx_lora.models.lean import lean
-from mlx_lora.models.prefix import lowest_trainable
-from mlx_lora.models.segments import refusal
-from mlx_lora.models.split import Split, layers_of
+from mlx_lora.models.trunk.last import LastLayer, last_layer
+from mlx_lora.models.trunk.lean import lean
+from mlx_lora.models.trunk.prefix import lowest_trainable
+from mlx_lora.models.trunk.recompute import recomputed
+from mlx_lora.models.trunk.segments import refusal
+from mlx_lora.models.trunk.split import Split, layers_of
 from mlx_lora.train import memory, optim, prefix
 from mlx_lora.train.checkpoint import Progress
 from mlx_lora.train.choice import Plan
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Interrupted, Note, Saved, Step
 from mlx_lora.train.loss import Arrays, Loss, as_arrays
-from mlx_lora.train.recompute import recomputed
 from mlx_lora.train.step import Pending, Stepper
 
 MOST_SKIPPED = 3

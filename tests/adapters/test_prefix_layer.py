@@ -17,11 +17,12 @@ from mlx_lora.adapters.prefix import Prefix
 from mlx_lora.config import Adapter
 from mlx_lora.data.batch import collate
 from mlx_lora.errors import AdapterError, CannotFuse
-from mlx_lora.models import segments, shapes
-from mlx_lora.models.lean import lean
-from mlx_lora.models.split import layers_of, split
+from mlx_lora.models import shapes
+from mlx_lora.models.trunk import segments
+from mlx_lora.models.trunk.lean import lean
+from mlx_lora.models.trunk.recompute import recomputed
+from mlx_lora.models.trunk.split import layers_of, split
 from mlx_lora.train.loss import Loss, as_arrays
-from mlx_lora.train.recompute import recomputed
 from tests.adapters import zoo
 from tests.train.test_trainer import make_rows
 

@@ -17,7 +17,7 @@ from mlx_lora.data.prepare import prepare
 from mlx_lora.data.virtual import Virtual, virtual_of
 from mlx_lora.errors import AdapterError, CannotFuse, DataError
 from mlx_lora.models import shapes
-from mlx_lora.models.split import split
+from mlx_lora.models.trunk.split import split
 from mlx_lora.train.loss import Loss, as_arrays
 from tests.adapters import zoo
 from tests.train.test_trainer import make_rows

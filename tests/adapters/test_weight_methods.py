@@ -11,10 +11,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.base import EXPERTS as EXPERT_LAYERS
-from mlx_lora.adapters.base import AdapterLayer, Dropout, layer_shape
+from mlx_lora.adapters.base import AdapterLayer, layer_shape
 from mlx_lora.config import Adapter
 from mlx_lora.methods import LOW_RANK, METHODS, SETTINGS, resolve
 from mlx_lora.models import SwitchLinear
+from mlx_lora.models.trunk.dropout import Dropout
 from mlx_lora.quant.matmul import DequantizingEmbedding, DequantizingLinear, like
 from mlx_lora.quant.quantize import dequantize_layer, packed_layer
 

@@ -18,7 +18,7 @@ from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Encoder, Row
 from mlx_lora.data.read import read
 from mlx_lora.models.load import LoadedModel, load
-from mlx_lora.models.split import split
+from mlx_lora.models.trunk.split import split
 from mlx_lora.store import adapter as store
 from mlx_lora.train.loss import Loss, as_arrays
 from tests.real.conftest import Shell

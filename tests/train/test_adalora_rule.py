@@ -13,7 +13,7 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data.batch import collate
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.split import split
+from mlx_lora.models.trunk.split import split
 from mlx_lora.train import step
 from mlx_lora.train.adalora import Allocation, rule_for
 from mlx_lora.train.distributed import Processes

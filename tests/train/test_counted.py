@@ -17,7 +17,7 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Row
-from mlx_lora.models.split import layers_of, split
+from mlx_lora.models.trunk.split import layers_of, split
 from mlx_lora.train import loss, step, trainer
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Finished

@@ -11,7 +11,7 @@ import pytest
 from mlx_lora.adapters.attach import attach, detach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.models.load import load
-from mlx_lora.models.split import split
+from mlx_lora.models.trunk.split import split
 from mlx_lora.train.choice import Lengths, Plan, plan
 from mlx_lora.train.costs import costs
 from mlx_lora.train.events import Finished, Saved, Step

@@ -19,7 +19,7 @@ from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Encoder, Row
 from mlx_lora.data.example import conversation
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.split import Split, split
+from mlx_lora.models.trunk.split import Split, split
 from mlx_lora.quant.matmul import use_fast_multiply
 from mlx_lora.train import loss as losses
 from mlx_lora.train.loss import Arrays, Loss, as_arrays, negative_log_likelihood

@@ -18,7 +18,7 @@ from mlx_lora.data import batch
 from mlx_lora.data.batch import collate, pack
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
-from mlx_lora.models.split import split
+from mlx_lora.models.trunk.split import split
 from mlx_lora.train.events import Evaluated, Finished, Step
 from mlx_lora.train.loss import Arrays, Loss, as_arrays
 from mlx_lora.train.trainer import train

@@ -14,7 +14,7 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data.encode import Row
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.split import split
+from mlx_lora.models.trunk.split import split
 from mlx_lora.train.costs import costs
 from mlx_lora.train.events import Step
 from mlx_lora.train.plan import COEFFICIENTS, Micro, predict

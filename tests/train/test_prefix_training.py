@@ -14,7 +14,7 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data.batch import by_length, collate, epoch_steps
 from mlx_lora.errors import TrainingError
-from mlx_lora.models.split import layers_of, split
+from mlx_lora.models.trunk.split import layers_of, split
 from mlx_lora.train import prefix
 from mlx_lora.train.events import Evaluated, Finished, Note, Step
 from mlx_lora.train.trainer import train

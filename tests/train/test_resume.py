@@ -17,7 +17,7 @@ from mlx_lora.config import Adapter, Train
 from mlx_lora.data import batch
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.split import split
+from mlx_lora.models.trunk.split import split
 from mlx_lora.train import checkpoint
 from mlx_lora.train.choice import Lengths, Plan, plan
 from mlx_lora.train.costs import costs

@@ -18,7 +18,7 @@ from mlx_lora.data.batch import Batch, collate, epoch_steps, steps_per_epoch
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.split import split
+from mlx_lora.models.trunk.split import split
 from mlx_lora.train import optim, step, trainer
 from mlx_lora.train.events import Checkpoint, Evaluated, Finished, Interrupted, Saved, Step
 from mlx_lora.train.loss import Loss, as_arrays

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
-from mlx_lora.models.split import split
+from mlx_lora.models.trunk.split import split
 from mlx_lora.train.events import Step
 from mlx_lora.train.trainer import train
 from tests.bench.sides import rows as plain

@@ -15,8 +15,8 @@ import mlx.core as mx
 from mlx_lora import device
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
-from mlx_lora.models import lean
 from mlx_lora.models.load import load
+from mlx_lora.models.trunk import lean
 from mlx_lora.study.bench import Work, products, time_product, timed, vocabulary
 from tests.bench.sides import rows as plain
 from tests.bench.sides.ours import LAYERS, train

@@ -14,10 +14,10 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
 from mlx_lora.data.batch import Batch, collate
 from mlx_lora.data.encode import Row
-from mlx_lora.models.last import LastLayer, last_layer, rows_of_mask
-from mlx_lora.models.lean import lean
-from mlx_lora.models.prefix import Below, below
-from mlx_lora.models.split import layers_of, split
+from mlx_lora.models.trunk.last import LastLayer, last_layer, rows_of_mask
+from mlx_lora.models.trunk.lean import lean
+from mlx_lora.models.trunk.prefix import Below, below
+from mlx_lora.models.trunk.split import layers_of, split
 from mlx_lora.train.loss import Loss, as_arrays
 from tests.adapters import zoo
 

@@ -8,12 +8,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.adapters.base import Dropout
 from mlx_lora.config import Adapter
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.split import layers_of
+from mlx_lora.models.trunk.dropout import Dropout
+from mlx_lora.models.trunk.recompute import recomputed
+from mlx_lora.models.trunk.split import layers_of
 from mlx_lora.train.loss import Loss
-from mlx_lora.train.recompute import recomputed
 
 ARRAYS = {
     "inputs": mx.arange(64).reshape(2, 32),

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import Dropout
+from mlx_lora.models.trunk.dropout import Dropout
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
 from mlx_lora.errors import ModelError
-from mlx_lora.models import segments
-from mlx_lora.models.segments import caches, refusal
-from mlx_lora.models.split import layers_of, split
-from mlx_lora.train.recompute import recomputed
+from mlx_lora.models.trunk import segments
+from mlx_lora.models.trunk.recompute import recomputed
+from mlx_lora.models.trunk.segments import caches, refusal
+from mlx_lora.models.trunk.split import layers_of, split
 from tests.adapters.zoo import MODELS, VOCABULARY, network
 
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}

@@ -22,8 +22,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.errors import ModelError
-from mlx_lora.models.prefix import Below, trunk_with
-from mlx_lora.models.split import Split, layers_of
+from mlx_lora.models.trunk.prefix import Below, trunk_with
+from mlx_lora.models.trunk.split import Split, layers_of
 
 # Largest distance of a position's states from the trunk's own, relative to their norm: other shapes round differently.
 TOLERANCE, TOLERANCE_HALF = 1e-4, 5e-2

@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
-from mlx_lora.models.prefix import Below, below, lowest_trainable
-from mlx_lora.models.split import Split, layers_of, split
+from mlx_lora.models.trunk.prefix import Below, below, lowest_trainable
+from mlx_lora.models.trunk.split import Split, layers_of, split
 from tests.adapters import zoo
 
 TOKENS = mx.array([[5, 9, 70, 2, 33, 11, 8], [60, 1, 4, 95, 7, 7, 20]])

@@ -10,7 +10,7 @@ import pytest
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
 from mlx_lora.errors import ModelError
-from mlx_lora.models.split import layers_of, split
+from mlx_lora.models.trunk.split import layers_of, split
 from tests.adapters.zoo import MODELS, VOCABULARY, network
 
 

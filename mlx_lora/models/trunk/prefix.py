@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_lora.models.split import Split, layers_of
+from mlx_lora.models.trunk.split import Split, layers_of
 
 # Both sides run the same operations on the same numbers: anything beyond rounding is something else from below.
 TOLERANCE = 1e-5
