@@ -7,11 +7,13 @@ two functions of ours in place of mlx-lm's, object by object and undone on leavi
 
 Attention runs over a few queries at a time, so no square of scores is ever held; under a causal mask the keys behind a
 part are left out, which halves the work of long rows. A mask that is an array (packed rows, some sliding windows) is a
-square of its own, of one byte an entry, and leaves no keys out.
+square of its own, of one byte an entry, and leaves no keys out. A mask of numbers is added to the scores and gets a
+gradient: latent attention (DeepSeek, GLM, Kimi, LongCat) hands over scores of trained positions that way.
 """
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,10 +33,13 @@ SCORES_BYTES, SCORES_BYTES_GPU = 16 << 20, 128 << 20
 
 
 @contextmanager
-def lean(layers: list[nn.Module]) -> Iterator[None]:
-    """While the block runs, `layers` keep less for the backward pass; on a GPU, evaluation is left as it is."""
+def lean(layers: list[nn.Module], *, without: frozenset[str] = frozenset()) -> Iterator[None]:
+    """While the block runs, `layers` keep less for the backward pass; on a GPU, evaluation is left as it is.
+
+    `without` names PARTS that stay mlx-lm's own.
+    """
     modules = {id(module): module for layer in layers for module in layer.modules()}.values()  # some are shared
-    changes = [(module, type(module), cls) for module in modules if (cls := _lean_class(type(module)))]  # type: ignore[arg-type]
+    changes = [(module, type(module), cls) for module in modules if (cls := _lean_class(type(module), without))]  # type: ignore[arg-type]
     try:
         for module, _, cls in changes:
             module.__class__ = cls  # type: ignore[assignment]
@@ -45,27 +50,34 @@ def lean(layers: list[nn.Module]) -> Iterator[None]:
 
 
 @lru_cache
-def _lean_class(original: type[nn.Module]) -> type[nn.Module] | None:
-    """A subclass whose forward pass calls the lean functions, or None where it would call neither."""
-    call = original.__call__
-    if not isinstance(call, types.FunctionType):
-        return None
+def _lean_class(original: type[nn.Module], without: frozenset[str]) -> type[nn.Module] | None:
+    """A subclass whose methods call the lean functions, or None where they would call none."""
+    methods = {}
+    for name in dir(original):
+        method = inspect.getattr_static(original, name)
+        if isinstance(method, types.FunctionType) and (changed := _changed(method, without)):
+            methods[name] = changed
+    return type(f"Lean{original.__name__}", (original,), methods) if methods else None
+
+
+def _changed(method: types.FunctionType, without: frozenset[str]) -> Callable[..., Any] | None:
+    """A method that calls the lean functions while training, or None where it would call none."""
     ours = {
         name: function
-        for name, (theirs, function) in _FUNCTIONS.items()
-        if name in call.__code__.co_names and call.__globals__.get(name) is theirs
+        for part, name, theirs, function in FUNCTIONS
+        if part not in without and name in method.__code__.co_names and method.__globals__.get(name) is theirs
     }
     if not ours:
         return None
     again = types.FunctionType(
-        call.__code__, {**call.__globals__, **ours}, call.__name__, call.__defaults__, call.__closure__
+        method.__code__, {**method.__globals__, **ours}, method.__name__, method.__defaults__, method.__closure__
     )
-    again.__kwdefaults__ = call.__kwdefaults__
+    again.__kwdefaults__ = method.__kwdefaults__
 
-    def forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        return (again if self.training or not device.on_gpu() else call)(self, *arguments, **named)
+    def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+        return (again if self.training or not device.on_gpu() else method)(self, *arguments, **named)
 
-    return type(f"Lean{original.__name__}", (original,), {"__call__": forward})
+    return call
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
@@ -145,19 +157,23 @@ def _attention(scale: float, causal: bool) -> Callable[..., mx.array]:
         grouped, k, v = _by_key(queries, keys), keys[:, :, None], values[:, :, None]
         out = cotangent.reshape(*grouped.shape[:-1], values.shape[-1])
         by_queries: list[mx.array] = []
+        by_masks: list[list[mx.array]] = [[] for _ in masks]
         by_keys = by_values = None
         after, length = [grouped], keys.shape[2]
         for here, seen in parts(queries, keys):
             (part,) = mx.depends([grouped[..., here, :]], after)
             chosen = probabilities(part, k[..., seen, :], here, tuple(masks))
             by_chosen = out[..., here, :] @ v[..., seen, :].swapaxes(-1, -2)
-            by_scores = chosen * (by_chosen - (chosen * by_chosen).sum(axis=-1, keepdims=True)) * scale
+            by_sums = chosen * (by_chosen - (chosen * by_chosen).sum(axis=-1, keepdims=True))  # of scores and mask
+            by_scores = by_sums * scale
             by_queries.append(by_scores @ k[..., seen, :])
             by_keys = _added(by_keys, (by_scores.swapaxes(-1, -2) @ part).sum(axis=2), length)
             by_values = _added(by_values, (chosen.swapaxes(-1, -2) @ out[..., here, :]).sum(axis=2), length)
+            for of_mask, mask in zip(by_masks, masks, strict=True):
+                of_mask.append(_summed_like(mask, by_sums))
             after = [by_queries[-1], by_keys, by_values]
-        frozen = (mx.broadcast_to(mx.zeros((), mask.dtype), mask.shape) for mask in masks)
-        return (_joined(by_queries).reshape(queries.shape), by_keys, by_values, *frozen)
+        of_masks = (_gradient_of(mask, parts) for mask, parts in zip(masks, by_masks, strict=True))
+        return (_joined(by_queries).reshape(queries.shape), by_keys, by_values, *of_masks)
 
     return attend  # type: ignore[no-any-return]
 
@@ -175,6 +191,25 @@ def _grouped(mask: mx.array, scores: mx.array) -> mx.array:
     return mask.reshape(*mask.shape[:-3], *scores.shape[1:3], *mask.shape[-2:])
 
 
+def _summed_like(mask: mx.array, by_sums: mx.array) -> mx.array:
+    """What a part of the queries (B, kv heads, queries of a key, part, keys) adds to a mask's gradient.
+
+    (B, heads, part, keys), summed over the axes along which the mask is broadcast.
+    """
+    lines, _, _, part, seen = by_sums.shape
+    shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+    broadcast = [axis for axis in range(4) if shape[axis] == 1]
+    return by_sums.reshape(lines, -1, part, seen).sum(axis=broadcast, keepdims=True)
+
+
+def _gradient_of(mask: mx.array, parts: list[mx.array]) -> mx.array:
+    """A mask's gradient from its parts; zeros for a boolean one. It is computed only where something asks for it."""
+    if mask.dtype == mx.bool_:
+        return mx.broadcast_to(mx.zeros((), mask.dtype), mask.shape)
+    whole = _joined(parts) if mask.shape[-2] > 1 else sum(parts[1:], start=parts[0])
+    return whole.reshape(mask.shape).astype(mask.dtype)
+
+
 def _added(total: mx.array | None, part: mx.array, length: int) -> mx.array:
     """`total` plus what the first keys of `length` get."""
     missing = length - part.shape[2]
@@ -187,7 +222,9 @@ def _joined(parts: list[mx.array]) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-2)
 
 
-_FUNCTIONS: dict[str, tuple[Any, Callable[..., mx.array]]] = {
-    "swiglu": (activations.swiglu, swiglu),
-    "scaled_dot_product_attention": (base.scaled_dot_product_attention, scaled_dot_product_attention),
-}
+# part, the name that mlx-lm's layers call a function by, mlx-lm's function, and the one in its place
+FUNCTIONS: list[tuple[str, str, Any, Callable[..., Any]]] = [
+    ("activation", "swiglu", activations.swiglu, swiglu),
+    ("attention", "scaled_dot_product_attention", base.scaled_dot_product_attention, scaled_dot_product_attention),
+]
+PARTS = frozenset(part for part, *_ in FUNCTIONS)

@@ -125,13 +125,15 @@ def test_compiled_and_recomputed_layers_are_lean_too(name: str, packed: bool, mo
 
 def test_both_functions_are_called_inside_and_neither_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    for name, (theirs, ours) in dict(lean_module._FUNCTIONS).items():
+    changed = []
+    for part, name, theirs, ours in lean_module.FUNCTIONS:
 
         def watched(*arguments: Any, _name: str = name, _ours: Callable[..., Any] = ours, **named: Any) -> Any:
             called.append(_name)
             return _ours(*arguments, **named)
 
-        monkeypatch.setitem(lean_module._FUNCTIONS, name, (theirs, watched))
+        changed.append((part, name, theirs, watched))
+    monkeypatch.setattr(lean_module, "FUNCTIONS", changed)
     lean_module._lean_class.cache_clear()
     try:
         model = trained("llama")
@@ -214,6 +216,11 @@ MASKS: dict[str, Callable[[int], Any]] = {
         for kind in ("boolean", "finite", "infinite")
         for leading in ((), (LINES, 1), (LINES, HEADS), (1, HEADS), (1, 1), (HEADS,))
     },
+    "numbers, one line for all queries": lambda keys: mx.cos(mx.arange(keys))[None],
+    "numbers, one line a row and head": lambda keys: mx.cos(mx.arange(LINES * HEADS * keys)).reshape(
+        LINES, HEADS, 1, keys
+    ),
+    "numbers, one a head and query": lambda keys: mx.cos(mx.arange(HEADS * LENGTH)).reshape(HEADS, LENGTH, 1),
     "one line for all queries": lambda keys: mx.arange(keys)[None] % 3 > 0,
     "one line a row": lambda keys: (mx.arange(LINES * keys).reshape(LINES, 1, 1, keys) % 4) > 0,
 }
@@ -231,27 +238,32 @@ def test_attention_equals_mlx_lm_and_float64(
     cotangent = mx.random.normal((LINES, HEADS, LENGTH, WIDTH + 4), key=mx.random.key(9))
     made = MASKS[mask](keys)
 
-    def plain(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    # a mask of numbers is an input like any other, whose gradient is compared too
+    inputs = [*arrays, made] if isinstance(made, mx.array) and made.dtype != mx.bool_ else arrays
+
+    def plain(q: mx.array, k: mx.array, v: mx.array, added: mx.array | None = None) -> mx.array:
         """What MLX differentiates itself."""
         repeats = HEADS // key_heads
         scores = scale * q @ mx.repeat(k, repeats, axis=1).swapaxes(-1, -2)
         here = mx.arange(before, keys)[:, None] >= mx.arange(keys) if isinstance(made, str) else made
+        here = here if added is None else added
         if here is not None:
             scores = mx.where(here, scores, -mx.inf) if here.dtype == mx.bool_ else scores + here
         return mx.softmax(scores, axis=-1) @ mx.repeat(v, repeats, axis=1)
 
-    (expected,), gradients = mx.vjp(plain, arrays, [cotangent])
+    (expected,), gradients = mx.vjp(plain, inputs, [cotangent])
     exact = numpy_attention(*arrays, scale, made)
     np.testing.assert_allclose(expected, exact, rtol=1e-4, atol=1e-5)
     for queries in (LENGTH, 4, 1):
         monkeypatch.setattr(lean_module, "SCORES_BYTES", 4 * LINES * HEADS * keys * queries)
 
-        def ours(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-            return scaled_dot_product_attention(q, k, v, None, scale, made)
+        def ours(q: mx.array, k: mx.array, v: mx.array, added: mx.array | None = None) -> mx.array:
+            return scaled_dot_product_attention(q, k, v, None, scale, made if added is None else added)
 
-        (out,), by = mx.vjp(ours, arrays, [cotangent])
+        (out,), by = mx.vjp(ours, inputs, [cotangent])
         np.testing.assert_allclose(out, exact, rtol=1e-4, atol=1e-5)
-        for name, one, other in zip("qkv", by, gradients, strict=True):
+        assert len(by) == len(inputs)
+        for name, one, other in zip(["q", "k", "v", "mask"], by, gradients, strict=False):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5, err_msg=name)
 
 
