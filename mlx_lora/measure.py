@@ -16,7 +16,8 @@ import numpy as np
 
 from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Row
-from mlx_lora.models.trunk.split import logits_at, split
+from mlx_lora.models.trunk.trunk import logits_at
+from mlx_lora.models.trunk.verify import take_apart
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def compare(
     before: nn.Module, after: nn.Module, rows: Sequence[Row], *, on_row: Callable[[], None] = lambda: None
 ) -> Agreement:
     """Run both models over every row and compare their next-token distributions where the rows carry loss."""
-    models = [logits_at(model, split(model)) for model in (before, after)]
+    models = [logits_at(take_apart(model)) for model in (before, after)]
     totals, tokens = np.zeros(4), 0
     for row in rows:
         batch = collate([row])

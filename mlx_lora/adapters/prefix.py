@@ -24,8 +24,8 @@ from mlx_lora.adapters.base import LINEARS, AdapterLayer, layer_shape
 from mlx_lora.adapters.targets import ATTENTION, bare_modules, layer_indices, layer_prefixes
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, CannotFuse
-from mlx_lora.models.trunk.last import NotingCache
 from mlx_lora.models.trunk.segments import PackedCache
+from mlx_lora.models.trunk.standins import Fetched
 
 NO_UPDATE = "a prefix of keys and values is no update of a weight"
 Shape = tuple[int, ...]
@@ -181,15 +181,15 @@ def _kept(layer: nn.Module) -> tuple[Shape, Shape]:
     needed = [name for name, optional in _parameters(layer).items() if not optional and name not in (first, "cache")]
     fault: Exception = AdapterError("it has no linear layers")
     for width, _ in widths.most_common():
-        cache = NotingCache()
+        cache = Fetched()
         scales = {name: None if "mask" in name else mx.ones((1,)) for name in needed}
         try:
             layer(**{first: mx.zeros((1, 1, width)), **scales, "cache": cache})
         except Exception as error:  # the width of something else
             fault = error
             continue
-        if len(cache.fetched) == 1 and all(array.ndim == 4 for array in cache.fetched[0]):
-            keys, values = cache.fetched[0]
+        if len(cache.noted) == 1 and all(array.ndim == 4 for array in cache.noted[0]):
+            keys, values = cache.noted[0]
             return keys.shape, values.shape
         fault = AdapterError("it keeps no keys and values of its own")
     raise fault

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.base import ADAPTABLE, CONVOLUTIONS, EMBEDDINGS, AdapterLayer
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, ModelError, nearest
-from mlx_lora.models.trunk.split import layers_of
+from mlx_lora.models.trunk.layers import layers_of
 
 # Linears that choose experts rather than transform activations.
 ROUTERS = {"gate", "router", "shared_expert_gate", "indexer"}

@@ -25,7 +25,8 @@ from mlx_lora.data.batch import steps_per_epoch
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.trunk.split import layers_of, split
+from mlx_lora.models.trunk.layers import layers_of
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train.events import Finished, Step
 from mlx_lora.train.trainer import train
 
@@ -211,7 +212,7 @@ def measure(model: nn.Module, rows: Sequence[Row], settings: Train, steps: int, 
     """
     measured, reported = Steps(), []
     chosen = settings.model_copy(update={"iters": steps + 2})
-    for event in train(model, rows, [], chosen, split=split(model), **more):
+    for event in train(model, rows, [], chosen, trunk=take_apart(model), **more):
         if isinstance(event, Step):
             reported.append(time.perf_counter())
             measured.losses.append(event.loss)

@@ -17,7 +17,7 @@ from mlx_lora.data.example import Example
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.read import HINT, find_splits, read
 from mlx_lora.errors import DataError, Problem
-from mlx_lora.models.trunk.split import split
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.serve.engine import Engine
 from mlx_lora.train.loss import Loss, as_arrays
 
@@ -106,7 +106,7 @@ def mean_loss(engine: Engine, rows: Sequence[Row], on_row: Callable[[], None]) -
     """(mean loss per token, tokens) over `rows` with whatever is attached."""
     model, virtual = engine.loaded.model, engine.virtual
     rows = [virtual.row(row) for row in rows] if virtual else rows
-    loss_sum = Loss(model, split(model))
+    loss_sum = Loss(take_apart(model))
     total, tokens = 0.0, 0
     for batch in by_length(rows, BATCH):
         total += float(mx.array(loss_sum(as_arrays(batch))).item())

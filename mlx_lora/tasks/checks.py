@@ -29,8 +29,9 @@ from mlx_lora.data.prepare import prepare
 from mlx_lora.interop.fuse import merge
 from mlx_lora.methods import MODES
 from mlx_lora.models.load import LoadedModel, load_stored, load_tokenizer, ready, set_modules
+from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
-from mlx_lora.models.trunk.split import layers_of, split
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.quant.quantize import named_arrays
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import fingerprint
@@ -274,11 +275,11 @@ def _slope(name: str, gradients: Weights, llama: Llama, subject: Subject, tolera
 
 def _loss_and_gradients(model: nn.Module, subject: Subject) -> tuple[float, Weights]:
     """Mean loss, and its gradient by every array of the first adapter, as a training step computes them."""
-    parts = split(model)
+    trunk = take_apart(model)
     put(model, _wrappers(model, subject.adapters["one"]))
     model.train()
     with lean(layers_of(model)):
-        differentiate = nn.value_and_grad(model, Loss(model, parts).differentiable)
+        differentiate = nn.value_and_grad(model, Loss(trunk).differentiable)
         loss, gradients = differentiate(as_arrays(subject.batch))
         mx.eval(loss, gradients)
     tokens = subject.batch.trained
@@ -288,7 +289,7 @@ def _loss_and_gradients(model: nn.Module, subject: Subject) -> tuple[float, Weig
 def _losses(model: nn.Module, subject: Subject) -> list[float]:
     """The loss of every step of a short training."""
     put(model, _wrappers(model, subject.adapters["one"]))
-    events = train(model, subject.rows, [], TRAIN, split=split(model))
+    events = train(model, subject.rows, [], TRAIN, trunk=take_apart(model))
     return [event.loss for event in events if isinstance(event, Step)]
 
 

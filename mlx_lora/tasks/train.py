@@ -22,7 +22,8 @@ from mlx_lora.errors import ModelError, NameTaken, RecipeError, TrainingError
 from mlx_lora.methods import LORA_ONLY, LOW_RANK, parts
 from mlx_lora.models.load import LoadedModel, find_model, load_stored, load_tokenizer, ready
 from mlx_lora.models.shapes import describe as describe_model
-from mlx_lora.models.trunk.split import layers_of, split
+from mlx_lora.models.trunk.layers import layers_of
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.store import adapter as store
 from mlx_lora.store import fingerprint, registry
 from mlx_lora.tasks.begin import begin, check_init
@@ -125,7 +126,7 @@ def _train(recipe: Recipe, name: str, hear: Listener, group: Processes, *, force
         prepared.valid,
         recipe.train,
         seed=recipe.seed,
-        split=split(loaded.model),
+        trunk=take_apart(loaded.model),
         packing=recipe.data.packing,
         scratch=folder.folder if folder.writes else None,
         processes=group,

@@ -20,9 +20,8 @@ from mlx_lora.adapters.attach import Wrappers, attached
 from mlx_lora.adapters.base import EXPERTS, layer_shape
 from mlx_lora.adapters.targets import ATTENTION, adaptable
 from mlx_lora.config import Train
+from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
 from mlx_lora.models.trunk.lean import lean
-from mlx_lora.models.trunk.prefix import lowest_trainable
-from mlx_lora.models.trunk.split import layers_of
 from mlx_lora.quant.quantize import model_bytes
 from mlx_lora.train import optim
 from mlx_lora.train.adalora import rule_for

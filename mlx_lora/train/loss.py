@@ -13,17 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora import device
 from mlx_lora.data.batch import Batch
 from mlx_lora.models.trunk.dropout import Dropout
-from mlx_lora.models.trunk.last import LastLayer
-from mlx_lora.models.trunk.prefix import Below
-from mlx_lora.models.trunk.segments import caches
-from mlx_lora.models.trunk.split import Split, layers_of
+from mlx_lora.models.trunk.layers import layers_of
+from mlx_lora.models.trunk.trunk import Trunk
 
 # Bytes of float32 logits in one tile; four to six times as much is alive at once. A GPU wants more rows at a time, and
 # with too few of them every tile would only wait for the head's weights.
@@ -48,20 +45,19 @@ def as_arrays(batch: Batch, states: mx.array | None = None, columns: np.ndarray 
 class Loss:
     """Σ weight · nll of a batch's arrays, a float32 scalar. `differentiable` is the same sum, to be differentiated.
 
-    Without a split the whole model runs on every position, and its logits are picked afterwards.
+    `start` is the layer that kept states enter, of batches that bring them. A model that can't be taken apart runs on
+    every position, and its logits are picked afterwards.
     """
 
-    def __init__(
-        self, model: nn.Module, split: Split | None, below: Below | None = None, last: LastLayer | None = None
-    ):
-        self._model, self._split, self._below, self._last = model, split, below, last
+    def __init__(self, trunk: Trunk, *, start: int = 0):
+        self._trunk, self._model, self._start = trunk, trunk.model, start
 
     def __call__(self, arrays: Arrays) -> mx.array:
         hidden = self._hidden(arrays)
         total = mx.array(0.0)
         for tile in self._tiles(hidden):
             (part,) = mx.depends([hidden[tile]], [total])  # one after another, or all logits are made side by side
-            nll = negative_log_likelihood(self._head(part), arrays["targets"][tile])
+            nll = negative_log_likelihood(self._trunk.head(part), arrays["targets"][tile])
             total = total + (nll * arrays["weights"][tile]).sum()
         return total
 
@@ -94,23 +90,15 @@ class Loss:
         return summed(hidden, arrays["targets"], arrays["weights"], *outside.values())[0]  # type: ignore[no-any-return]
 
     def _hidden(self, arrays: Arrays) -> mx.array:
-        """What enters the head, (N, d); the logits themselves, (N, V), of a model that has no split."""
-        cache = caches(self._model, arrays["segments"]) if "segments" in arrays else None
-        if "columns" in arrays:
-            assert self._last is not None
-            kept = (self._below, arrays["states"]) if self._below and "states" in arrays else None
-            hidden = self._last.trunk(arrays["columns"], arrays.get("inputs"), cache, kept)
-        elif "states" in arrays:
-            assert self._below is not None
-            hidden = self._below.trunk(arrays["states"], cache)
-        elif self._split is not None:
-            hidden = self._split.trunk(arrays["inputs"], cache)
-        else:
-            hidden = self._model(arrays["inputs"], cache=cache)
+        """What enters the head, (N, d); the logits themselves, (N, V), of a model that can't be taken apart."""
+        states = arrays.get("states")
+        hidden = self._trunk.run(
+            arrays["inputs"] if states is None else states,
+            start=0 if states is None else self._start,
+            columns=arrays.get("columns"),
+            segments=arrays.get("segments"),
+        )
         return hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]
-
-    def _head(self, hidden: mx.array) -> mx.array:
-        return hidden if self._split is None else self._split.head(hidden)
 
     def _ending(self, names: list[str]) -> Callable[..., mx.array]:
         """The head as a function of hidden states (n, d) and of the trained arrays called `names`.
@@ -118,7 +106,7 @@ class Loss:
         Its dropout draws the same mask whenever it runs: for the logits, and for their gradient.
         """
         if not names:
-            return self._head
+            return self._trunk.head
         model = self._model
         inside = {id(module) for layer in layers_of(model) for module in layer.modules()}
         dropouts = [module for module in model.modules() if isinstance(module, Dropout) and id(module) not in inside]
@@ -129,7 +117,7 @@ class Loss:
             model.update(tree_unflatten(list(zip(names, trained, strict=True))))
             _draw_from(dropouts, keys)
             try:
-                return self._head(hidden)
+                return self._trunk.head(hidden)
             finally:
                 model.update(tree_unflatten(before))
                 _draw_from(dropouts, [None] * len(dropouts))
@@ -146,7 +134,7 @@ class Loss:
 
     def _tiles(self, hidden: mx.array) -> list[slice]:
         """Equal parts of the rows, up to one, whose logits fit TILE_BYTES, or of LEAST_ROWS."""
-        vocabulary = hidden.shape[1] if self._split is None else self._split.vocabulary
+        vocabulary = self._trunk.vocabulary
         rows = hidden.shape[0]
         size = TILE_BYTES_GPU if device.on_gpu() else TILE_BYTES
         count = -(-rows // max(size // (4 * vocabulary), LEAST_ROWS))

@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import psutil
 
 from mlx_lora import ui
 from mlx_lora.data.batch import Batch, Line, Lines
 from mlx_lora.errors import TrainingError
-from mlx_lora.models.trunk.prefix import Below, below, lowest_trainable
-from mlx_lora.models.trunk.segments import caches
-from mlx_lora.models.trunk.split import Split
+from mlx_lora.models.trunk.layers import lowest_trainable
+from mlx_lora.models.trunk.trunk import Trunk
+from mlx_lora.models.trunk.verify import verify_start
 
 # numpy has no bfloat16: its bits are kept.
 STORED = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
@@ -144,18 +143,18 @@ def _allocate(descriptor: int, size: int) -> None:
 
 
 class Prefix:
-    """Hidden states entering layer `below.first`, of training and validation rows: each computed once, then read.
+    """Hidden states entering layer `start` of a trunk, of training and validation rows: each computed once, then read.
 
     `home` finds, for the rows of one kind, the batch whose states are kept: rounding depends on a row's company, and a
     run that goes on in a later epoch must find the same states. Without one, it is the first batch that holds the row.
     """
 
-    def __init__(self, model: nn.Module, below: Below, stores: dict[str, PrefixStore], where: str, home: Home):
-        self.below, self._model, self._stores, self._where, self._home = below, model, stores, where, home
+    def __init__(self, trunk: Trunk, start: int, stores: dict[str, PrefixStore], where: str, home: Home):
+        self.start, self._trunk, self._stores, self._where, self._home = start, trunk, stores, where, home
 
     def __str__(self) -> str:
         size = ui.size(sum(store.bytes for store in self._stores.values()))
-        return f"what enters layer {self.below.first} is computed once a row and kept: {size} in {self._where}"
+        return f"what enters layer {self.start} is computed once a row and kept: {size} in {self._where}"
 
     def states(self, of: str, batch: Batch) -> mx.array:
         """States (B, T, d) of a batch of the rows called `of`, from the store once all its rows are there."""
@@ -164,51 +163,50 @@ class Prefix:
             if row not in store:
                 whole = home(row) or batch
                 # once a row, so not worth a compiled graph for each shape
-                store.put(whole.lines, self.below.states(mx.array(whole.inputs), self._caches(whole)))
+                states = self._trunk.entering(mx.array(whole.inputs), self.start, segments=_segments(whole))
+                store.put(whole.lines, states)
         return store.batch(batch.lines, batch.inputs.shape[1])
 
-    def difference(self, split: Split, batch: Batch) -> float:
+    def difference(self, batch: Batch) -> float:
         """Largest relative difference that kept states make to what enters the output head, on a training batch."""
-        cache = self._caches(batch)
-        direct = split.trunk(mx.array(batch.inputs), cache).astype(mx.float32)
-        kept = self.below.trunk(self.states("train", batch), cache).astype(mx.float32)
+        segments = _segments(batch)
+        direct = self._trunk.run(mx.array(batch.inputs), segments=segments).astype(mx.float32)
+        kept = self._trunk.run(self.states("train", batch), start=self.start, segments=segments).astype(mx.float32)
         real = mx.array(batch.weights > 0)[..., None]
         return float((mx.abs(direct - kept) * real).max().item()) / float((mx.abs(direct) * real).max().item())
-
-    def _caches(self, batch: Batch) -> list[Any] | None:
-        return None if batch.segments is None else caches(self._model, mx.array(batch.segments))
 
     def close(self) -> None:
         for store in self._stores.values():
             store.close()
 
 
-def plan(
-    model: nn.Module, split: Split | None, rows: dict[str, list[int]], folder: Path | None, home: Home | None = None
-) -> Prefix | str:
+def _segments(batch: Batch) -> mx.array | None:
+    return None if batch.segments is None else mx.array(batch.segments)
+
+
+def plan(trunk: Trunk, rows: dict[str, list[int]], folder: Path | None, home: Home | None = None) -> Prefix | str:
     """Stores for the rows' states, given the lengths of each set of rows, or the reason why there can't be any."""
-    first = lowest_trainable(model)
+    first = lowest_trainable(trunk.model)
     if isinstance(first, str):
         return first
     if first == 0:
         return "the first layer is adapted"
-    if split is None:
-        return "the model can't be taken apart"
-    halves = below(split, first)
-    if isinstance(halves, str):
-        return halves
+    states = verify_start(trunk, first)
+    if isinstance(states, str):
+        return states
+    width, dtype = states.shape[-1], states.dtype
     positions = {name: [length - 1 for length in lengths] for name, lengths in rows.items()}
-    needed = sum(bytes_of(lengths, halves.width, halves.dtype) for lengths in positions.values())
+    needed = sum(bytes_of(lengths, width, dtype) for lengths in positions.values())
     free = shutil.disk_usage(folder or tempfile.gettempdir()).free
     where = place(needed, psutil.virtual_memory().available, free)
     if where not in ("memory", "file"):
         return where
     try:
         made = {
-            name: PrefixStore(lengths, halves.width, halves.dtype, in_memory=where == "memory", folder=folder)
+            name: PrefixStore(lengths, width, dtype, in_memory=where == "memory", folder=folder)
             for name, lengths in positions.items()
             if lengths
         }
     except TrainingError as error:
         return error.message
-    return Prefix(model, halves, made, "memory" if where == "memory" else "a file without a name", home or {})
+    return Prefix(trunk, first, made, "memory" if where == "memory" else "a file without a name", home or {})

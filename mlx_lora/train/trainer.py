@@ -30,13 +30,12 @@ from mlx_lora.data.batch import (
     steps_per_epoch,
 )
 from mlx_lora.data.encode import Row
-from mlx_lora.errors import TrainingError
-from mlx_lora.models.trunk.last import LastLayer, last_layer
+from mlx_lora.errors import ModelError, TrainingError
+from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
 from mlx_lora.models.trunk.lean import lean
-from mlx_lora.models.trunk.prefix import lowest_trainable
 from mlx_lora.models.trunk.recompute import recomputed
-from mlx_lora.models.trunk.segments import refusal
-from mlx_lora.models.trunk.split import Split, layers_of
+from mlx_lora.models.trunk.trunk import Trunk
+from mlx_lora.models.trunk.verify import Verified, packing_refused, verify
 from mlx_lora.train import memory, optim, prefix
 from mlx_lora.train.checkpoint import Progress
 from mlx_lora.train.choice import Plan
@@ -59,7 +58,7 @@ def train(
     settings: Train,
     *,
     seed: int = 0,
-    split: Split | None = None,
+    trunk: Trunk | None = None,
     packing: bool = False,
     scratch: Path | None = None,
     processes: Processes | None = None,
@@ -82,11 +81,11 @@ def train(
     model.eval()
     with ExitStack() as stack:
         stack.enter_context(device.memory_limits())
-        run = _Run(model, rows, valid, settings, seed, packing, processes or Processes(), plan)
+        run = _Run(trunk or Trunk(model), rows, valid, settings, seed, packing, processes or Processes(), plan)
         stack.callback(model.eval)
         if resume is not None:
             run.progress = Progress.read(resume.progress)
-        yield from run.prepare(split, scratch, stack)
+        yield from run.prepare(scratch, stack)
         if resume is not None:
             run.stepper.restore(resume.arrays)
         yield from _loop(run, should_stop)
@@ -168,7 +167,7 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
+        trunk: Trunk,
         rows: Sequence[Row],
         valid: Sequence[Row],
         settings: Train,
@@ -177,7 +176,8 @@ class _Run:
         processes: Processes,
         plan: Plan | None,
     ):
-        self.model, self.rows, self.valid, self.settings, self.seed = model, rows, valid, settings, seed
+        self.trunk, self.model, self.settings, self.seed = trunk, trunk.model, settings, seed
+        self.rows, self.valid = rows, valid
         self.packing, self.processes, self.plan, self.progress = packing, processes, plan, Progress()
         self.lengths = [len(row) for row in rows]
         self.per_epoch = steps_per_epoch(
@@ -186,30 +186,41 @@ class _Run:
         self.steps = settings.iters or settings.epochs * self.per_epoch
         self.rate = optim.schedule(settings, self.steps)
         self.prefix: prefix.Prefix | None = None
-        self.last: LastLayer | None = None
+        self.cut_last = False
         self.stop_asked, self.exceeded, self.largest = False, "", 0
         self._pending: Pending | None = None
 
-    def prepare(self, split: Split | None, scratch: Path | None, stack: ExitStack) -> Iterator[Note]:
+    def prepare(self, scratch: Path | None, stack: ExitStack) -> Iterator[Note]:
         """Decide how the model is run, undone by `stack`, and compile the step; says what isn't as one would expect."""
-        if self.packing and (reason := refusal(self.model, length=self._longest_line())):
-            raise TrainingError(f"rows can't be packed for this model: {reason}", hint="set data.packing=false")
-        if split is None:
+        if not self.trunk.apart:
             yield Note("the output head can't be taken apart from this model: it computes logits at every position")
         yield from self._choose()
-        yield from self._keep_prefix(split, scratch, stack)
-        first = lowest_trainable(self.model)
-        adapted = layers_of(self.model)[first if isinstance(first, int) else 0 :]
-        stack.enter_context(lean(layers_of(self.model)))
-        if self.progress.recomputes:
-            stack.enter_context(recomputed(adapted))
-        else:  # what stays of the last layer while the loss is computed is more than was planned for
-            self.last = last_layer(split) if split else None
-        loss = Loss(self.model, split, self.prefix.below if self.prefix else None, self.last)
+        # what stays of a cut last layer while the loss is computed is more than gradient checkpointing plans for
+        recomputes = bool(self.progress.recomputes)
+        verified = self._verified(recompute=recomputes, columns=not recomputes)
+        yield from map(Note, verified.notes)
+        self.cut_last = verified.columns
+        yield from self._keep_prefix(scratch, stack)
+        layers, first = layers_of(self.model), lowest_trainable(self.model)
+        stack.enter_context(lean(layers, without=verified.without))
+        if verified.recompute:
+            stack.enter_context(recomputed(layers[first if isinstance(first, int) else 0 :]))
+        loss = Loss(self.trunk, start=self.prefix.start if self.prefix else 0)
         self.stepper = Stepper(self.model, loss, self.settings, self.steps, self.seed, self.processes)
         mx.reset_peak_memory()
         self.dispatched = self.progress.step
         self._start = self._mark = self._saved = time.perf_counter()
+
+    def _verified(self, *, recompute: bool, columns: bool) -> Verified:
+        """What holds for this model. Raises TrainingError where it can't be trained, or not on packed rows."""
+        try:
+            verified = verify(self.trunk, recompute=recompute, columns=columns)
+        except ModelError as error:
+            raise TrainingError(error.message) from error
+        length = self._longest_line() if self.packing else 0
+        if length and (reason := packing_refused(self.model, length=length, without=verified.without)):
+            raise TrainingError(f"rows can't be packed for this model: {reason}", hint="set data.packing=false")
+        return verified
 
     def _choose(self) -> Iterator[Note]:
         """How the plan wants it, unless the run has chosen before: layers computed again, smaller micro-batches."""
@@ -223,7 +234,7 @@ class _Run:
         if done.most_positions and done.most_positions < MOST_POSITIONS:
             yield Note(f"micro-batches hold at most {done.most_positions} positions, to stay within the limit")
 
-    def _keep_prefix(self, split: Split | None, scratch: Path | None, stack: ExitStack) -> Iterator[Note]:
+    def _keep_prefix(self, scratch: Path | None, stack: ExitStack) -> Iterator[Note]:
         """Keep what enters the first adapted layer where that saves work and is proven on the first batch."""
         choice, before = self.settings.cache_prefix, self.progress.keeps_prefix
         if choice == "off" or before is False or (choice == "auto" and self.steps <= self.per_epoch):
@@ -231,10 +242,10 @@ class _Run:
         lengths = {"train": self.lengths, "valid": [len(row) for row in self.valid]}
         first = {row: lines for step in self._plan(0) for lines in step for line in lines for row in line}
         home = {"train": lambda row: self._collate(first[row]) if row in first else None}
-        made = prefix.plan(self.model, split, lengths, scratch, home)
+        made = prefix.plan(self.trunk, lengths, scratch, home)
         if not isinstance(made, str):
             stack.callback(made.close)
-            made = self._proven(made, split)
+            made = self._proven(made)
         self.progress.keeps_prefix = isinstance(made, prefix.Prefix)
         if isinstance(made, prefix.Prefix):
             self.prefix = made
@@ -242,12 +253,12 @@ class _Run:
         elif choice == "on" or before:
             raise TrainingError(f"train.cache_prefix can't be used: {made}", hint="train.cache_prefix=off")
 
-    def _proven(self, made: prefix.Prefix, split: Split | None) -> prefix.Prefix | str:
+    def _proven(self, made: prefix.Prefix) -> prefix.Prefix | str:
         """A kept prefix whose states make no difference on the first batch, or by how much they do."""
         micro = next((micro for step in self._plan(0) for micro in step), None)
-        if micro is None or split is None:
+        if micro is None:
             return made
-        difference = made.difference(split, self._collate(micro))
+        difference = made.difference(self._collate(micro))
         if difference <= PREFIX_TOLERANCE:  # not so for NaN
             return made
         made.close()
@@ -287,7 +298,7 @@ class _Run:
     def arrays(self, of: str, batch: Batch) -> Arrays:
         """A batch on the device, with its hidden states where a prefix is kept."""
         states = self.prefix.states(of, batch) if self.prefix else None
-        return as_arrays(batch, states, batch.columns() if self.last else None)
+        return as_arrays(batch, states, batch.columns() if self.cut_last else None)
 
     def step(self, batches: list[Batch], *, stop: bool) -> Iterator[Step]:
         """Dispatch one optimizer step; yields the one before it, now that the device has something to do."""

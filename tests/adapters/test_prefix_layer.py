@@ -18,10 +18,10 @@ from mlx_lora.config import Adapter
 from mlx_lora.data.batch import collate
 from mlx_lora.errors import AdapterError, CannotFuse
 from mlx_lora.models import shapes
-from mlx_lora.models.trunk import segments
+from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.recompute import recomputed
-from mlx_lora.models.trunk.split import layers_of, split
+from mlx_lora.models.trunk.verify import packing_refused, take_apart
 from mlx_lora.train.loss import Loss, as_arrays
 from tests.adapters import zoo
 from tests.train.test_trainer import make_rows
@@ -124,7 +124,7 @@ def test_a_batch_of_unequal_prompts_is_answered_as_one_by_one(name: str) -> None
 def test_only_the_adapter_has_gradients_and_training_computes_them_alike(method: str) -> None:
     """Lean and recomputed passes are those of training; plain ones say what is right."""
     model = prefixed(zoo.network("qwen3"), method)
-    rows, loss = make_rows(6), Loss(model, split(model))
+    rows, loss = make_rows(6), Loss(take_apart(model))
     compute = nn.value_and_grad(model, loss.differentiable)
     expected, gradients = compute(as_arrays(collate(rows)))
     names = {name for name, _ in tree_flatten(model.trainable_parameters())}
@@ -143,9 +143,9 @@ def test_only_the_adapter_has_gradients_and_training_computes_them_alike(method:
 
 def test_packed_rows_are_refused_for_they_are_at_other_distances_from_it() -> None:
     model = zoo.network("qwen3")
-    assert segments.refusal(model) is None
+    assert packing_refused(model) is None
     attach(model, Adapter(method="prefix"))
-    assert "packing" in str(segments.refusal(model))
+    assert "packing" in str(packing_refused(model))
 
 
 def test_layers_and_places_are_chosen_and_shapes_need_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:

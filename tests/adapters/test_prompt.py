@@ -17,7 +17,7 @@ from mlx_lora.data.prepare import prepare
 from mlx_lora.data.virtual import Virtual, virtual_of
 from mlx_lora.errors import AdapterError, CannotFuse, DataError
 from mlx_lora.models import shapes
-from mlx_lora.models.trunk.split import split
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train.loss import Loss, as_arrays
 from tests.adapters import zoo
 from tests.train.test_trainer import make_rows
@@ -70,7 +70,7 @@ def test_it_starts_as_embeddings_of_the_base_whether_packed_or_not() -> None:
 def test_gradients_are_those_of_the_embeddings_and_there_are_no_others(position: str) -> None:
     model, wrapper = prompted()
     rows = [Virtual(COUNT, position).row(row) for row in make_rows(5)]
-    loss = Loss(model, split(model))
+    loss = Loss(take_apart(model))
     value, gradients = nn.value_and_grad(model, loss.differentiable)(as_arrays(collate(rows)))
     assert [name for name, _ in tree_flatten(gradients)] == ["model.embed_tokens.soft"]
     soft, expected, total = wrapper.soft, mx.zeros(wrapper.soft.shape), 0.0

@@ -18,7 +18,7 @@ from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Encoder, Row
 from mlx_lora.data.read import read
 from mlx_lora.models.load import LoadedModel, load
-from mlx_lora.models.trunk.split import split
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.store import adapter as store
 from mlx_lora.train.loss import Loss, as_arrays
 from tests.real.conftest import Shell
@@ -57,7 +57,7 @@ def test_loss_equals_numpy_over_mlx_lm_logits(smollm2: Path, wikisql: Path, mask
     order = sorted(range(len(source.examples)), key=lambda index: len(source.examples[index].plain[0]))  # type: ignore[index]
     chosen = [source.examples[index] for index in (*order[:3], order[-1])]  # three short rows and the longest
     rows = [Row(np.array(t, np.int32), np.array(w, np.float32)) for t, w in map(encoder.tokens, chosen)]
-    loss = Loss(ours.model, split(ours.model))(as_arrays(collate(rows))).item()
+    loss = Loss(take_apart(ours.model))(as_arrays(collate(rows))).item()
     assert loss == pytest.approx(sum(_numpy_loss(theirs, row) for row in rows), rel=1e-4)
 
 

@@ -12,6 +12,7 @@ from mlx_lora.config import Data
 from mlx_lora.data.batch import collate
 from mlx_lora.errors import DataError
 from mlx_lora.models.load import LoadedModel
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.serve.answer import prompt_tokens
 from mlx_lora.serve.engine import Engine
 from mlx_lora.study.evaluate import evaluate, questions
@@ -38,7 +39,7 @@ def test_loss_is_the_mean_over_tokens_of_all_rows(tiny: LoadedModel, write_rows:
     rows = [{"prompt": prompt, "completion": prompt * 3} for prompt in PROMPTS * 3]
     asked = questions(str(write_rows(rows)), Data(), tiny.tokenizer, exact=False)
     result = evaluate(Engine(tiny), None, asked)
-    total = sum(Loss(tiny.model, None)(as_arrays(collate([row]))).item() for row in asked.rows)
+    total = sum(Loss(take_apart(tiny.model))(as_arrays(collate([row]))).item() for row in asked.rows)
     assert result.tokens == sum(row.trained for row in asked.rows) and result.exact_match is None
     assert result.loss == pytest.approx(total / result.tokens, rel=1e-5)
 

@@ -13,7 +13,7 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data.batch import collate
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.trunk.split import split
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train import step
 from mlx_lora.train.adalora import Allocation, rule_for
 from mlx_lora.train.distributed import Processes
@@ -149,7 +149,7 @@ def test_the_penalty_is_added_once_for_a_step(tiny: LoadedModel) -> None:
 
 def test_a_step_that_is_not_finite_is_not_remembered(tiny: LoadedModel) -> None:
     attach(tiny.model, Adapter(**SETTINGS))
-    stepper = step.Stepper(tiny.model, Loss(tiny.model, split(tiny.model)), Train(), 10, 0, Processes())
+    stepper = step.Stepper(tiny.model, Loss(take_apart(tiny.model)), Train(), 10, 0, Processes())
     batch = collate(make_rows(4))
     arrays, states = as_arrays(batch), []
     for broken in (False, True):

@@ -17,7 +17,8 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Row
-from mlx_lora.models.trunk.split import layers_of, split
+from mlx_lora.models.trunk.layers import layers_of
+from mlx_lora.models.trunk.verify import Verified, take_apart
 from mlx_lora.train import loss, step, trainer
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Finished
@@ -37,7 +38,7 @@ def network(monkeypatch: pytest.MonkeyPatch, layers: int, adapted: int = 2) -> n
 
 def run(model: nn.Module, rows: list[Row], **settings: Any) -> Finished:
     chosen = Train(**{"batch_size": 8, "warmup": 0.0, "cache_prefix": "off"} | settings)
-    return of(list(train(model, rows, [], chosen, split=split(model))), Finished)[0]  # type: ignore[no-any-return]
+    return of(list(train(model, rows, [], chosen, trunk=take_apart(model))), Finished)[0]  # type: ignore[no-any-return]
 
 
 def like_wikisql(count: int) -> list[Row]:
@@ -143,7 +144,7 @@ def test_the_last_layer_runs_for_positions_with_loss(checkpoint: str, monkeypatc
     ours = run(network(monkeypatch, 2), rows, epochs=1, grad_checkpoint=checkpoint)
     positions, computed = (sum(sizes) for sizes in zip(*made, strict=True))
     assert computed == positions if checkpoint == "on" else computed < 0.5 * positions
-    monkeypatch.setattr(trainer, "last_layer", lambda _: None)
+    monkeypatch.setattr(trainer, "verify", lambda *_, **__: Verified(columns=False))
     assert run(network(monkeypatch, 2), rows, epochs=1).train_loss == pytest.approx(ours.train_loss, rel=1e-5)
 
 
@@ -160,7 +161,7 @@ def test_frozen_parameters_have_neither_gradients_nor_optimizer_state(monkeypatc
 
     monkeypatch.setattr(step.optim, "global_norm", noted)
     chosen = Train(optimizer="adamw")
-    stepper = step.Stepper(model, Loss(model, split(model)), chosen, 1, 0, Processes())
+    stepper = step.Stepper(model, Loss(take_apart(model)), chosen, 1, 0, Processes())
     arrays = as_arrays(collate(make_rows(4)))
     before = addresses(model)
     mx.eval(stepper.dispatch([arrays], 4).loss)

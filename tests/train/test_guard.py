@@ -11,7 +11,7 @@ import pytest
 from mlx_lora.adapters.attach import attach, detach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.models.load import load
-from mlx_lora.models.trunk.split import split
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train.choice import Lengths, Plan, plan
 from mlx_lora.train.costs import costs
 from mlx_lora.train.events import Finished, Saved, Step
@@ -37,7 +37,7 @@ def step(path: Path, limit: int) -> tuple[Plan, dict[str, mx.array], Finished, i
     attach(loaded.model, Adapter(rank=4), seed=1)
     lengths = Lengths([len(row) for row in ROWS], max(row.trained for row in ROWS))
     made = plan(costs(loaded.model, SETTINGS, dtype=mx.float32, gpu=False), lengths, SETTINGS, limit)
-    events = list(train(loaded.model, ROWS, [], SETTINGS, split=split(loaded.model), plan=made))
+    events = list(train(loaded.model, ROWS, [], SETTINGS, trunk=take_apart(loaded.model), plan=made))
     assert len(of(events, Step)) == 1
     detach(loaded.model)
     return made, dict(of(events, Saved)[-1].arrays), of(events, Finished)[0], made.micro.positions

@@ -19,7 +19,8 @@ from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Encoder, Row
 from mlx_lora.data.example import conversation
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.trunk.split import Split, split
+from mlx_lora.models.trunk.trunk import Trunk
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.quant.matmul import use_fast_multiply
 from mlx_lora.train import loss as losses
 from mlx_lora.train.loss import Arrays, Loss, as_arrays, negative_log_likelihood
@@ -58,25 +59,26 @@ def reference(model: Any, rows: list[Row]) -> float:
 def test_loss_equals_numpy_over_mlx_lm_logits(tiny: LoadedModel, tiny_path: Path, mask: str) -> None:
     rows = rows_of(tiny.tokenizer, mask)
     theirs, _ = mlx_lm.utils.load_model(tiny_path)
-    ours = Loss(tiny.model, split(tiny.model))(as_arrays(collate(rows)))
+    ours = Loss(take_apart(tiny.model))(as_arrays(collate(rows)))
     assert ours.item() == pytest.approx(reference(theirs, rows), rel=1e-5)
 
 
-def test_without_a_split_the_loss_is_the_same(tiny: LoadedModel) -> None:
+def test_of_a_model_that_cant_be_taken_apart_the_loss_is_the_same(tiny: LoadedModel) -> None:
     arrays = as_arrays(collate(rows_of(tiny.tokenizer, "assistant")))
-    with_split, without = (Loss(tiny.model, parts)(arrays).item() for parts in (split(tiny.model), None))
-    assert with_split == pytest.approx(without, rel=1e-5)
+    apart, whole = (
+        Loss(trunk)(arrays).item() for trunk in (take_apart(tiny.model), Trunk(tiny.model, vocabulary=VOCABULARY))
+    )
+    assert apart == pytest.approx(whole, rel=1e-5)
 
 
 def test_only_positions_with_loss_reach_the_output_head(tiny: LoadedModel) -> None:
     """One row of logits per trained token, plus the padding to a multiple that is planned."""
-    parts = split(tiny.model)
-    assert parts is not None
+    parts = take_apart(tiny.model)
     seen = []
     original = parts.head
     parts.head = lambda hidden: seen.append(hidden.shape[0]) or original(hidden)  # type: ignore[method-assign,func-returns-value]
     batch = collate(rows_of(tiny.tokenizer, "last"))
-    Loss(tiny.model, parts)(as_arrays(batch))
+    Loss(parts)(as_arrays(batch))
     assert batch.trained <= seen[0] < batch.trained + 16 < batch.inputs.size
 
 
@@ -137,13 +139,13 @@ def value_and_gradients(
     return value.item(), {name: np.array(array.astype(mx.float32)) for name, array in tree_flatten(tree)}
 
 
-def parts_of(model: nn.Module) -> Split:
-    """The split, verified without dropout."""
+def parts_of(model: nn.Module) -> Trunk:
+    """The trunk, verified without dropout."""
     training = model.training
     model.eval()
-    parts = split(model)
+    parts = take_apart(model)
     model.train(training)
-    assert parts is not None
+    assert parts.apart
     return parts
 
 
@@ -183,7 +185,7 @@ def test_value_and_gradients_are_those_of_the_whole_logits(
     rows = arrays["positions"].size
     for rows_a_tile in (rows, -(-rows // 3)):
         cut_into(monkeypatch, rows_a_tile)
-        loss = Loss(model, parts_of(model))
+        loss = Loss(parts_of(model))
         assert_same(value_and_gradients(model, loss.differentiable, arrays), expected)
         assert loss(arrays).item() == pytest.approx(expected[0], rel=1e-5)
     assert [path for path, _ in before] == [path for path, _ in tree_flatten(model.parameters())]
@@ -203,7 +205,7 @@ def test_the_cut_into_tiles_changes_nothing(
     arrays = as_arrays(weighed_rows())
     expected = value_and_gradients(model, sum_over_everything(model), arrays)
     cut_into(monkeypatch, rows_a_tile)
-    ours = value_and_gradients(model, Loss(model, parts_of(model)).differentiable, arrays, compiled=compiled)
+    ours = value_and_gradients(model, Loss(parts_of(model)).differentiable, arrays, compiled=compiled)
     assert_same(ours, expected)
 
 
@@ -229,7 +231,7 @@ def test_quantized_heads_give_the_same_gradients(
     expected = value_and_gradients(model, sum_over_everything(model), arrays)
     for rows_a_tile in (6, 1000):
         cut_into(monkeypatch, rows_a_tile)
-        assert_same(value_and_gradients(model, Loss(model, parts_of(model)).differentiable, arrays), expected)
+        assert_same(value_and_gradients(model, Loss(parts_of(model)).differentiable, arrays), expected)
 
 
 @pytest.mark.parametrize("rows_a_tile", [1, 6, 1000])
@@ -239,9 +241,9 @@ def test_gradients_of_the_head_equal_finite_differences_in_float64(
     model = with_adapter(network("llama untied"), ["lm_head"])
     batch, parts = weighed_rows(), parts_of(model)
     cut_into(monkeypatch, rows_a_tile)
-    value, gradients = value_and_gradients(model, Loss(model, parts).differentiable, as_arrays(batch))
+    value, gradients = value_and_gradients(model, Loss(parts).differentiable, as_arrays(batch))
     head = model.lm_head
-    hidden = np.array(parts.trunk(mx.array(batch.inputs)), np.float64).reshape(batch.inputs.size, -1)
+    hidden = np.array(parts.run(mx.array(batch.inputs)), np.float64).reshape(batch.inputs.size, -1)
     weight = np.array(head.linear.weight, np.float64)
     factors = {name: np.array(head[name], np.float64) for name in ("lora_a", "lora_b")}
 
@@ -268,7 +270,7 @@ def test_dropout_on_the_head_is_the_same_in_both_passes_of_a_tile(name: str, mon
     head = "embed_tokens" if name == "llama" else "lm_head"
     model = with_adapter(network(name), [head], dropout=0.5)
     cut_into(monkeypatch, 6)
-    loss, arrays = Loss(model, parts_of(model)), as_arrays(weighed_rows((40, 33)))
+    loss, arrays = Loss(parts_of(model)), as_arrays(weighed_rows((40, 33)))
     mx.random.seed(3)
     value, gradients = value_and_gradients(model, loss.differentiable, arrays)
     wrapper = model.model.embed_tokens if name == "llama" else model.lm_head
@@ -300,29 +302,32 @@ def test_only_a_tile_of_logits_is_made_at_once_and_each_row_in_one(
     arrays = as_arrays(batch)
     wanted = arrays["positions"].size
     assert batch.trained <= wanted < batch.trained + 8 < batch.inputs.size
-    Loss(model, parts)(arrays)
+    Loss(parts)(arrays)
     assert sum(entered) == wanted and max(entered) <= rows_a_tile
     assert max(entered) - min(entered) <= 1, "tiles of many sizes are as many kernels"
     once, entered[:] = sorted(entered), []
-    value_and_gradients(model, Loss(model, parts).differentiable, arrays)
+    value_and_gradients(model, Loss(parts).differentiable, arrays)
     assert sorted(entered) == sorted(once * 2), "each tile is traced for its logits and for their gradient, and no more"
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("targets", ["attention", ["lm_head"], ["embed_tokens"]], ids=str)
-def test_without_a_split_value_and_gradients_are_the_same(
+def test_of_a_model_that_cant_be_taken_apart_value_and_gradients_are_the_same(
     targets: str | list[str], compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = with_adapter(network("llama untied"), targets)
     arrays = as_arrays(weighed_rows())
     expected = value_and_gradients(model, sum_over_everything(model), arrays)
     cut_into(monkeypatch, 4)
-    assert_same(value_and_gradients(model, Loss(model, None).differentiable, arrays, compiled=compiled), expected)
+    assert_same(
+        value_and_gradients(model, Loss(Trunk(model, vocabulary=VOCABULARY)).differentiable, arrays, compiled=compiled),
+        expected,
+    )
 
 
 def test_gradients_follow_what_is_done_with_the_sum() -> None:
     model = with_adapter(network("llama"), ["embed_tokens", "q_proj"])
-    loss, arrays = Loss(model, parts_of(model)), as_arrays(weighed_rows())
+    loss, arrays = Loss(parts_of(model)), as_arrays(weighed_rows())
     value, gradients = value_and_gradients(model, loss.differentiable, arrays)
     squared = value_and_gradients(model, lambda arrays: loss.differentiable(arrays).square(), arrays)
     assert_same(squared, (value**2, {name: 2 * value * gradient for name, gradient in gradients.items()}))
@@ -334,7 +339,7 @@ def test_positions_without_loss_change_nothing() -> None:
     arrays = as_arrays(weighed_rows())
     more = {"positions": mx.zeros(40, mx.int32), "targets": mx.arange(40), "weights": mx.zeros(40)}
     longer = arrays | {name: mx.concatenate([arrays[name], array]) for name, array in more.items()}
-    loss = Loss(model, parts_of(model)).differentiable
+    loss = Loss(parts_of(model)).differentiable
     assert_same(value_and_gradients(model, loss, longer), value_and_gradients(model, loss, arrays))
 
 
@@ -346,7 +351,7 @@ def test_extreme_logits_stay_finite_and_exact(name: str, monkeypatch: pytest.Mon
     weight = dict(tree_flatten(model.parameters()))[f"{path}.weight"]
     if name == "llama untied":
         arrays = as_arrays(weighed_rows())
-        hidden = parts_of(model).trunk(arrays["inputs"])
+        hidden = parts_of(model).run(arrays["inputs"])
         model.load_weights([(f"{path}.weight", weight * (1e4 / mx.abs(hidden @ weight.T).max()))], strict=False)
     else:
         model.load_weights([(f"{path}.weight", weight * 1e3)], strict=False)
@@ -354,7 +359,7 @@ def test_extreme_logits_stay_finite_and_exact(name: str, monkeypatch: pytest.Mon
     with_adapter(model, ["q_proj"])
     arrays = as_arrays(weighed_rows())
     cut_into(monkeypatch, 6)
-    ours = value_and_gradients(model, Loss(model, parts_of(model)).differentiable, arrays)
+    ours = value_and_gradients(model, Loss(parts_of(model)).differentiable, arrays)
     assert ours[0] > 1e4
     assert np.isfinite(ours[0]) and all(np.isfinite(gradient).all() for gradient in ours[1].values())
     theirs = value_and_gradients(model, sum_over_everything(model), arrays)
@@ -370,7 +375,7 @@ def test_half_precision_gives_nearly_the_same_and_a_float32_sum(
     model = with_adapter(network("llama", dtype=dtype), ["embed_tokens", "q_proj"])
     arrays = as_arrays(weighed_rows())
     cut_into(monkeypatch, 6)
-    loss = Loss(model, parts_of(model))
+    loss = Loss(parts_of(model))
     assert loss.differentiable(arrays).dtype == loss(arrays).dtype == mx.float32
     ours = value_and_gradients(model, loss.differentiable, arrays)
     theirs = value_and_gradients(model, sum_over_everything(model), arrays)
@@ -403,7 +408,7 @@ def test_a_large_vocabulary_costs_a_tile_and_not_all_logits(monkeypatch: pytest.
     }  # fmt: skip
     cut_into(monkeypatch, 8, vocabulary)
     peaks = []
-    for loss in (sum_over_everything(model), Loss(model, parts_of(model)).differentiable):
+    for loss in (sum_over_everything(model), Loss(parts_of(model)).differentiable):
         function = nn.value_and_grad(model, loss)
         mx.eval(model.state, arrays)
         peaks.append(peak_of(mx.compile(function), arrays))

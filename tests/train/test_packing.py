@@ -18,7 +18,7 @@ from mlx_lora.data import batch
 from mlx_lora.data.batch import collate, pack
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
-from mlx_lora.models.trunk.split import split
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train.events import Evaluated, Finished, Step
 from mlx_lora.train.loss import Arrays, Loss, as_arrays
 from mlx_lora.train.trainer import train
@@ -67,7 +67,7 @@ def only(index: int) -> list[Row]:
 
 
 def losses_by_row(model: nn.Module, change: Callable[[Arrays], Arrays] = lambda arrays: arrays) -> list[float]:
-    loss, lines = Loss(model, split(model)), packed_lines()
+    loss, lines = Loss(take_apart(model)), packed_lines()
     return [
         loss(change(as_arrays(collate(only(index), lines, packed=True)))).item()  # type: ignore[misc]
         for index in range(len(ROWS))
@@ -75,7 +75,7 @@ def losses_by_row(model: nn.Module, change: Callable[[Arrays], Arrays] = lambda 
 
 
 def gradients(model: nn.Module, arrays: Arrays) -> dict[str, mx.array]:
-    return dict(tree_flatten(nn.value_and_grad(model, Loss(model, split(model)).differentiable)(arrays)[1]))
+    return dict(tree_flatten(nn.value_and_grad(model, Loss(take_apart(model)).differentiable)(arrays)[1]))
 
 
 def distance(one: dict[str, mx.array], other: dict[str, mx.array]) -> float:
@@ -88,13 +88,13 @@ def run(model: nn.Module, *, packing: bool, seed: int = 0, **settings: Any) -> l
     """Train; by default every step has all rows, so that steps can be compared whatever the order of rows."""
     chosen = Train(**{"batch_size": len(ROWS), "warmup": 0.0, "iters": 3, "learning_rate": 1e-2} | settings)
     rows, valid = ROWS, make_rows(5, seed=1)
-    return list(train(model, rows, valid, chosen, seed=seed, split=split(model), packing=packing))
+    return list(train(model, rows, valid, chosen, seed=seed, trunk=take_apart(model), packing=packing))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_row_has_the_loss_that_it_has_alone(name: str) -> None:
     model = adapted(name)
-    loss = Loss(model, split(model))
+    loss = Loss(take_apart(model))
     alone = [loss(as_arrays(collate([row]))).item() for row in ROWS]
     np.testing.assert_allclose(losses_by_row(model), alone, rtol=1e-4)
     for leak in (without_isolation, one_segment):

@@ -14,7 +14,7 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data.encode import Row
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.trunk.split import split
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train.costs import costs
 from mlx_lora.train.events import Step
 from mlx_lora.train.plan import COEFFICIENTS, Micro, predict
@@ -70,7 +70,9 @@ def test_a_tiny_model_peaks_about_where_it_is_predicted(tiny: LoadedModel, check
     settings = Train(iters=3, batch_size=4, grad_checkpoint=checkpoint)  # type: ignore[arg-type]
     before = mx.get_active_memory()
     steps = [
-        event for event in train(tiny.model, rows, [], settings, split=split(tiny.model)) if isinstance(event, Step)
+        event
+        for event in train(tiny.model, rows, [], settings, trunk=take_apart(tiny.model))
+        if isinstance(event, Step)
     ]
     found = costs(tiny.model, settings, dtype=mx.float32, gpu=False)
     measured = max(step.peak_memory for step in steps) - before + found.weights + found.adapter

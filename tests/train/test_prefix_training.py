@@ -14,7 +14,8 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data.batch import by_length, collate, epoch_steps
 from mlx_lora.errors import TrainingError
-from mlx_lora.models.trunk.split import layers_of, split
+from mlx_lora.models.trunk.layers import layers_of
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train import prefix
 from mlx_lora.train.events import Evaluated, Finished, Note, Step
 from mlx_lora.train.trainer import train
@@ -44,11 +45,11 @@ def adapted(name: str = "llama", **adapter: Any) -> nn.Module:
 def run(model: nn.Module, *, seed: int = 0, **settings: Any) -> list[Any]:
     """Train with SGD, whose steps follow the gradients; by default for three epochs with a kept prefix."""
     packing, scratch = settings.pop("packing", False), settings.pop("scratch", None)
-    parts = settings.pop("split") if "split" in settings else split(model)
+    parts = settings.pop("trunk") if "trunk" in settings else take_apart(model)
     chosen = Train(**{
         "epochs": 3, "batch_size": 4, "warmup": 0.0, "optimizer": "sgd", "learning_rate": 0.05, "cache_prefix": "on",
     } | settings)  # fmt: skip
-    return list(train(model, ROWS, VALID, chosen, seed=seed, split=parts, packing=packing, scratch=scratch))
+    return list(train(model, ROWS, VALID, chosen, seed=seed, trunk=parts, packing=packing, scratch=scratch))
 
 
 def kept(events: list[Any]) -> list[str]:
@@ -119,9 +120,9 @@ def test_frozen_layers_run_once_a_row_and_adapted_ones_every_time(
     below, above = {}, {}
     for epochs in (2, 4):
         model = adapted()
-        parts = split(model)
+        parts = take_apart(model)
         lower, upper = count_positions(layers_of(model)[1]), count_positions(layers_of(model)[2])
-        run(model, epochs=epochs, eval_every=1, packing=packing, split=parts)
+        run(model, epochs=epochs, eval_every=1, packing=packing, trunk=parts)
         below[epochs], above[epochs] = lower, upper
     assert below[2] == below[4], "later epochs run nothing below"
     # beforehand: the first batch through the whole model, and trials of a few tokens
@@ -135,7 +136,7 @@ def test_what_was_asked_for_is_refused_with_a_reason() -> None:
         (adapted(layers=[0, 3]), {}, "the first layer is adapted"),
         (adapted("llama untied", targets=["embed_tokens", "q_proj"]), {}, "embed_tokens is trained, which is outside"),
         (adapted("llama untied", targets=["lm_head", "q_proj"]), {}, "lm_head is trained, which is outside"),
-        (adapted(), {"split": None}, "can't be taken apart"),
+        (adapted(), {"trunk": None}, "can't be taken apart"),
     ]
     for model, settings, reason in cases:
         with pytest.raises(TrainingError, match=f"train.cache_prefix can't be used: .*{reason}") as refused:

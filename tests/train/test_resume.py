@@ -17,7 +17,7 @@ from mlx_lora.config import Adapter, Train
 from mlx_lora.data import batch
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.trunk.split import split
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train import checkpoint
 from mlx_lora.train.choice import Lengths, Plan, plan
 from mlx_lora.train.costs import costs
@@ -54,7 +54,7 @@ def events_of(loaded: LoadedModel, *, resume: Checkpoint | None = None, **case: 
     chosen = {"batch_size": 4, "learning_rate": 1e-2, "warmup": 0.3, "iters": STEPS, "eval_every": 2, "save_every": 1}
     attach(loaded.model, adapter, seed=5)
     return train(
-        loaded.model, ROWS, VALID, Train(**chosen | case), seed=5, split=split(loaded.model), packing=packing,
+        loaded.model, ROWS, VALID, Train(**chosen | case), seed=5, trunk=take_apart(loaded.model), packing=packing,
         plan=made, resume=resume, should_stop=should_stop,
     )  # fmt: skip
 

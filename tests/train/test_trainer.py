@@ -18,7 +18,7 @@ from mlx_lora.data.batch import Batch, collate, epoch_steps, steps_per_epoch
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.trunk.split import split
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train import optim, step, trainer
 from mlx_lora.train.events import Checkpoint, Evaluated, Finished, Interrupted, Saved, Step
 from mlx_lora.train.loss import Loss, as_arrays
@@ -45,7 +45,7 @@ def run(loaded: LoadedModel, rows: list[Row], valid: list[Row], seed: int = 0, *
     stop = settings.pop("should_stop", lambda: False)
     attach(loaded.model, adapter, seed=seed)
     chosen = Train(**{"batch_size": 4, "learning_rate": 1e-2, "warmup": 0.0} | settings)
-    return list(train(loaded.model, rows, valid, chosen, seed=seed, split=split(loaded.model), should_stop=stop))
+    return list(train(loaded.model, rows, valid, chosen, seed=seed, trunk=take_apart(loaded.model), should_stop=stop))
 
 
 def of(events: list[Any], kind: type) -> list[Any]:
@@ -105,7 +105,7 @@ def test_one_sgd_step_equals_finite_differences(tiny: LoadedModel) -> None:
     wrappers = attach(tiny.model, Adapter(rank=2))
     path, wrapper = next(iter(wrappers.items()))
     wrapper.lora_b = 0.1 * mx.random.normal(wrapper.lora_b.shape, key=mx.random.key(1))
-    loss_sum = Loss(tiny.model, split(tiny.model))
+    loss_sum = Loss(take_apart(tiny.model))
     arrays = as_arrays(collate(rows))
     _, gradients = nn.value_and_grad(tiny.model, loss_sum)(arrays)
     gradient = dict(tree_flatten(gradients))[f"{path}.lora_a"]
@@ -133,7 +133,7 @@ def test_validation_smaller_than_a_batch_is_evaluated_whole(tiny: LoadedModel) -
     evaluations = of(events, Evaluated)
     assert [event.step for event in evaluations] == [0, 1, 2]
     attach(tiny.model, Adapter(rank=4))
-    total = sum(Loss(tiny.model, None)(as_arrays(collate([row]))).item() for row in valid)
+    total = sum(Loss(take_apart(tiny.model))(as_arrays(collate([row]))).item() for row in valid)
     assert evaluations[0].loss == pytest.approx(total / sum(row.trained for row in valid), rel=1e-5)
 
 
@@ -296,7 +296,7 @@ def test_steps_are_reported_once_in_order_each_with_its_own_figures(
     steps = of(events, Step)
     assert [event.step for event in steps] == list(range(1, 17)) and {event.steps for event in steps} == {16}
     assert [event.tokens for event in steps] == tokens
-    loss = Loss(tiny.model, split(tiny.model))
+    loss = Loss(take_apart(tiny.model))
     lengths = [len(row) for row in rows]
     plans = [
         plan
@@ -343,7 +343,7 @@ def test_dispatched_ahead_a_step_is_read_after_the_next_is_on_its_way(
     attach(tiny.model, Adapter(rank=4))
     chosen = Train(iters=5, batch_size=4)
     seen = []
-    for event in train(tiny.model, make_rows(20), [], chosen, split=split(tiny.model)):
+    for event in train(tiny.model, make_rows(20), [], chosen, trunk=take_apart(tiny.model)):
         if isinstance(event, Step):
             seen.append((event.step, len(tokens)))
     assert seen == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 5)]

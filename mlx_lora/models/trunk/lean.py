@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -111,34 +111,36 @@ def scaled_dot_product_attention(
     return _attention(scale, mask == "causal" if not masks else False)(queries, keys, values, *masks)
 
 
+def _parts(queries: mx.array, keys: mx.array, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """Which queries run together, and the keys that they may look at."""
+    lines, heads, length, _ = queries.shape
+    before = keys.shape[2] - length
+    size = SCORES_BYTES_GPU if device.on_gpu() else SCORES_BYTES
+    count = -(-queries.dtype.size * lines * heads * length * keys.shape[2] // size)
+    step = -(-length // count)
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        yield slice(start, end), slice(0, before + end if causal else None)
+
+
+def _probabilities(
+    queries: mx.array, keys: mx.array, here: slice, masks: Sequence[mx.array], scale: float, causal: bool
+) -> mx.array:
+    """(B, kv heads, queries of a key, part, keys)."""
+    scores = (queries * scale) @ keys.swapaxes(-1, -2)
+    if causal:
+        first = keys.shape[-2] - (here.stop - here.start)
+        allowed = mx.arange(first, keys.shape[-2])[:, None] >= mx.arange(keys.shape[-2])
+        scores = mx.where(allowed, scores, mx.finfo(scores.dtype).min)
+    for mask in masks:
+        mask = _grouped(mask, scores)[..., here, :] if mask.shape[-2] > 1 else _grouped(mask, scores)
+        boolean = mask.dtype == mx.bool_
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min) if boolean else scores + mask.astype(scores.dtype)
+    return device.softmax(scores)
+
+
 @lru_cache
 def _attention(scale: float, causal: bool) -> Callable[..., mx.array]:
-    def parts(queries: mx.array, keys: mx.array) -> Iterator[tuple[slice, slice]]:
-        """Which queries run together, and the keys that they may look at."""
-        lines, heads, length, _ = queries.shape
-        before = keys.shape[2] - length
-        size = SCORES_BYTES_GPU if device.on_gpu() else SCORES_BYTES
-        count = -(-queries.dtype.size * lines * heads * length * keys.shape[2] // size)
-        step = -(-length // count)
-        for start in range(0, length, step):
-            end = min(start + step, length)
-            yield slice(start, end), slice(0, before + end if causal else None)
-
-    def probabilities(queries: mx.array, keys: mx.array, here: slice, masks: tuple[mx.array, ...]) -> mx.array:
-        """(B, kv heads, queries of a key, part, keys)."""
-        scores = (queries * scale) @ keys.swapaxes(-1, -2)
-        if causal:
-            first = keys.shape[-2] - (here.stop - here.start)
-            allowed = mx.arange(first, keys.shape[-2])[:, None] >= mx.arange(keys.shape[-2])
-            scores = mx.where(allowed, scores, mx.finfo(scores.dtype).min)
-        for mask in masks:
-            mask = _grouped(mask, scores)[..., here, :] if mask.shape[-2] > 1 else _grouped(mask, scores)
-            boolean = mask.dtype == mx.bool_
-            scores = (
-                mx.where(mask, scores, mx.finfo(scores.dtype).min) if boolean else scores + mask.astype(scores.dtype)
-            )
-        return device.softmax(scores)
-
     @mx.custom_function  # type: ignore[untyped-decorator]
     def attend(queries: mx.array, keys: mx.array, values: mx.array, *masks: mx.array) -> mx.array:
         if device.on_gpu():  # its kernel holds no square either
@@ -146,9 +148,9 @@ def _attention(scale: float, causal: bool) -> Callable[..., mx.array]:
             return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
         grouped, k, v = _by_key(queries, keys), keys[:, :, None], values[:, :, None]
         made = [grouped]
-        for here, seen in parts(queries, keys):
+        for here, seen in _parts(queries, keys, causal):
             (part,) = mx.depends([grouped[..., here, :]], made[-1:])  # one after another
-            made.append(probabilities(part, k[..., seen, :], here, masks) @ v[..., seen, :])
+            made.append(_probabilities(part, k[..., seen, :], here, masks, scale, causal) @ v[..., seen, :])
         return _joined(made[1:]).reshape(*queries.shape[:-1], values.shape[-1])
 
     @attend.vjp  # type: ignore[untyped-decorator]
@@ -160,9 +162,9 @@ def _attention(scale: float, causal: bool) -> Callable[..., mx.array]:
         by_masks: list[list[mx.array]] = [[] for _ in masks]
         by_keys = by_values = None
         after, length = [grouped], keys.shape[2]
-        for here, seen in parts(queries, keys):
+        for here, seen in _parts(queries, keys, causal):
             (part,) = mx.depends([grouped[..., here, :]], after)
-            chosen = probabilities(part, k[..., seen, :], here, tuple(masks))
+            chosen = _probabilities(part, k[..., seen, :], here, masks, scale, causal)
             by_chosen = out[..., here, :] @ v[..., seen, :].swapaxes(-1, -2)
             by_sums = chosen * (by_chosen - (chosen * by_chosen).sum(axis=-1, keepdims=True))  # of scores and mask
             by_scores = by_sums * scale

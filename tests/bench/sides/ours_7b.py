@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
-from mlx_lora.models.trunk.split import split
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train.events import Step
 from mlx_lora.train.trainer import train
 from tests.bench.sides import rows as plain
@@ -25,10 +25,10 @@ def run(*, length: int, layers: int) -> dict[str, Any]:
     attach(model, Adapter(targets="attention"))
     rows = rows_of(plain.random(32000, 1, length, "completion"))
     settings = Train(iters=1, batch_size=1, grad_checkpoint="on", optimizer="adam")
-    parts = split(model)
+    trunk = take_apart(model)
     mx.clear_cache()
     began = time.perf_counter()
-    (step,) = (event for event in train(model, rows, [], settings, split=parts) if isinstance(event, Step))
+    (step,) = (event for event in train(model, rows, [], settings, trunk=trunk) if isinstance(event, Step))
     return {
         "seconds": [time.perf_counter() - began],
         "peak_bytes": step.peak_memory,

@@ -14,10 +14,11 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
 from mlx_lora.data.batch import Batch, collate
 from mlx_lora.data.encode import Row
-from mlx_lora.models.trunk.last import LastLayer, last_layer, rows_of_mask
+from mlx_lora.models.trunk.last import rows_of_mask
+from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
-from mlx_lora.models.trunk.prefix import Below, below
-from mlx_lora.models.trunk.split import layers_of, split
+from mlx_lora.models.trunk.trunk import Trunk
+from mlx_lora.models.trunk.verify import take_apart, verify, verify_start
 from mlx_lora.train.loss import Loss, as_arrays
 from tests.adapters import zoo
 
@@ -26,12 +27,10 @@ COLUMNS = mx.array([[7, 8, 9, 10], [2, 3, 4, 5]])
 TOKENS = mx.array(np.random.default_rng(1).integers(1, zoo.VOCABULARY, (2, 12)))
 
 
-def last_of(model: nn.Module) -> LastLayer:
-    parts = split(model)
-    assert parts is not None
-    last = last_layer(parts)
-    assert last is not None
-    return last
+def trunk_of(model: nn.Module) -> Trunk:
+    trunk = take_apart(model)
+    assert verify(trunk, recompute=False, columns=True).columns
+    return trunk
 
 
 def adapted(name: str, *, dropout: float = 0.0, layers: int = 2) -> nn.Module:
@@ -69,41 +68,39 @@ def assert_same(one: dict[str, mx.array], other: dict[str, mx.array]) -> None:
 def test_states_are_those_of_the_trunk(name: str) -> None:
     """Twelve positions: the window of Gemma 3's sliding layers is four, so its mask is an array."""
     model = adapted(name)
-    last = last_of(model)
-    whole = mx.take_along_axis(last.parts.trunk(TOKENS), COLUMNS[..., None], axis=1)
-    np.testing.assert_allclose(last.trunk(COLUMNS, TOKENS), whole, rtol=1e-4, atol=1e-5)
+    trunk = trunk_of(model)
+    whole = mx.take_along_axis(trunk.run(TOKENS), COLUMNS[..., None], axis=1)
+    np.testing.assert_allclose(trunk.run(TOKENS, columns=COLUMNS), whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_loss_and_gradients_are_those_of_all_positions(name: str) -> None:
     model, rows = adapted(name), batch()
-    parts, columns = split(model), rows.columns()
+    trunk, columns = trunk_of(model), rows.columns()
     assert columns is not None and columns.shape == (4, 10), "a span of ten"
-    expected = value_and_gradients(model, Loss(model, parts), as_arrays(rows))
+    expected = value_and_gradients(model, Loss(trunk), as_arrays(rows))
     with lean(layers_of(model)):  # as in training
-        ours = Loss(model, parts, None, last_of(model))
+        ours = Loss(trunk)
         assert_same(expected, value_and_gradients(model, ours, as_arrays(rows, None, columns)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_loss_and_gradients_of_packed_rows(name: str) -> None:
     model, rows = adapted(name), batch([[2, 0], [1], [3]])
-    parts, last = split(model), last_of(model)
+    trunk = trunk_of(model)
     columns = np.array([[*range(8, 78)], [*range(8, 78)], [*range(8, 78)]], np.int32)
-    expected = value_and_gradients(model, Loss(model, parts), as_arrays(rows))
-    assert_same(expected, value_and_gradients(model, Loss(model, parts, None, last), as_arrays(rows, None, columns)))
+    expected = value_and_gradients(model, Loss(trunk), as_arrays(rows))
+    assert_same(expected, value_and_gradients(model, Loss(trunk), as_arrays(rows, None, columns)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_loss_and_gradients_above_kept_states(name: str) -> None:
     model, rows = adapted(name, layers=1), batch()
-    parts, last = split(model), last_of(model)
-    assert parts is not None
-    halves = below(parts, 1)
-    assert isinstance(halves, Below)
-    states, columns = halves.states(mx.array(rows.inputs)), rows.columns()
-    expected = value_and_gradients(model, Loss(model, parts), as_arrays(rows))
-    kept = Loss(model, parts, halves, last)
+    trunk = trunk_of(model)
+    assert isinstance(verify_start(trunk, 1), mx.array)
+    states, columns = trunk.entering(mx.array(rows.inputs), 1), rows.columns()
+    expected = value_and_gradients(model, Loss(trunk), as_arrays(rows))
+    kept = Loss(trunk, start=1)
     assert_same(expected, value_and_gradients(model, kept, as_arrays(rows, states, columns)))
 
 
@@ -116,13 +113,14 @@ def test_every_product_is_computed_once() -> None:
         return drawn.getvalue().count("Matmul") + drawn.getvalue().count("AddMM")
 
     model = adapted("llama")
-    last = last_of(model)
-    assert products(last.trunk(COLUMNS, TOKENS)) == products(last.parts.trunk(TOKENS)) > 10
+    trunk = trunk_of(model)
+    assert products(trunk.run(TOKENS, columns=COLUMNS)) == products(trunk.run(TOKENS)) > 10
 
 
 def test_what_cant_be_run_like_this_is_left_alone() -> None:
-    gemma2 = split(zoo.network("gemma2 soft caps"))  # makes scores of a shape of its own
-    assert gemma2 is not None and last_layer(gemma2) is None
+    gemma2 = take_apart(zoo.network("gemma2 soft caps"))  # makes scores of a shape of its own
+    (note,) = verify(gemma2, recompute=False, columns=True).notes
+    assert note.startswith("the last layer isn't cut for gemma2: ")
 
     class Looking(type(layers_of(zoo.network("llama"))[0])):  # type: ignore[misc]
         """A layer whose outputs depend on the neighbouring position in another way than by attention."""
@@ -142,8 +140,8 @@ def test_what_cant_be_run_like_this_is_left_alone() -> None:
     for change in (Looking, Twice):
         model = zoo.network("llama")
         (layers_of(model)[-1] if change is Looking else model.model).__class__ = change
-        parts = split(model)
-        assert parts is not None and last_layer(parts) is None
+        trunk = take_apart(model)
+        assert trunk.apart and not verify(trunk, recompute=False, columns=True).columns
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -19,10 +19,10 @@ from mlx_lora import device
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
 from mlx_lora.models.trunk import lean as lean_module
+from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean, scaled_dot_product_attention, swiglu
 from mlx_lora.models.trunk.recompute import recomputed
 from mlx_lora.models.trunk.segments import caches
-from mlx_lora.models.trunk.split import layers_of
 from tests.adapters.zoo import MODELS, VOCABULARY, network
 
 WINDOW = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}

@@ -11,9 +11,12 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.dropout import Dropout
+from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.recompute import recomputed
-from mlx_lora.models.trunk.split import layers_of
+from mlx_lora.models.trunk.trunk import Trunk
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train.loss import Loss
+from tests.conftest import VOCABULARY
 
 ARRAYS = {
     "inputs": mx.arange(64).reshape(2, 32),
@@ -26,7 +29,7 @@ ARRAYS = {
 def gradients(model: nn.Module) -> dict[str, mx.array]:
     """Gradients of one batch, with every dropout layer's mask fixed by its place."""
     model.train()
-    _, tree = nn.value_and_grad(model, Loss(model, None))(ARRAYS)
+    _, tree = nn.value_and_grad(model, Loss(take_apart(model)))(ARRAYS)
     model.eval()
     return dict(tree_flatten(tree))
 
@@ -46,7 +49,7 @@ def test_dropout_draws_the_same_mask_in_both_passes(tiny: LoadedModel) -> None:
     wrappers = attach(tiny.model, Adapter(rank=4, dropout=0.5, layers=1, targets=["v_proj"]))
     (wrapper,) = wrappers.values()
     wrapper.lora_b = 0.3 * mx.random.normal(wrapper.lora_b.shape, key=mx.random.key(1))
-    loss_sum = Loss(tiny.model, None)
+    loss_sum = Loss(take_apart(tiny.model))
     tiny.model.train()
     with recomputed(layers_of(tiny.model)):
         mx.random.seed(5)
@@ -86,7 +89,7 @@ def test_less_memory_is_kept(tiny: LoadedModel) -> None:
             tiny.model.train()
             mx.reset_peak_memory()
             before = mx.get_active_memory()
-            mx.eval(nn.value_and_grad(tiny.model, Loss(tiny.model, None))(wide)[1])
+            mx.eval(nn.value_and_grad(tiny.model, Loss(Trunk(tiny.model, vocabulary=VOCABULARY)))(wide)[1])
             peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < 0.7 * peaks[0], peaks
 

@@ -1,4 +1,4 @@
-"""Packed rows are the rows alone: the same logits and gradients where `refusal` is silent, and a reason elsewhere."""
+"""Packed rows are the rows alone: the same logits and gradients where nothing is refused, and a reason."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
 from mlx_lora.errors import ModelError
-from mlx_lora.models.trunk import segments
+from mlx_lora.models.trunk import segments, verify
+from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.recompute import recomputed
-from mlx_lora.models.trunk.segments import caches, refusal
-from mlx_lora.models.trunk.split import layers_of, split
+from mlx_lora.models.trunk.segments import caches
+from mlx_lora.models.trunk.verify import packing_refused, take_apart
 from tests.adapters.zoo import MODELS, VOCABULARY, network
 
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
@@ -56,7 +57,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "norm after rotation": ("hunyuan_v1_dense", {"use_qk_norm": True}, "don't give the logits of the rows alone"),
     "state space": ("mamba", {
         "state_size": 8, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4,
-    }, r"keep a state that runs across rows \(ArraysCache\)"),
+    }, "its layers keep a state that runs across rows"),
     "chunks": ("llama4", {"text_config": {
         "attention_bias": False, "attention_chunk_size": 8, "head_dim": 16, "hidden_size": 64, "num_hidden_layers": 4,
         "interleave_moe_layer_step": 1, "intermediate_size": 64, "intermediate_size_mlp": 64, "rms_norm_eps": 1e-5,
@@ -108,9 +109,9 @@ def test_packed_logits_are_those_of_each_row_alone_and_only_when_isolated(name: 
         alone = model(tokens[line : line + 1, start:end])[0]
         np.testing.assert_allclose(logits[line, start:end], alone, rtol=1e-4, atol=1e-4)
     assert furthest(model, model(tokens), tokens) > 0.02
-    assert refusal(model) is None
-    if parts := split(model):
-        hidden = parts.trunk(tokens, cache=caches(model, ids))
+    assert packing_refused(model) is None
+    if (parts := take_apart(model)).apart:
+        hidden = parts.run(tokens, segments=ids)
         head = parts.head(hidden.reshape(-1, hidden.shape[-1]))
         np.testing.assert_allclose(head, logits.reshape(head.shape), rtol=1e-4, atol=1e-4)
 
@@ -124,7 +125,7 @@ def test_windows_are_kept_and_a_model_whose_window_is_lost_is_refused(
     monkeypatch.setattr(segments._Masks, "within", lambda self, window: within(self, None))
     tokens, ids = packed()
     assert furthest(model, model(tokens, cache=caches(model, ids)), tokens) > 0.02
-    assert refusal(model) == "packed rows don't give the logits of the rows alone"
+    assert packing_refused(model) == "packed rows don't give the logits of the rows alone"
 
 
 def test_padding_changes_no_row() -> None:
@@ -226,21 +227,21 @@ def test_layers_share_one_mask_a_window() -> None:
 
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_refused_with_the_reason(name: str) -> None:
-    reason = refusal(network(name))
+    reason = packing_refused(network(name))
     assert reason is not None
     assert re.search(REFUSED[name][2], reason)
 
 
-def test_no_caches_for_layers_with_a_state() -> None:
-    with pytest.raises(ModelError, match="rows can't be packed for mamba: its layers keep a state"):
-        caches(network("state space"), packed()[1])
+def test_no_caches_for_layers_with_chunks() -> None:
+    with pytest.raises(ModelError, match="rows can't be packed for llama4: its attention is cut into chunks"):
+        caches(network("chunks"), packed()[1])
 
 
 def test_positions_that_count_only_when_they_are_large_are_found_there() -> None:
     model = network("ministral3")
-    assert refusal(model, length=64) is None
-    assert refusal(model, length=128) == "packed rows don't give the logits of the rows alone"
-    assert refusal(network("llama"), length=32768) is None
+    assert packing_refused(model, length=64) is None
+    assert packing_refused(model, length=128) == "packed rows don't give the logits of the rows alone"
+    assert packing_refused(network("llama"), length=32768) is None
 
 
 class Deaf(nn.Module):
@@ -259,16 +260,16 @@ class Deaf(nn.Module):
 
 
 def test_a_model_that_ignores_or_rejects_the_mask_is_refused() -> None:
-    assert refusal(Deaf(takes=True)) == "packed rows don't give the logits of the rows alone"
-    assert refusal(Deaf(takes=False)) == "it can't be run on packed rows: no cache here (TypeError)"
+    assert packing_refused(Deaf(takes=True)) == "packed rows don't give the logits of the rows alone"
+    assert packing_refused(Deaf(takes=False)) == "it can't be run on packed rows: no cache here (TypeError)"
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_half_precision_is_measured_by_its_own_tolerance(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network("gemma3", dtype=dtype)
-    assert refusal(model) is None
-    monkeypatch.setattr(segments, "_caches", lambda *_, **__: None)
-    assert refusal(model) is not None
+    assert packing_refused(model) is None
+    monkeypatch.setattr(verify, "caches", lambda *_, **__: None)
+    assert packing_refused(model) is not None
 
 
 def test_the_trial_is_without_dropout_and_leaves_the_mode() -> None:
@@ -277,7 +278,7 @@ def test_the_trial_is_without_dropout_and_leaves_the_mode() -> None:
     for wrapper in model.modules():
         if "lora_b" in wrapper:
             wrapper.lora_b = mx.random.normal(wrapper.lora_b.shape, key=mx.random.key(1))
-    assert refusal(model.train()) is None
+    assert packing_refused(model.train()) is None
     assert all(module.training for module in model.modules())
-    refusal(model.eval())
+    packing_refused(model.eval())
     assert not model.training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from typing import Any
 
@@ -13,8 +14,9 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
-from mlx_lora.models.trunk.prefix import Below, below, lowest_trainable
-from mlx_lora.models.trunk.split import Split, layers_of, split
+from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
+from mlx_lora.models.trunk.trunk import Trunk
+from mlx_lora.models.trunk.verify import take_apart, verify_start
 from tests.adapters import zoo
 
 TOKENS = mx.array([[5, 9, 70, 2, 33, 11, 8], [60, 1, 4, 95, 7, 7, 20]])
@@ -25,12 +27,11 @@ GEMMA4 = {
 }  # fmt: skip
 
 
-def cut(model: nn.Module, first: int) -> tuple[Split, Below]:
-    parts = split(model)
-    assert parts is not None
-    halves = below(parts, first)
-    assert isinstance(halves, Below), halves
-    return parts, halves
+def cut(model: nn.Module, first: int) -> Trunk:
+    trunk = take_apart(model)
+    states = verify_start(trunk, first)
+    assert isinstance(states, mx.array), states
+    return trunk
 
 
 def adapted(model: nn.Module, layers: int) -> nn.Module:
@@ -57,27 +58,26 @@ def first(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 def test_halves_give_the_trunks_output_and_leave_the_model_alone(name: str, first: int) -> None:
     model = zoo.network(name)
     before = [(path, id(module)) for path, module in model.named_modules()]
-    parts, halves = cut(model, first)
-    states = halves.states(TOKENS)
-    assert (states.shape[-1], states.dtype) == (halves.width, halves.dtype)
-    np.testing.assert_allclose(halves.trunk(states), parts.trunk(TOKENS), rtol=1e-5, atol=1e-5)
-    assert not np.allclose(states, parts.trunk(TOKENS))
+    trunk = cut(model, first)
+    states = trunk.entering(TOKENS, first)
+    np.testing.assert_allclose(trunk.run(states, start=first), trunk.run(TOKENS), rtol=1e-5, atol=1e-5)
+    assert not np.allclose(states, trunk.run(TOKENS))
     assert [(path, id(module)) for path, module in model.named_modules()] == before
 
 
 @pytest.mark.parametrize("name", list(zoo.MODELS))
 def test_adapters_put_on_later_have_the_same_output_and_gradients(name: str, first: int) -> None:
     model = zoo.network(name)
-    parts, halves = cut(model, first)
-    states = halves.states(TOKENS)
-    bare = halves.trunk(states)
+    trunk = cut(model, first)
+    states = trunk.entering(TOKENS, first)
+    bare = trunk.run(states, start=first)
     adapted(model, len(layers_of(model)) - first)
     assert lowest_trainable(model) == first
-    assert not np.allclose(halves.trunk(states), bare)
-    np.testing.assert_array_equal(halves.states(TOKENS), states)
+    assert not np.allclose(trunk.run(states, start=first), bare)
+    np.testing.assert_array_equal(trunk.entering(TOKENS, first), states)
 
-    through_all = nn.value_and_grad(model, lambda tokens: mx.sin(parts.trunk(tokens)).sum())(TOKENS)
-    through_rest = nn.value_and_grad(model, lambda hidden: mx.sin(halves.trunk(hidden)).sum())(states)
+    through_all = nn.value_and_grad(model, lambda tokens: mx.sin(trunk.run(tokens)).sum())(TOKENS)
+    through_rest = nn.value_and_grad(model, lambda hidden: mx.sin(trunk.run(hidden, start=first)).sum())(states)
     np.testing.assert_allclose(through_rest[0], through_all[0], rtol=1e-5)
     gradients = dict(tree_flatten(through_rest[1]))
     for path, expected in tree_flatten(through_all[1]):
@@ -87,36 +87,37 @@ def test_adapters_put_on_later_have_the_same_output_and_gradients(name: str, fir
 
 def test_halves_compile_and_keep_nothing_between_calls(first: int) -> None:
     model = adapted(zoo.network("llama"), 1)
-    parts, halves = cut(model, first)
-    states = mx.compile(halves.states, inputs=[model.state])
-    trunk = mx.compile(halves.trunk, inputs=[model.state])
+    trunk = cut(model, first)
+    lower = mx.compile(lambda tokens: trunk.entering(tokens, first), inputs=[model.state])
+    upper = mx.compile(lambda states: trunk.run(states, start=first), inputs=[model.state])
     for tokens in (TOKENS, TOKENS[:1, :4], TOKENS[::-1]):
-        np.testing.assert_allclose(trunk(states(tokens)), parts.trunk(tokens), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(upper(lower(tokens)), trunk.run(tokens), rtol=1e-5, atol=1e-5)
     wrapper = layers_of(model)[-1].self_attn.q_proj
     wrapper.lora_b = 2 * wrapper.lora_b
-    np.testing.assert_allclose(trunk(states(TOKENS)), parts.trunk(TOKENS), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(upper(lower(TOKENS)), trunk.run(TOKENS), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", list(zoo.MODELS))
 def test_nothing_below_the_cut_is_used_by_the_rest(name: str, compiled: bool, first: int) -> None:
     model = zoo.network(name)
-    _, halves = cut(model, first)
-    states = halves.states(TOKENS)
-    expected = np.array(halves.trunk(states))
+    trunk = cut(model, first)
+    states = trunk.entering(TOKENS, first)
+    expected = np.array(trunk.run(states, start=first))
     spoil(model, first)
-    trunk = mx.compile(halves.trunk, inputs=[model.state]) if compiled else halves.trunk
-    assert np.isnan(halves.states(TOKENS)).any()
-    np.testing.assert_allclose(trunk(states), expected, rtol=1e-5, atol=1e-5)
+    rest = functools.partial(trunk.run, start=first)
+    rest = mx.compile(rest, inputs=[model.state]) if compiled else rest
+    assert np.isnan(trunk.entering(TOKENS, first)).any()
+    np.testing.assert_allclose(rest(states), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_rest_is_a_graph_of_its_own_layers_only(first: int) -> None:
     """No embedding lookup, and as many multiplications as the layers from the cut on have."""
     model = zoo.network("llama")
-    parts, halves = cut(model, first)
-    states = halves.states(TOKENS)
+    trunk = cut(model, first)
+    states = trunk.entering(TOKENS, first)
     mx.eval(states)
-    whole, rest = (graph(output) for output in (parts.trunk(TOKENS), halves.trunk(states)))
+    whole, rest = (graph(output) for output in (trunk.run(TOKENS), trunk.run(states, start=first)))
     layers = len(layers_of(model))
     assert (whole.count("Gather"), rest.count("Gather")) == (1, 0)
     assert rest.count("Matmul") * layers == whole.count("Matmul") * (layers - first) > 0
@@ -130,52 +131,39 @@ def graph(output: mx.array) -> str:
 
 def test_states_run_no_layer_from_the_cut_on(first: int) -> None:
     model = zoo.network("llama")
-    _, halves = cut(model, first)
-    states = np.array(halves.states(TOKENS))
+    trunk = cut(model, first)
+    states = np.array(trunk.entering(TOKENS, first))
     for layer in layers_of(model)[first:]:
         layer.self_attn = None
-    np.testing.assert_array_equal(halves.states(TOKENS), states)
+    np.testing.assert_array_equal(trunk.entering(TOKENS, first), states)
 
 
-def test_states_are_constants_and_halves_take_a_cache() -> None:
+def test_states_are_constants_and_take_segments() -> None:
     model = zoo.network("qwen3")
-    parts, halves = cut(model, 1)
+    trunk = cut(model, 1)
     model.unfreeze()
-    _, gradients = nn.value_and_grad(model, lambda: halves.states(TOKENS).sum())()
+    _, gradients = nn.value_and_grad(model, lambda: trunk.entering(TOKENS, 1).sum())()
     assert all(not mx.any(gradient).item() for _, gradient in tree_flatten(gradients))
-    packed: list[Any] = [Packed() for _ in layers_of(model)]
-    expected = parts.trunk(TOKENS, packed)
-    np.testing.assert_allclose(halves.trunk(halves.states(TOKENS, packed), packed), expected, rtol=1e-5, atol=1e-5)
-    assert not np.allclose(expected, parts.trunk(TOKENS))
-
-
-class Packed:
-    """Stands in for the cache of packed rows: positions restart, so that tokens from 3 on see none before 3."""
-
-    offset = 0
-
-    def make_mask(self, length: int, **_: Any) -> mx.array:
-        row = mx.arange(length) >= 3
-        return (row[:, None] == row[None]) & (mx.arange(length)[:, None] >= mx.arange(length)[None])
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return keys, values
+    ids = mx.array([[1] * 3 + [2] * 4] * 2)
+    expected, states = trunk.run(TOKENS, segments=ids), trunk.entering(TOKENS, 1, segments=ids)
+    np.testing.assert_allclose(trunk.run(states, start=1, segments=ids), expected, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(expected, trunk.run(TOKENS))
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_half_precision_and_packed_weights_give_the_same_bits(dtype: mx.Dtype) -> None:
     model = zoo.network("llama", dtype=dtype)
     nn.quantize(model, group_size=32, bits=4)
-    parts, halves = cut(model, 1)
-    assert halves.dtype == dtype
-    assert mx.array_equal(halves.trunk(halves.states(TOKENS)), parts.trunk(TOKENS))
+    trunk = cut(model, 1)
+    assert trunk.entering(TOKENS, 1).dtype == dtype
+    assert mx.array_equal(trunk.run(trunk.entering(TOKENS, 1), start=1), trunk.run(TOKENS))
 
 
 def test_a_language_model_inside_another_is_cut_too() -> None:
     outer = Outer()
-    parts, halves = cut(outer, 1)
-    assert parts.language
-    np.testing.assert_allclose(halves.trunk(halves.states(TOKENS)), parts.trunk(TOKENS), rtol=1e-5, atol=1e-5)
+    trunk = cut(outer, 1)
+    assert trunk.language
+    np.testing.assert_allclose(trunk.run(trunk.entering(TOKENS, 1), start=1), trunk.run(TOKENS), rtol=1e-5, atol=1e-5)
 
 
 class Outer(nn.Module):
@@ -198,12 +186,11 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(zoo.MODELS, "gemma4", ("gemma4_text", {**GEMMA4, **changes}))
-    parts = split(zoo.network("gemma4"))
-    assert parts is not None
-    assert "take more than hidden states (ValueError)" in str(below(parts, 1))
+    trunk = take_apart(zoo.network("gemma4"))
+    assert "take more than hidden states (ValueError)" in str(verify_start(trunk, 1))
 
 
-class Trunk(nn.Module):
+class Layers(nn.Module):
     """Layers that are also given the embeddings, run twice, or aren't in one list."""
 
     def __init__(self, kind: str):
@@ -224,7 +211,7 @@ class Trunk(nn.Module):
 class Whole(nn.Module):
     def __init__(self, kind: str):
         super().__init__()
-        self.model = Trunk(kind)
+        self.model = Layers(kind)
 
     def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
         return self.model.embed_tokens.as_linear(self.model(tokens))
@@ -245,15 +232,14 @@ class Whole(nn.Module):
 )
 def test_trunks_that_do_more_than_run_their_layers_once_are_refused(kind: str, reason: str | None) -> None:
     mx.random.seed(0)
-    halves = below(Split(Whole(kind), "model"), 1)
-    assert isinstance(halves, Below) if reason is None else reason in str(halves)
+    found = verify_start(Trunk(Whole(kind), "model"), 1)
+    assert isinstance(found, mx.array) if reason is None else reason in str(found)
 
 
 @pytest.mark.parametrize("first", [-1, 0, 2])
 def test_a_cut_needs_layers_on_both_sides(first: int) -> None:
-    parts = split(zoo.network("llama"))
-    assert parts is not None
-    assert below(parts, first) == f"the model's 2 layers can't be cut at layer {first}"
+    trunk = take_apart(zoo.network("llama"))
+    assert verify_start(trunk, first) == f"the model's 2 layers can't be cut at layer {first}"
 
 
 def test_the_lowest_trainable_layer_or_why_there_is_none() -> None:

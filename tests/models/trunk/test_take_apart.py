@@ -1,4 +1,4 @@
-"""A split is the whole model taken apart: the same logits for every ending, and none where that doesn't hold."""
+"""A trunk and its head are the whole model: the same logits for every ending, and not apart where that doesn't hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
 from mlx_lora.errors import ModelError
-from mlx_lora.models.trunk.split import layers_of, split
+from mlx_lora.models.trunk.layers import layers_of
+from mlx_lora.models.trunk.verify import take_apart
 from tests.adapters.zoo import MODELS, VOCABULARY, network
 
 
@@ -18,25 +19,25 @@ from tests.adapters.zoo import MODELS, VOCABULARY, network
 def test_head_of_picked_rows_equals_the_model_and_leaves_it_alone(name: str) -> None:
     model = network(name)
     before = [(path, id(module)) for path, module in model.named_modules()]
-    parts = split(model)
-    assert parts is not None
+    trunk = take_apart(model)
+    assert trunk.apart
     tokens = mx.array([[5, 9, 70, 2, 33, 11, 8], [60, 1, 4, 95, 7, 7, 20]])
     whole = np.array(model(tokens)).reshape(-1, VOCABULARY)
     picked = mx.array([13, 2, 8, 2])
-    hidden = parts.trunk(tokens)
-    head = parts.head(hidden.reshape(-1, hidden.shape[-1])[picked])
+    hidden = trunk.run(tokens)
+    head = trunk.head(hidden.reshape(-1, hidden.shape[-1])[picked])
     np.testing.assert_allclose(head, whole[np.array(picked)], rtol=1e-4, atol=1e-4)
     assert [(path, id(module)) for path, module in model.named_modules()] == before
 
 
 def test_an_adapter_put_on_later_is_part_of_both() -> None:
     model = network("llama")
-    parts = split(model)
-    assert parts is not None
+    trunk = take_apart(model)
+    assert trunk.apart
     for wrapper in attach(model, Adapter(rank=2, targets=["embed_tokens", "q_proj"])).values():
         wrapper.lora_b = mx.random.normal(wrapper.lora_b.shape, key=mx.random.key(1))
     tokens = mx.array([[5, 9, 70]])
-    np.testing.assert_allclose(parts.head(parts.trunk(tokens)[0]), model(tokens)[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(trunk.head(trunk.run(tokens)[0]), model(tokens)[0], rtol=1e-4, atol=1e-4)
 
 
 class Ending(nn.Module):
@@ -55,11 +56,9 @@ class Ending(nn.Module):
         return logits + tokens[..., None] if self.ending == "sees the tokens" else logits
 
 
-@pytest.mark.parametrize(
-    ("ending", "splits"), [("head alone", True), ("looks back", False), ("sees the tokens", False)]
-)
-def test_a_trunk_followed_by_more_than_a_head_has_no_split(ending: str, splits: bool) -> None:
-    assert (split(Ending(ending)) is not None) == splits
+@pytest.mark.parametrize(("ending", "apart"), [("head alone", True), ("looks back", False), ("sees the tokens", False)])
+def test_a_trunk_followed_by_more_than_a_head_isnt_taken_apart(ending: str, apart: bool) -> None:
+    assert take_apart(Ending(ending)).apart == apart
 
 
 def test_layers_come_in_order_and_a_model_without_any_is_refused() -> None:

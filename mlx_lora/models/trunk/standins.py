@@ -1,0 +1,105 @@
+"""Objects that take the place of a part of a model while the rest of it runs its own code.
+
+    Held      a trunk that returns hidden states it was given: what follows is the model's own head
+    Box       a layer that computes nothing: its input, or given states, go through
+    Entry     a layer that notes what it is called with
+    Fetched   a layer's cache that notes the keys and values of attention, or hands given ones out
+
+What stand-ins leave unused (embedding lookups, for one) is never evaluated, since MLX is lazy.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.errors import ModelError
+from mlx_lora.models.trunk.layers import layers_of, name_of_list
+
+
+class _Lending:
+    """Lends the attributes of what it stands for: some models look at their layers' own."""
+
+    def __init__(self, original: nn.Module):
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+class Held(_Lending):
+    """Stands in for a trunk: returns `hidden`."""
+
+    def __init__(self, trunk: nn.Module, hidden: mx.array):
+        super().__init__(trunk)
+        self._hidden = hidden
+
+    def __call__(self, *_: Any, **__: Any) -> mx.array:
+        return self._hidden
+
+
+class Box(_Lending):
+    """Stands in for a layer: computes nothing, returns `hidden` or else its input, which is noted as `entered`."""
+
+    def __init__(self, layer: nn.Module, hidden: mx.array | None = None):
+        super().__init__(layer)
+        self._hidden = hidden
+        self.entered: mx.array | None = None
+
+    def __call__(self, x: mx.array, *_: Any, **__: Any) -> mx.array:
+        # both are other array objects: some trunks change theirs in place
+        self.entered = mx.stop_gradient(x)
+        return x if self._hidden is None else self._hidden.astype(self._hidden.dtype)
+
+
+class Entry(_Lending):
+    """Stands in for a layer whose parameters are called `names`: notes what it is called with, computes nothing."""
+
+    def __init__(self, layer: nn.Module, names: list[str]):
+        super().__init__(layer)
+        self._names = names
+        self.call: dict[str, Any] = {}
+
+    def __call__(self, *arguments: Any, **named: Any) -> mx.array:
+        if self.call:
+            raise ModelError("the trunk runs its last layer more than once")
+        self.call = dict(zip(self._names, arguments, strict=False)) | named
+        return mx.stop_gradient(self.call[self._names[0]])  # another object: some trunks change theirs in place
+
+
+class Fetched:
+    """Stands in for a layer's cache: notes the keys and values that attention gives it, and hands them back."""
+
+    def __init__(self, cache: Any = None):
+        self.offset = 0 if cache is None else cache.offset
+        self.noted: list[tuple[mx.array, mx.array]] = []
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.noted.append((keys, values))
+        return keys, values
+
+
+class Given:
+    """A cache whose keys and values are there already; `offset` (B,) is where each line's columns begin."""
+
+    def __init__(self, held: tuple[mx.array, mx.array], offset: mx.array):
+        self.offset, self._held = offset, held
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return self._held
+
+
+def trunk_with(trunk: nn.Module, model: nn.Module, layers: list[Any]) -> Any:
+    """The trunk of a model with other layers; its other parts are the very same objects.
+
+    Raises ModelError for a trunk that doesn't keep its layers in one list.
+    """
+    name = name_of_list(trunk, layers_of(model))
+    if name is None:
+        raise ModelError("the model doesn't keep its layers in one list")
+    shell = copy.copy(trunk)
+    shell[name] = layers
+    return shell

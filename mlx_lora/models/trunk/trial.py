@@ -1,0 +1,169 @@
+"""A run of a few tokens through a model as it is, and what its layers make of the calls that it noted.
+
+Layers of the same shape behave alike: `kinds` picks one call of each kind, and `outcome` differentiates what a layer
+makes of it, so that two ways of running a layer can be compared in values and in gradients without a whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_lora.models.trunk.dropout import Dropout
+from mlx_lora.models.trunk.last import names_of
+from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
+from mlx_lora.models.trunk.trunk import Trunk
+
+# Five lines, so that no mask fits where a model has another axis, of nine tokens.
+STARTS = (3, 6, 0, 5, 2)
+LENGTH = 9
+# Attributes of modules that differ from layer to layer and change nothing that is computed.
+PLACES = ("layer_idx", "layer_id", "layer_index", "idx", "index", "layer_number")
+
+Function = Callable[..., Any]
+
+
+@dataclass
+class Call:
+    """How a trunk called one of its layers, and what came back; no gradient is asked of a `frozen` one."""
+
+    layer: nn.Module
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    output: Any
+    frozen: bool = False
+
+    def by_name(self) -> dict[str, Any]:
+        """The arguments by the names of the layer's parameters."""
+        return dict(zip(names_of(self.layer), self.arguments, strict=False)) | self.named
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Training mode, in which mlx-lm's kernels without a gradient aren't used, but without dropout."""
+    before = model.training
+    model.train()
+    for module in model.modules():
+        if isinstance(module, Dropout | nn.Dropout):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def recorded(trunk: Trunk) -> tuple[mx.array, list[Call]]:
+    """Hidden states of a few tokens, and the first call of every layer; of the whole where no layer is called."""
+    tokens = (mx.arange(LENGTH) * 7 + mx.array(STARTS)[:, None]) % 31 + 1
+    calls: dict[int, Call] = {}
+    layers = layers_of(trunk.model)
+    with _noting(layers, calls):
+        hidden = trunk.run(tokens)
+    if len(calls) < len({id(layer) for layer in layers}):  # the model runs their parts itself
+        return hidden, [Call(trunk.module, (tokens,), {}, hidden)]
+    first = lowest_trainable(trunk.model)
+    for layer in layers[: first if isinstance(first, int) else 0]:
+        calls[id(layer)].frozen = True
+    return hidden, [calls[id(layer)] for layer in layers]
+
+
+@contextmanager
+def _noting(layers: Sequence[nn.Module], calls: dict[int, Call]) -> Iterator[None]:
+    """While the block runs, note how each of `layers` is called first."""
+    classes = [type(layer) for layer in layers]
+
+    def noting(original: type[nn.Module]) -> type[nn.Module]:
+        def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+            kept = _copied(arguments), _copied(named)
+            output = original.__call__(self, *arguments, **named)
+            calls.setdefault(id(self), Call(self, *kept, _copied(output)))
+            return output
+
+        return type(f"Noting{original.__name__}", (original,), {"__call__": call})
+
+    made = {cls: noting(cls) for cls in set(classes) if any("__call__" in vars(base) for base in cls.__mro__)}
+    try:
+        for layer, cls in zip(layers, classes, strict=True):
+            layer.__class__ = made.get(cls, cls)  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, cls in zip(layers, classes, strict=True):
+            layer.__class__ = cls  # type: ignore[assignment]
+
+
+def _copied(tree: Any) -> Any:
+    """Other array objects: some models change theirs in place."""
+    return tree_map(lambda leaf: mx.stop_gradient(leaf) if isinstance(leaf, mx.array) else leaf, tree)
+
+
+def kinds(calls: list[Call]) -> list[Call]:
+    """One call of each kind of layer: the same modules, shapes, settings and arguments."""
+
+    def settings(module: nn.Module) -> tuple[Any, ...]:
+        plain = [
+            (name, value)
+            for name, value in sorted(vars(module).items())
+            if isinstance(value, bool | int | float | str) and name.lstrip("_") not in PLACES
+        ]
+        arrays = [
+            (name, array.shape, str(array.dtype)) for name, array in module.items() if isinstance(array, mx.array)
+        ]
+        return type(module).__name__, *plain, *arrays
+
+    def told(value: Any) -> Any:
+        return (value.ndim, str(value.dtype)) if isinstance(value, mx.array) else str(value)
+
+    def kind(call: Call) -> Any:
+        leaves = tree_flatten([call.arguments, call.named], is_leaf=_is_leaf)
+        return tuple((path, settings(module)) for path, module in call.layer.named_modules()), tuple(
+            (name, told(value)) for name, value in leaves
+        )
+
+    return list({kind(call): call for call in reversed(calls)}.values())
+
+
+def outcome(call: Call, function: Function) -> list[mx.array]:
+    """What `function` makes of a call's arguments, and the gradients of that by all it takes and trains; lazily.
+
+    The gradients are those of a sum that no two outputs enter alike.
+    """
+    layer, inputs = call.layer, [call.arguments, call.named]
+    trained = [] if call.frozen else tree_flatten(layer.trainable_parameters())
+    leaves = tree_flatten(inputs, is_leaf=_is_leaf)
+    moving = [
+        index
+        for index, (_, leaf) in enumerate(leaves)
+        if not call.frozen and isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+    ]
+
+    def run(*arrays: mx.array) -> list[mx.array]:
+        given = dict(zip(moving, arrays, strict=False))
+        layer.update(
+            tree_unflatten([(name, array) for (name, _), array in zip(trained, arrays[len(moving) :], strict=True)])
+        )
+        filled = iter([given.get(index, leaf) for index, (_, leaf) in enumerate(leaves)])
+        arguments, named = tree_map(lambda _: next(filled), inputs, is_leaf=_is_leaf)
+        made = tree_flatten(function(*arguments, **named))
+        return [array for _, array in made if isinstance(array, mx.array) and mx.issubdtype(array.dtype, mx.floating)]
+
+    primals = [leaves[index][1] for index in moving] + [array for _, array in trained]
+    outputs = run(*primals)
+    if not primals:
+        return outputs
+    weights = [mx.cos(mx.arange(prod(array.shape)).reshape(array.shape)).astype(array.dtype) for array in outputs]
+    try:
+        outputs, gradients = mx.vjp(run, primals, weights)
+    finally:
+        layer.update(tree_unflatten(trained))
+    return [*outputs, *gradients]
+
+
+def _is_leaf(value: Any) -> bool:
+    return not isinstance(value, list | tuple | dict)
