@@ -218,7 +218,7 @@ class _Run:
         except ModelError as error:
             raise TrainingError(error.message) from error
         length = self._longest_line() if self.packing else 0
-        if length and (reason := packing_refused(self.model, length=length, without=verified.without)):
+        if length and (reason := packing_refused(self.trunk, length=length, without=verified.without)):
             raise TrainingError(f"rows can't be packed for this model: {reason}", hint="set data.packing=false")
         return verified
 

@@ -119,7 +119,7 @@ def ways(model: nn.Module, trunk: Trunk, verified: Verified) -> dict[str, Gradie
         if verified.recompute:
             with recomputed(layers):
                 found["recompute"] = of_ours(trunk, batch)
-        if packing_refused(model, without=verified.without) is None:
+        if packing_refused(trunk, without=verified.without) is None:
             packed = collate(all_rows, [[0, 1], [2]], packed=True)
             found["packing"] = of_ours(trunk, packed)
             if verified.recompute:

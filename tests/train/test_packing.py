@@ -171,7 +171,7 @@ def test_the_same_seed_gives_the_same_bytes_packed_with_dropout_and_checkpointin
             "gpt2",
             {"n_ctx": 128, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128, "layer_norm_epsilon": 1e-5,
              "vocab_size": 64},
-            "logits of the rows alone",
+            "states of the rows alone",
         ),
     ],
 )  # fmt: skip

@@ -25,7 +25,7 @@ from tests.train.test_trainer import arrays_of, make_rows, of
 ROWS, VALID = make_rows(12), make_rows(5, seed=1)
 MODELS = ["llama", "qwen3", "gemma3"]
 # Positions that are run to find out whether the model can be cut, its last layer run alone, and its rows packed.
-TRIALS = 250
+TRIALS = 400
 
 
 @pytest.fixture(autouse=True)

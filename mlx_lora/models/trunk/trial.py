@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +19,9 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lora.models.trunk.dropout import Dropout
 from mlx_lora.models.trunk.last import names_of
 from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
-from mlx_lora.models.trunk.trunk import Trunk
+
+if TYPE_CHECKING:
+    from mlx_lora.models.trunk.trunk import Trunk
 
 # Five lines, so that no mask fits where a model has another axis, of nine tokens.
 STARTS = (3, 6, 0, 5, 2)
@@ -59,24 +61,60 @@ def training(model: nn.Module) -> Iterator[None]:
         model.train(before)
 
 
-def recorded(trunk: Trunk) -> tuple[mx.array, list[Call]]:
-    """Hidden states of a few tokens, and the first call of every layer; of the whole where no layer is called."""
-    tokens = (mx.arange(LENGTH) * 7 + mx.array(STARTS)[:, None]) % 31 + 1
-    calls: dict[int, Call] = {}
+@dataclass
+class Trial:
+    """A run of `tokens`: the trunk's hidden states, and the first call of every layer, or of the trunk instead.
+
+    `arrays` are the model's at that time: a run of another adapter says nothing.
+    """
+
+    tokens: mx.array
+    hidden: mx.array
+    calls: list[Call]
+    arrays: list[mx.array]
+
+    def fresh(self, model: nn.Module) -> bool:
+        """Whether the model has the very arrays that it ran with."""
+        now = _arrays(model)
+        return len(now) == len(self.arrays) and all(a is b for a, b in zip(now, self.arrays, strict=True))
+
+
+def tried(trunk: Trunk) -> Trial:
+    """The trial of this trunk, run now unless `take_apart` has just done so."""
+    if trunk.trial is None or not trunk.trial.fresh(trunk.model):
+        calls: dict[int, Call] = {}
+        tokens = trial_tokens()
+        with noting(layers_of(trunk.model), calls):
+            hidden = trunk.run(tokens)
+        trunk.trial = trial_of(trunk, tokens, hidden, calls)
+    return trunk.trial
+
+
+def trial_of(trunk: Trunk, tokens: mx.array, hidden: mx.array, calls: dict[int, Call]) -> Trial:
+    """What was noted while `tokens` ran through the trunk."""
     layers = layers_of(trunk.model)
-    with _noting(layers, calls):
-        hidden = trunk.run(tokens)
-    if len(calls) < len({id(layer) for layer in layers}):  # the model runs their parts itself
-        return hidden, [Call(trunk.module, (tokens,), {}, hidden)]
-    first = lowest_trainable(trunk.model)
-    for layer in layers[: first if isinstance(first, int) else 0]:
-        calls[id(layer)].frozen = True
-    return hidden, [calls[id(layer)] for layer in layers]
+    if any(id(layer) not in calls for layer in layers):  # the model runs their parts itself
+        of_layers = [Call(trunk.module, (tokens,), {}, hidden)]
+    else:
+        of_layers = [calls[id(layer)] for layer in layers]
+        first = lowest_trainable(trunk.model)
+        for call in of_layers[: first if isinstance(first, int) else 0]:
+            call.frozen = True
+    return Trial(tokens, hidden, of_layers, _arrays(trunk.model))
+
+
+def trial_tokens() -> mx.array:
+    """Ids below 32, int32 (lines, LENGTH)."""
+    return (mx.arange(LENGTH) * 7 + mx.array(STARTS)[:, None]) % 31 + 1
+
+
+def _arrays(model: nn.Module) -> list[mx.array]:
+    return [array for _, array in tree_flatten(model.parameters())]
 
 
 @contextmanager
-def _noting(layers: Sequence[nn.Module], calls: dict[int, Call]) -> Iterator[None]:
-    """While the block runs, note how each of `layers` is called first."""
+def noting(layers: Sequence[nn.Module], calls: dict[int, Call]) -> Iterator[None]:
+    """While the block runs, note how each of these modules is called first, by the module's id."""
     classes = [type(layer) for layer in layers]
 
     def noting(original: type[nn.Module]) -> type[nn.Module]:
@@ -127,6 +165,11 @@ def kinds(calls: list[Call]) -> list[Call]:
         )
 
     return list({kind(call): call for call in reversed(calls)}.values())
+
+
+def outcomes(calls: list[Call]) -> list[tuple[Call, list[mx.array]]]:
+    """One call of each kind of layer with what the layer itself makes of it, in values and gradients."""
+    return [(call, outcome(call, call.layer)) for call in kinds(calls)]
 
 
 def outcome(call: Call, function: Function) -> list[mx.array]:

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +26,9 @@ from mlx_lora.models.trunk import last
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.segments import caches
 from mlx_lora.models.trunk.standins import Box, Held, trunk_with
+
+if TYPE_CHECKING:
+    from mlx_lora.models.trunk.trial import Trial
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Trunk:
     name: str | None = None
     language: str | None = None
     vocabulary: int = 0
+    trial: Trial | None = field(default=None, repr=False, compare=False)  # for `verify`, once
 
     @property
     def apart(self) -> bool:
@@ -63,7 +67,10 @@ class Trunk:
         `x` are tokens (B, T), or with a `start` the states (B, T, d) that enter that layer. `segments` int32 (B, T) has
         one number for the positions of a row, and 0 for padding.
         """
-        cache = None if segments is None else caches(self.model, segments)
+        return self.run_with(x, None if segments is None else caches(self.model, segments), start, columns)
+
+    def run_with(self, x: mx.array, cache: Any, start: int = 0, columns: mx.array | None = None) -> mx.array:
+        """`run` with the caller's own caches, one for each layer, or None for none."""
         if not self.apart:
             return self.model(x) if cache is None else self.model(x, cache=cache)
         if columns is not None:

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_lora.errors import ModelError
 from mlx_lora.models.trunk import lean as lean_module
@@ -25,7 +27,19 @@ from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.recompute import recomputed
 from mlx_lora.models.trunk.segments import caches, keeps_state
-from mlx_lora.models.trunk.trial import LENGTH, STARTS, Call, Function, kinds, outcome, recorded, training
+from mlx_lora.models.trunk.trial import (
+    STARTS,
+    Call,
+    Function,
+    Trial,
+    kinds,
+    noting,
+    outcome,
+    training,
+    trial_of,
+    trial_tokens,
+    tried,
+)
 from mlx_lora.models.trunk.trunk import Trunk
 
 # Largest distance from the whole model, relative to the norm of what is compared: in float32, and in half precision,
@@ -41,8 +55,8 @@ TOLERANCES = {
 }
 # Gradients that are this small a part of the largest one are rounding.
 SMALL = 1e-2
-# Columns of each line that the last layer is run for.
-COLUMNS = 3
+# Rows of the hidden states that the head is tried on, and columns of each line that the last layer is run for.
+ROWS, COLUMNS = (8, 0, 3), 3
 # Lengths of the rows packed into two lines of WIDTH positions: the rest is padding.
 PACKED = ((5, 12, 8), (9, 14))
 WIDTH = 26
@@ -69,27 +83,42 @@ class Verified:
 def take_apart(model: nn.Module) -> Trunk:
     """The trunk of `model`, verified on a few tokens against the whole model.
 
-    The head gets the rows in another order: one that looks at neighbouring positions, or at the tokens, shows.
+    The head gets some rows in another order: one that looks at neighbouring positions, or at the tokens, shows.
     """
-    tokens = mx.arange(1, 10)[None]
-    order = mx.arange(9)[::-1]
-    whole = model(tokens)
-    for candidate in _candidates(model, whole.shape[-1]):
-        try:
-            logits = candidate.head(candidate.run(tokens)[0][order])
-        except Exception:  # an architecture whose trunk or head takes something else
-            continue
-        if logits.shape == whole[0].shape and _hold("head", [(logits, whole[0][order])]):
-            return candidate
+    tokens, calls = trial_tokens(), dict[int, Call]()
+    with training(model):
+        candidates = list(_candidates(model))
+        with noting([*getattr(model, "layers", []), *(candidate.module for candidate in candidates)], calls):
+            whole = model(tokens)
+        for trunk in candidates:
+            trunk.vocabulary = whole.shape[-1]
+            try:
+                hidden = _states(trunk, tokens, calls)
+                logits = trunk.head(hidden[0][mx.array(ROWS)])
+            except Exception:  # an architecture whose trunk or head takes something else
+                continue
+            expected = whole[0][mx.array(ROWS)]
+            if logits.shape == expected.shape and _hold("head", [(logits, expected)]):
+                if getattr(model, "layers", None):
+                    trunk.trial = trial_of(trunk, tokens, hidden, calls)
+                return trunk
     return Trunk(model, vocabulary=whole.shape[-1])
 
 
-def _candidates(model: nn.Module, vocabulary: int) -> Iterator[Trunk]:
+def _states(trunk: Trunk, tokens: mx.array, calls: dict[int, Call]) -> mx.array:
+    """The trunk's hidden states: those noted, where the model called it with nothing but the tokens."""
+    call = calls.get(id(trunk.module))
+    if call is not None and all(value is None for value in [*call.arguments[1:], *call.named.values()]):
+        return call.output  # type: ignore[no-any-return]
+    return trunk.run(tokens)
+
+
+def _candidates(model: nn.Module) -> Iterator[Trunk]:
     language = "language_model" if "language_model" in model else None
     outer = model[language] if language else model
     for name in TRUNKS:
         if isinstance(outer.get(name), nn.Module):
-            yield Trunk(model, name, language, vocabulary)
+            yield Trunk(model, name, language)
 
 
 def verify(trunk: Trunk, *, recompute: bool, columns: bool) -> Verified:
@@ -99,18 +128,19 @@ def verify(trunk: Trunk, *, recompute: bool, columns: bool) -> Verified:
     """
     verified, name = Verified(recompute=recompute, columns=columns and trunk.apart), _name(trunk.model)
     with training(trunk.model):
-        hidden, calls = recorded(trunk)
-        _check_gradients(calls, name)
-        verified.without = _without(calls)
+        trial = tried(trunk)
+        compared = _differentiable(trial, name)
+        verified.without = _without(compared)
         if verified.without:
             parts = " and ".join(sorted(verified.without))
             verified.notes.append(f"{parts} of {name} run as mlx-lm has them: lean ones differ, and these keep more")
-        if recompute and (reason := _not_recomputed(trunk, calls, verified.without)):
+        if recompute and (reason := _not_recomputed(trunk, compared, verified.without)):
             verified.recompute = False
             verified.notes.append(f"layers of {name} aren't computed again in the backward pass: {reason}")
-        if verified.columns and (reason := _not_cut(trunk, hidden, calls, verified.without)):
+        if verified.columns and (reason := _not_cut(trunk, trial, verified.without)):
             verified.columns = False
             verified.notes.append(f"the last layer isn't cut for {name}: {reason}")
+        trunk.trial = None
     return verified
 
 
@@ -139,56 +169,62 @@ def verify_start(trunk: Trunk, start: int) -> mx.array | str:
     return states
 
 
-def packing_refused(model: nn.Module, *, length: int = WIDTH, without: frozenset[str] = frozenset()) -> str | None:
+def packing_refused(trunk: Trunk, *, length: int = WIDTH, without: frozenset[str] = frozenset()) -> str | None:
     """Why rows can't be packed for this model, or None when they can: verified numerically, as they are trained.
 
     `length` is that of the packed rows to come. The trial is short, but it sits at the end of those positions: some
     models scale attention or rotary frequencies by the absolute position once it is large.
     """
-    with training(model):
+    layers = layers_of(trunk.model)
+    first = max(length - WIDTH, 0)
+    with training(trunk.model), lean(layers, without=without):
         try:
-            with lean(layers_of(model), without=without):
-                if _isolated(model, max(length - WIDTH, 0)):
-                    return None
+            if _isolated(trunk, layers, first):
+                return None
         except ModelError as error:
             return error.message
         except Exception as error:  # an architecture that wants more of a cache than a mask, or takes none
             return f"it can't be run on packed rows: {error} ({type(error).__name__})"
-    state = ": its layers keep a state that runs across rows" if keeps_state(model) else ""
-    return f"packed rows don't give the logits of the rows alone{state}"
+    state = ": its layers keep a state that runs across rows" if keeps_state(trunk.model) else ""
+    return f"packed rows don't give the states of the rows alone{state}"
 
 
 # ---- comparisons
 
+Compared = list[tuple[Call, list[mx.array]]]
 
-def _check_gradients(calls: list[Call], name: str) -> None:
-    for call in kinds(calls):
+
+def _differentiable(trial: Trial, name: str) -> Compared:
+    """A call of each kind of layer, with the values and gradients that the layer itself has."""
+    compared = []
+    for call in kinds(trial.calls):
         try:
-            mx.eval(outcome(call, call.layer))
+            compared.append((call, outcome(call, call.layer)))
+            mx.eval(compared[-1][1])
         except Exception as error:
-            raise ModelError(
-                f"{name} can't be trained on this device: its {type(call.layer).__name__} has no gradient ({error})"
-            ) from None
+            layer = type(call.layer).__name__
+            raise ModelError(f"{name} can't be trained here: its {layer} has no gradient ({error})") from None
+    return compared
 
 
-def _without(calls: list[Call]) -> frozenset[str]:
+def _without(compared: Compared) -> frozenset[str]:
     """The parts of `lean` that don't give what the layers give by themselves."""
-    if not _lean_differs(calls, frozenset()):
+    if not _lean_differs(compared, frozenset()):
         return frozenset()
     every = lean_module.PARTS
-    return frozenset(part for part in every if _lean_differs(calls, every - {part}))
+    return frozenset(part for part in every if _lean_differs(compared, every - {part}))
 
 
-def _lean_differs(calls: list[Call], without: frozenset[str]) -> str | None:
+def _lean_differs(compared: Compared, without: frozenset[str]) -> str | None:
     def changed(call: Call, stack: ExitStack) -> Function:
         stack.enter_context(lean([call.layer], without=without))
         return call.layer
 
-    return _layers_differ("lean", calls, changed)
+    return _layers_differ("lean", compared, changed)
 
 
-def _not_recomputed(trunk: Trunk, calls: list[Call], without: frozenset[str]) -> str | None:
-    if calls[0].layer is trunk.module:
+def _not_recomputed(trunk: Trunk, compared: Compared, without: frozenset[str]) -> str | None:
+    if compared[0][0].layer is trunk.module:
         return "the model runs their parts itself"
 
     def changed(call: Call, stack: ExitStack) -> Function:
@@ -196,13 +232,12 @@ def _not_recomputed(trunk: Trunk, calls: list[Call], without: frozenset[str]) ->
         stack.enter_context(recomputed([call.layer]))
         return call.layer
 
-    return _layers_differ("recompute", calls, changed)
+    return _layers_differ("recompute", [(call, found) for call, found in compared if not call.frozen], changed)
 
 
-def _layers_differ(part: str, calls: list[Call], changed: Callable[[Call, ExitStack], Function]) -> str | None:
+def _layers_differ(part: str, compared: Compared, changed: Callable[[Call, ExitStack], Function]) -> str | None:
     """Why a change of the layers doesn't hold for one of their kinds, or None."""
-    for call in kinds(calls):
-        expected = outcome(call, call.layer)
+    for call, expected in compared:
         try:
             with ExitStack() as stack:
                 found = outcome(call, changed(call, stack))
@@ -214,18 +249,18 @@ def _layers_differ(part: str, calls: list[Call], changed: Callable[[Call, ExitSt
     return None
 
 
-def _not_cut(trunk: Trunk, hidden: mx.array, calls: list[Call], without: frozenset[str]) -> str | None:
+def _not_cut(trunk: Trunk, trial: Trial, without: frozenset[str]) -> str | None:
     """Why the last layer can't be run for some columns alone, or None: it is compared with the whole trunk."""
     last = layers_of(trunk.model)[-1]
-    call = next((call for call in calls if call.layer is last), None)
+    call = next((call for call in trial.calls if call.layer is last), None)
     if call is None:
         return "the model runs its parts itself"
     columns = mx.array(STARTS)[:, None] + mx.arange(COLUMNS)
     try:
         with lean([last], without=without):
-            columns_of(trunk, mx.zeros((len(STARTS), LENGTH), mx.int32), columns)  # only that it can be run
+            columns_of(trunk, trial.tokens, columns)  # only that it can be run: nothing is evaluated
             found = trunk.above(columns_of_layer(last, call.by_name(), columns), len(layers_of(trunk.model)))
-            if not _hold("last layer", [(found, _at(hidden, columns))]):
+            if not _hold("last layer", [(found, _at(trial.hidden, columns))]):
                 return "its columns alone are other states"
             cut = outcome(call, lambda *a, **n: columns_of_layer(last, Call(last, a, n, None).by_name(), columns))
             whole = outcome(call, lambda *a, **n: _at(last(*a, **n), columns))
@@ -242,18 +277,69 @@ def _at(hidden: mx.array, columns: mx.array) -> mx.array:
     return mx.take_along_axis(hidden, columns[..., None], axis=1)
 
 
-def _isolated(model: nn.Module, first: int) -> bool:
-    """Whether the trial's rows, packed from position `first` on, have the logits that each has alone."""
-    tokens = (mx.arange(len(PACKED) * WIDTH) * 7 % 31 + 1).reshape(len(PACKED), WIDTH)
+def _isolated(trunk: Trunk, layers: list[nn.Module], first: int) -> bool:
+    """Whether the trial's rows, packed from position `first` on, have the states and gradients that each has alone."""
+    lines, rows = _packed_rows()
+    tokens = (mx.arange(lines.size) * 7 % 31 + 1).reshape(lines.shape)
+    together, apart = dict[int, Call](), dict[int, Call]()
+    with noting(layers, together):
+        packed = trunk.run_with(tokens, caches(trunk.model, lines, first=first))
+    with noting(layers, apart):  # padding behind a row reaches nothing in it
+        alone = trunk.run_with(_gathered(tokens, rows), None)
+    times = max(1.0, first / EXACT_POSITIONS)
+    real = (rows >= 0)[..., None]
+    if not _hold("packing", [(_gathered(packed, rows) * real, alone * real)], times=times):
+        return False
+    for call in kinds([together[id(layer)] for layer in layers if id(layer) in together]):
+        if isinstance(call.output, mx.array) and call.output.shape[:2] == lines.shape:
+            if not _hold("packing", _packed_outcomes(call, apart[id(call.layer)], rows), times=times):
+                return False
+    return True
+
+
+def _packed_rows() -> tuple[mx.array, mx.array]:
+    """Segment ids (lines, WIDTH), and for each row alone its flat positions there, (rows, longest), -1 for padding."""
     ends = [list(accumulate(row)) for row in PACKED]
     ids = [[1 + bisect_right(line, place) if place < line[-1] else 0 for place in range(WIDTH)] for line in ends]
-    packed = model(tokens, cache=caches(model, mx.array(ids), first=first))
-    pairs = []
-    for line, row in enumerate(PACKED):
-        for end, length in zip(ends[line], row, strict=True):
-            alone = model(tokens[line : line + 1, end - length : end])[0]
-            pairs.append((packed[line, end - length : end], alone))
-    return _hold("packing", pairs, times=max(1.0, first / EXACT_POSITIONS))
+    longest = max(max(row) for row in PACKED)
+    places = [
+        [line * WIDTH + end - length + place if place < length else -1 for place in range(longest)]
+        for line, row in enumerate(PACKED)
+        for end, length in zip(ends[line], row, strict=True)
+    ]
+    return mx.array(ids), mx.array(places)
+
+
+def _gathered(packed: mx.array, rows: mx.array) -> mx.array:
+    """(lines, WIDTH, …) as the rows alone, (rows, longest, …)."""
+    return packed.reshape(-1, *packed.shape[2:])[mx.maximum(rows, 0)]
+
+
+def _packed_outcomes(together: Call, apart: Call, rows: mx.array) -> list[tuple[mx.array, mx.array]]:
+    """What a layer makes of packed rows and of the same rows alone, and the gradients of what enters and is trained."""
+    real, trained = (rows >= 0)[..., None], together.layer.trainable_parameters()
+    place, x = next(
+        (index, value)
+        for index, value in enumerate(together.arguments)
+        if isinstance(value, mx.array) and value.ndim == 3 and mx.issubdtype(value.dtype, mx.floating)
+    )
+
+    def by(call: Call, shaped: Function, made: Function) -> list[mx.array]:
+        def summed(x: mx.array, trained: Any) -> mx.array:
+            call.layer.update(trained)
+            arguments = [*call.arguments[:place], shaped(x), *call.arguments[place + 1 :]]
+            output = made(call.layer(*arguments, **call.named)) * real
+            return (output * mx.cos(mx.arange(output.size)).reshape(output.shape)).sum()
+
+        try:
+            value, (of_x, of_trained) = mx.value_and_grad(summed, argnums=(0, 1))(x, trained)
+        finally:
+            call.layer.update(trained)
+        return [value[None], of_x, *(array for _, array in tree_flatten(of_trained))]
+
+    packed = by(together, lambda x: x, lambda output: _gathered(output, rows))
+    alone = by(apart, lambda x: _gathered(x, rows), lambda output: output)
+    return list(zip(packed[1:], alone[1:], strict=True))
 
 
 def _hold(part: str, pairs: Sequence[tuple[mx.array, mx.array]], *, times: float = 1.0) -> bool:
