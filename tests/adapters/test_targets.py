@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,14 +12,16 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.attach import attach, attached, build, detach
+from mlx_lora.adapters.attach import attach, attached, build, detach, put
 from mlx_lora.adapters.base import CONVOLUTIONS
 from mlx_lora.adapters.placement import place
 from mlx_lora.adapters.targets import bare_modules, find_targets, layer_prefixes
-from mlx_lora.config import Adapter
+from mlx_lora.config import Adapter, Train
 from mlx_lora.errors import AdapterError
 from mlx_lora.models import architectures
+from mlx_lora.store.adapter import Manifest, read, save, wrappers_for
 from mlx_lora.tasks.notes import named, notes
+from mlx_lora.train.costs import costs
 from tests.adapters.zoo import network
 from tests.models.tiny import mixed, plain
 from tests.models.tiny.build import build as tiny_model
@@ -183,6 +186,35 @@ def test_small_projections_of_a_group_get_the_rank_they_have_and_keep_their_scal
     for path, wrapper in wrappers.items():
         assert wrapper.rank == small.get(path.rpartition(".")[2], rank)
         assert wrapper.scale == pytest.approx(1.0 if config.method == "glora" else config.scale_of(path))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "glora", "vera", "qalora"])
+def test_small_ranks_come_back_from_disk_with_their_scales_and_cost_what_they_hold(method: str, tmp_path: Path) -> None:
+    """In mlx-lm's format they are padded with zeros; a manifest has the ranks as they are."""
+    model = tiny_model("jamba", CONFIGS["jamba"])
+    config = Adapter(method=method, rank=8)
+    placement = place(model, config)
+    wrappers = attach(model, config)
+    assert list(wrappers) == list(placement.methods)
+    held = sum(array.nbytes for wrapper in wrappers.values() for array in wrapper.adapter_arrays().values())
+    assert costs(model, Train(), dtype=mx.float32, gpu=False).adapter == held
+    for number, wrapper in enumerate(wrappers.values()):
+        for name, array in wrapper.adapter_arrays().items():
+            noise = 0.05 * mx.random.normal(array.shape, key=mx.random.key(number))
+            wrapper[name] = (array + noise).astype(mx.bfloat16).astype(mx.float32)
+    learned = np.array(model(TOKENS))
+    manifest = Manifest(
+        method=method, adapter=placement.config.model_dump(), modules=list(wrappers),
+        scales={path: wrapper.scale for path, wrapper in wrappers.items()},
+    )  # fmt: skip
+    again = wrappers_for(model, read(save(tmp_path / "adapter", wrappers, manifest, layers=3)))
+    assert {path: (wrapper.rank, wrapper.scale) for path, wrapper in again.items()} == {
+        path: (wrapper.rank, pytest.approx(wrapper.scale)) for path, wrapper in wrappers.items()
+    }
+    put(model, again)
+    np.testing.assert_allclose(np.array(model(TOKENS)), learned, rtol=0, atol=1e-5)
+    put(model, {path: wrapper.fuse() for path, wrapper in again.items()})  # type: ignore[misc]
+    np.testing.assert_allclose(np.array(model(TOKENS)), learned, rtol=0, atol=1e-3)
 
 
 def test_named_modules_stay_strict() -> None:
