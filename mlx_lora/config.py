@@ -188,6 +188,22 @@ class Adapter(Section):
         """The rank of the module at `path`, after `rank_pattern`."""
         return _pattern(self.rank_pattern, path, self.rank)
 
+    def has_own_rank(self, path: str) -> bool:
+        """Whether `rank_pattern` names the module at `path`."""
+        return _pattern(self.rank_pattern, path, None) is not None
+
+    def with_ranks(self, ranks: dict[str, int]) -> Adapter:
+        """These settings with other ranks for modules by path, and an alpha for each that leaves its scale."""
+        alphas: dict[str, float] = {}
+        if set(self.method.split("+")).intersection(SETTINGS["alpha_pattern"]):
+            alphas = {path: self.scale_of(path) * (rank**0.5 if self.rslora else rank) for path, rank in ranks.items()}
+        return self.model_copy(
+            update={
+                "rank_pattern": _first(ranks, self.rank_pattern),
+                "alpha_pattern": _first(alphas, self.alpha_pattern),
+            }
+        )
+
     def scale_of(self, path: str) -> float:
         """s in y = W₀x + s·BAx: α/r, or α/√r with rsLoRA (arXiv 2312.03732)."""
         rank = self.rank_of(path)
@@ -200,6 +216,12 @@ def _expression(text: str) -> None:
         re.compile(text)
     except re.error as error:
         raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+
+
+def _first(values: dict[str, Any], patterns: dict[str, Any]) -> dict[str, Any]:
+    """Patterns that give `values` by exact path, before the others."""
+    exact = {re.escape(path): value for path, value in values.items()}
+    return exact | {pattern: value for pattern, value in patterns.items() if pattern not in exact}
 
 
 def _pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:

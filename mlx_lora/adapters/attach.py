@@ -7,16 +7,15 @@ whatever adapter is there. Swapping is therefore a few hundred attribute assignm
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora import methods
-from mlx_lora.adapters.base import AdapterLayer, check_ranks
-from mlx_lora.adapters.targets import attached, bare_modules, find_targets
+from mlx_lora.adapters.base import AdapterLayer
+from mlx_lora.adapters.placement import place, serving
+from mlx_lora.adapters.targets import attached, bare_modules
 from mlx_lora.config import Adapter
-from mlx_lora.errors import AdapterError
 from mlx_lora.models.load import set_modules
 
 Wrappers = dict[str, AdapterLayer]
@@ -37,56 +36,34 @@ def build(model: nn.Module, config: Adapter, *, seed: int = 0, only: Iterable[st
     """Wrappers around the base modules of `config`'s targets (or of the paths in `only`), leaving the model as it is.
 
     The initial A of a module depends on the seed and on the module's place among the targets. Ranks are checked
-    against `targets` only: what another tool has trained may be wider than its layers. Of a combination of methods
-    each wraps its own modules, and a path that two of them want is an error.
+    against `targets` only: what another tool has trained may be wider than its layers.
     """
     bare = bare_modules(model)
-    wanted = None if only is None else list(only)
-    if unknown := [path for path in wanted or [] if path not in bare]:
-        raise AdapterError(f"the model has no layer {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}")
-    places: dict[str, str] = {}
-    for name in methods.parts(config.method):
-        places |= dict.fromkeys(_places(model, config.of(name), bare, wanted), name)
-    if wanted is not None:
-        places = {path: places[path] for path in wanted if path in places}
+    if only is None:
+        placement = place(model, config)
+        config, places = placement.config, placement.methods
+    else:
+        places = serving(model, config, list(only))
     keys = dict(zip(places, mx.random.split(mx.random.key(seed), max(len(places), 1)), strict=False))
     wrappers: Wrappers = {}
     for name in methods.parts(config.method):
-        layers = {path: bare[path] for path, method in places.items() if method == name}
-        wrappers |= _wrapped(methods.resolve(name), layers, config.of(name), keys, check=wanted is None)
+        method, settings = methods.resolve(name), config.of(name)
+        layers = {path: bare[path] for path, served_by in places.items() if served_by == name}
+        shared = method.shared(layers, settings)
+        for path, layer in layers.items():
+            wrappers[path] = method.from_base(layer, settings, path=path, key=keys[path], shared=shared)
     return {path: wrappers[path] for path in places}
 
 
-def _places(model: nn.Module, config: Adapter, bare: dict[str, nn.Module], wanted: list[str] | None) -> list[str]:
-    """Where one method goes: its own places, those of `config.targets`, or those of `wanted` that it can serve."""
-    method = methods.resolve(config.method)
-    if wanted is None:
-        return method.find(model, config) or find_targets(model, config)  # type: ignore[no-any-return]
-    return [path for path in wanted if method.refusal(bare[path], config, path) is None]
-
-
-def _wrapped(
-    method: Any, layers: dict[str, nn.Module], config: Adapter, keys: dict[str, mx.array], *, check: bool
-) -> Wrappers:
-    faults = [reason for path, layer in layers.items() if (reason := method.refusal(layer, config, path))]
-    if faults:
-        more = f" ({len(faults)} such layers)" if len(faults) > 1 else ""
-        raise AdapterError(f"{config.method} can't be used here: {faults[0]}{more}")
-    if check and config.method in methods.BOUNDED:
-        check_ranks(config, layers)
-    shared = method.shared(layers, config)
-    return {
-        path: method.from_base(layer, config, path=path, key=keys[path], shared=shared)
-        for path, layer in layers.items()
-    }
-
-
 def put(model: nn.Module, wrappers: Wrappers) -> None:
-    """Install `wrappers` (none: the bare base) in place of whatever is attached."""
+    """Install `wrappers` (none: the bare base) in place of whatever is attached, wherever what they wrap is."""
     detach(model)
     for wrapper in wrappers.values():
         wrapper.train(model.training)
-    _set(model, dict(wrappers), outer_first=False)  # a wrapper takes what it wraps as it is then
+    bare = bare_modules(model)
+    around = {id(bare[path]): wrapper for path, wrapper in wrappers.items() if path in bare}
+    shared = {path: around[id(module)] for path, module in bare.items() if id(module) in around}
+    _set(model, shared | wrappers, outer_first=False)  # a wrapper takes what it wraps as it is then
 
 
 def detach(model: nn.Module) -> None:

@@ -116,7 +116,7 @@ def layer_shape(layer: nn.Module) -> tuple[int, ...]:
 
 def check_ranks(config: Adapter, layers: dict[str, nn.Module]) -> None:
     """Raise AdapterError naming every layer whose smaller dimension is below its rank."""
-    smaller = {path: _smaller_dimension(layer) for path, layer in layers.items()}
+    smaller = {path: smaller_dimension(layer) for path, layer in layers.items()}
     faults = [path for path, dimension in smaller.items() if config.rank_of(path) > dimension]
     if faults:
         most = min(smaller[path] for path in faults)
@@ -127,7 +127,7 @@ def check_ranks(config: Adapter, layers: dict[str, nn.Module]) -> None:
         )
 
 
-def _smaller_dimension(layer: nn.Module) -> int:
+def smaller_dimension(layer: nn.Module) -> int:
     """Of the weight as a matrix; a convolution's is (out, patch)."""
     if isinstance(layer, CONVOLUTIONS):
         outputs, *patch = layer["weight"].shape

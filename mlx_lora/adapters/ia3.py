@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.adapters.base import EMBEDDINGS, EXPERTS, AdapterLayer, layer_shape
-from mlx_lora.adapters.targets import ATTENTION
 from mlx_lora.config import Adapter
+from mlx_lora.models.architectures import ATTENTION
 from mlx_lora.models.load import plain_layer
 from mlx_lora.quant.matmul import like
 from mlx_lora.quant.quantize import dequantize_layer

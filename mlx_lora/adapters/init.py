@@ -17,7 +17,6 @@ taken apart in float32, where MLX can: on the CPU.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -148,7 +147,7 @@ def eva(
         most = min(round(RHO * config.rank_of(path)), *layer_shape(layers[path]))
         shares[path] = found[:most]
     ranks = redistribute(shares, sum(map(config.rank_of, shares)))
-    return _with_ranks(config, ranks), {path: spectra[path].directions(rank) for path, rank in ranks.items()}
+    return config.with_ranks(ranks), {path: spectra[path].directions(rank) for path, rank in ranks.items()}
 
 
 def _look(entered: dict[str, mx.array], spectra: dict[str, Spectrum], positions: mx.array) -> None:
@@ -173,14 +172,3 @@ def redistribute(shares: Mapping[str, list[float]], budget: int) -> dict[str, in
     for _, path in rest[: max(budget - len(ranks), 0)]:
         ranks[path] += 1
     return ranks
-
-
-def _with_ranks(config: Adapter, ranks: dict[str, int]) -> Adapter:
-    """Settings with these ranks, and an alpha for each that leaves its scale what it was."""
-    alphas = {path: config.scale_of(path) * (rank**0.5 if config.rslora else rank) for path, rank in ranks.items()}
-    return config.model_copy(
-        update={
-            "rank_pattern": {re.escape(path): rank for path, rank in ranks.items()} | config.rank_pattern,
-            "alpha_pattern": {re.escape(path): alpha for path, alpha in alphas.items()} | config.alpha_pattern,
-        }
-    )

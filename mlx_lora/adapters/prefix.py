@@ -21,9 +21,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.adapters.base import LINEARS, AdapterLayer, layer_shape
-from mlx_lora.adapters.targets import ATTENTION, bare_modules, layer_indices, layer_prefixes
+from mlx_lora.adapters.targets import bare_modules, layer_indices, layer_prefixes
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, CannotFuse
+from mlx_lora.models.architectures import ATTENTION
 from mlx_lora.models.trunk.segments import PackedCache
 from mlx_lora.models.trunk.standins import Fetched
 

@@ -6,7 +6,7 @@ Paths are those of the bare model, whatever is attached to it. Knows nothing abo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -14,11 +14,11 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.base import ADAPTABLE, CONVOLUTIONS, EMBEDDINGS, AdapterLayer
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, ModelError, nearest
+from mlx_lora.models.architectures import mixes_tokens, routes
 from mlx_lora.models.trunk.layers import layers_of
 
-# Linears that choose experts rather than transform activations.
-ROUTERS = {"gate", "router", "shared_expert_gate", "indexer"}
-ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+# Targets that name a kind of module. Of these a method takes what it can serve; what is named otherwise it must serve.
+GROUPS = ("attention", "all-linear")
 
 
 def attached(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -57,59 +57,67 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
             yield from _walk(child, f"{path}.{name}" if path else name)
 
 
+def group_of(config: Adapter) -> str | None:
+    """The group that `config.targets` names, or None; attention for a method whose partner has a place of its own."""
+    targets = "attention" if config.targets == "own" else config.targets
+    return targets if isinstance(targets, str) and targets in GROUPS else None
+
+
+def unique(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """`modules` without those that are the same object as one before: layers may share modules."""
+    first: dict[int, str] = {}
+    return {path: module for path, module in modules.items() if first.setdefault(id(module), path) == path}
+
+
 def find_targets(model: nn.Module, config: Adapter) -> list[str]:
     """Paths of the modules that `config.targets` and `config.layers` name, sorted by layer and name.
 
-    Raises AdapterError when any target or layer index matches nothing, naming what exists.
+    What two layers share has one path. Raises AdapterError when any target or layer index matches nothing, naming what
+    exists.
     """
     prefixes = layer_prefixes(model)
     chosen = [prefixes[index] for index in layer_indices(config, len(prefixes))]
-    base = {
-        path: module for path, module in bare_modules(model).items() if isinstance(module, ADAPTABLE + CONVOLUTIONS)
-    }
-    inside = [path for path in base if path.startswith(tuple(chosen))]
+    modules = bare_modules(model)
+    base = {path: module for path, module in unique(modules).items() if isinstance(module, ADAPTABLE + CONVOLUTIONS)}
+    inside = {path: prefix for path in base if (prefix := next(filter(path.startswith, chosen), None)) is not None}
     outside = [path for path in base if not path.startswith(tuple(prefixes))]
-    targets = "attention" if config.targets == "own" else config.targets  # of the other method in a combination
-    if targets == "attention":
-        return _some(_attention(inside, prefixes), "attention projections", inside)
-    if targets == "all-linear":
+    targets = group_of(config) or config.targets
+    if targets in GROUPS:
         others = EMBEDDINGS + CONVOLUTIONS
-        linear = [path for path in inside if not isinstance(base[path], others) and not _is_router(path)]
-        return _some(linear, "linear layers", inside)
+        linear = {
+            path: prefix
+            for path, prefix in inside.items()
+            if not isinstance(base[path], others) and not routes(path, prefix, modules)
+        }
+        if targets == "all-linear":
+            return _some(list(linear), "linear layers", inside, modules)
+        mixers = [path for path, prefix in linear.items() if mixes_tokens(path, prefix, modules)]
+        return _some(mixers, "attention projections", inside, modules)
     if isinstance(targets, str) and len(targets) > 1 and targets[0] == targets[-1] == "/":
         pattern = re.compile(targets[1:-1])
-        return _some([path for path in inside + outside if pattern.search(path)], f"module for {targets}", inside)
+        found = [path for path in [*inside, *outside] if pattern.search(path)]
+        return _some(found, f"module for {targets}", inside, modules)
     names = [targets] if isinstance(targets, str) else targets
-    known = {path.rpartition(".")[2] for path in inside + outside}
-    if missing := [name for name in names if not _named(inside + outside, name)]:
+    known = {path.rpartition(".")[2] for path in [*inside, *outside]}
+    if missing := [name for name in names if not _named([*inside, *outside], name)]:
         raise AdapterError("; ".join(f"no module is called {name!r}{nearest(name, known)}" for name in missing))
-    return [path for path in inside + outside if any(_named([path], name) for name in names)]
-
-
-def _attention(paths: list[str], prefixes: list[str]) -> list[str]:
-    """Projections inside attention blocks: a component below the layer says attention, none says router."""
-    found = []
-    for path in paths:
-        relative = path.removeprefix(next(prefix for prefix in prefixes if path.startswith(prefix)))
-        *blocks, _ = relative.split(".")
-        if any(ATTENTION.search(block) for block in blocks) and not _is_router(relative):
-            found.append(path)
-    return found
-
-
-def _is_router(path: str) -> bool:
-    return bool(ROUTERS.intersection(path.split(".")))
+    return [path for path in [*inside, *outside] if any(_named([path], name) for name in names)]
 
 
 def _named(paths: list[str], name: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for path in paths)
 
 
-def _some(found: list[str], what: str, candidates: list[str]) -> list[str]:
-    if not found:
-        names = sorted({path.rpartition(".")[2] for path in candidates})
+def _some(found: list[str], what: str, candidates: Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
+    if found:
+        return found
+    names = sorted({path.rpartition(".")[2] for path in candidates})
+    if names:
         raise AdapterError(f"the model has no {what}", hint=f"its layers have: {', '.join(names)}")
-    return found
+    kinds = {type(module).__name__ for module in modules.values() if "weight" in module and module["weight"].ndim > 1}
+    raise AdapterError(
+        f"the model has no {what}", hint=f"its weights are in {', '.join(sorted(kinds))}, not in linears"
+    )
 
 
 def layer_indices(config: Adapter, count: int) -> list[int]:
@@ -129,7 +137,7 @@ def layer_indices(config: Adapter, count: int) -> list[int]:
 
 def layer_prefixes(model: nn.Module) -> list[str]:
     """Paths of the transformer blocks, each with its dot, in order; a network without any is one block, ""."""
-    names = {id(module): path for path, module in bare_modules(model).items()}
+    names = {id(module): path for path, module in unique(bare_modules(model)).items()}
     try:
         layers = [layer.base if isinstance(layer, AdapterLayer) else layer for layer in layers_of(model)]
     except ModelError:

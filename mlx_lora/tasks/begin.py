@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_lora.adapters.attach import Wrappers, attach, build
 from mlx_lora.adapters.init import eva, loftq
+from mlx_lora.adapters.placement import place
 from mlx_lora.adapters.targets import adaptable
 from mlx_lora.config import Recipe
 from mlx_lora.data.batch import collate, epoch_steps
@@ -44,7 +45,8 @@ def begin(recipe: Recipe, loaded: LoadedModel, rows: Sequence[Row]) -> Wrappers:
     settings = recipe.adapter
     directions: dict[str, mx.array] = {}
     if settings.init == "eva":
-        wanted = build(loaded.model, settings, seed=recipe.seed)  # raises for what has no activations
+        settings = place(loaded.model, settings).config  # the ranks that there are to redistribute
+        wanted = build(loaded.model, settings, seed=recipe.seed)  # raises where nothing has activations
         layers = {path: wrapper.base for path, wrapper in wanted.items() if "lora_a" in wrapper}
         settings, directions = eva(loaded.model, layers, settings, _batches(recipe, rows))
     wrappers = attach(loaded.model, settings, seed=recipe.seed)

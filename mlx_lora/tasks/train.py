@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_lora import device, paths, ui
 from mlx_lora.adapters.attach import Wrappers
+from mlx_lora.adapters.placement import Placement, place
 from mlx_lora.config import Recipe
 from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
@@ -27,6 +28,7 @@ from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.store import adapter as store
 from mlx_lora.store import fingerprint, registry
 from mlx_lora.tasks.begin import begin, check_init
+from mlx_lora.tasks.notes import notes
 from mlx_lora.tasks.plan import Machine, lengths_of, plan_shape, suggest
 from mlx_lora.tasks.run import RunFolder
 from mlx_lora.train import checkpoint, history, memory
@@ -106,8 +108,9 @@ def _train(recipe: Recipe, name: str, hear: Listener, group: Processes, *, force
     if recipe.adapter.init in LORA_ONLY:
         hear.stage(f"beginning at {recipe.adapter.init}'s factors")
     wrappers = begin(recipe, loaded, prepared.train)
-    hear.stage(summary(recipe, prepared, wrappers))
-    manifest = describe(recipe, loaded, prepared, wrappers, base)
+    placement = place(loaded.model, recipe.adapter)
+    hear.stage(summary(recipe, prepared, wrappers) + notes(loaded.model, placement, wrappers))
+    manifest = describe(recipe, loaded, prepared, wrappers, base, placement)
     made_of = _made_of(recipe, base, prepared, manifest, group.size)
     group.check_same({part: str(value) for part, value in made_of.items()})
     folder = RunFolder(
@@ -236,13 +239,18 @@ def summary(recipe: Recipe, prepared: Prepared, wrappers: Wrappers) -> str:
 
 
 def describe(
-    recipe: Recipe, loaded: LoadedModel, prepared: Prepared, wrappers: Wrappers, base: store.Base
+    recipe: Recipe,
+    loaded: LoadedModel,
+    prepared: Prepared,
+    wrappers: Wrappers,
+    base: store.Base,
+    placement: Placement,
 ) -> store.Manifest:
-    """The manifest of the adapter to come."""
+    """The manifest of the adapter to come: with every module's own rank, which a reader needs to build it again."""
     chat = prepared.format != "text" and recipe.data.template != "none" and loaded.tokenizer.has_chat_template
     return store.Manifest(
         method=recipe.adapter.method,
-        adapter=recipe.adapter.model_dump(),
+        adapter=placement.config.model_dump(),
         modules=list(wrappers),
         scales={path: wrapper.scale for path, wrapper in wrappers.items()},
         base=base,

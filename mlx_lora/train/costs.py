@@ -18,8 +18,9 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import Wrappers, attached
 from mlx_lora.adapters.base import EXPERTS, layer_shape
-from mlx_lora.adapters.targets import ATTENTION, adaptable
+from mlx_lora.adapters.targets import adaptable
 from mlx_lora.config import Train
+from mlx_lora.models.architectures import ATTENTION
 from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.quant.quantize import model_bytes

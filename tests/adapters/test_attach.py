@@ -77,7 +77,8 @@ def test_layers_choose_all_the_last_n_or_a_list(tiny: LoadedModel, layers: Any, 
         ({"layers": [0, 3, -1]}, r"names \[3, -1\], the model's layers are 0 to 2", None),
         ({"layers": []}, "empty list", None),
         ({"rank": 65}, "above the smaller dimension.*65 for model.layers.0.self_attn.q_proj \\(64\\)", "at most 32"),
-        ({"rank": 40, "rank_pattern": {"[qo]_proj": 8}}, r"40 for model.layers.0.self_attn.k_proj \(32\)", "_pattern"),
+        ({"rank_pattern": {"[kv]_proj": 40}}, r"40 for model.layers.0.self_attn.k_proj \(32\)", "_pattern"),
+        ({"rank": 40, "targets": ["k_proj", "q_proj"]}, r"40 for model.layers.0.self_attn.k_proj \(32\)", "_pattern"),
     ],
 )  # fmt: skip
 def test_what_matches_nothing_is_an_error_that_says_what_exists(

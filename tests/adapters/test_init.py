@@ -240,7 +240,7 @@ def test_eva_begins_at_the_directions_of_what_enters(tiny: LoadedModel) -> None:
 
 def test_eva_keeps_the_settings_of_other_modules_and_rslora() -> None:
     config = Adapter(rank=4, alpha=8, rslora=True, init="eva", rank_pattern={"v_proj": 6})
-    changed = init._with_ranks(config, {"a.q_proj": 9})
+    changed = config.with_ranks({"a.q_proj": 9})
     assert changed.rank_of("a.q_proj") == 9 and changed.rank_of("a.v_proj") == 6
     assert changed.scale_of("a.q_proj") == pytest.approx(config.scale_of("a.q_proj"))
     assert all(re.compile(key) for key in changed.rank_pattern)

@@ -1,0 +1,91 @@
+"""The only place that knows what mlx_lm calls the parts of its models.
+
+Tables of names, each with the functions that read it. A module is known by its path, and by the names of the classes
+on that path: one name may mean different things in two models (`mixer`, `gate`, `conv`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import mlx.nn as nn
+
+# ---- Token mixers and routers: what `adapter.targets` means by attention and by all-linear ----
+
+Modules = Mapping[str, nn.Module]
+
+# Attribute names of attention, whatever its class is called.
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+# Attribute and class names of what mixes tokens. Those of the classes tell where an attribute's name doesn't: `mixer`
+# is a state space, attention, an MLP or experts (nemotron_h, plamo2), `conv` a short convolution with projections
+# (lfm2), `temporal_block` a recurrence or attention (recurrent_gemma). rwkv7's channel mixing is its MLP.
+MIXERS = re.compile(r"attn|attention|mamba|mla$|kda$|timemixing|recurrentblock|shortconv$|delta(net|attention)", re.I)
+MIXER_CLASSES = re.compile(MIXERS.pattern + r"|mixer$", re.I)
+# A linear that stands where attention was: it looks at one token only (nemotron-nas).
+NO_MIXERS = {"LinearSubblockReplacement"}
+# Projections of attention that lie in the layer itself (olmo).
+LOOSE_PROJECTIONS = {"att_proj", "attn_out"}
+
+# What chooses experts, or the keys that attention looks at (deepseek_v32, deepseek_v41, glm_moe_dsa, minimax_m3_vl).
+# What they compute goes through a choice, so the loss has no gradient for them or one that unbalances the experts.
+ROUTERS = {"router", "modality_router", "indexer", "index_q_proj", "index_k_proj"}
+# These are routers beside experts only: anywhere else a `gate` is part of an MLP or of attention. `coefficient` weighs
+# Klear's shared experts against the chosen ones.
+ROUTERS_OF_EXPERTS = {"gate", "shared_expert_gate", "coefficient"}
+EXPERTS = {"experts", "switch_mlp", "switch_glu"}
+
+# By module of mlx_lm: layers whose weight the model reads itself. A wrapper in their place would never be called.
+READ_BY_THE_MODEL = {
+    "gemma3n": {"prediction_coefs", "correction_coefs"},
+    "kimi_k3": {"self_attention_res_proj", "mlp_res_proj", "output_attn_res_proj"},
+    "muse_spark": {"lm_head", "position_embedding_table"},
+}
+# These do so where the output head is the embedding's own.
+READ_WHEN_TIED = {"llama4_text", "minicpm", "seed_oss"}
+# Linears whose output is a list of parts (afm7).
+SPLITTING = {"FusedLinear", "FusedQuantizedLinear"}
+
+
+def mixes_tokens(path: str, layer: str, modules: Modules) -> bool:
+    """Whether the linear at `path`, inside the transformer block whose path begins with `layer`, is part of a mixer."""
+    blocks = list(_inside(path, layer))
+    *above, (_, name) = blocks
+    if name in LOOSE_PROJECTIONS and not above:
+        return True
+    classes = [type(modules[block]).__name__ if block in modules else "" for block, _ in above]
+    if NO_MIXERS.intersection(classes):
+        return False
+    return any(MIXERS.search(name) for _, name in above) or any(map(MIXER_CLASSES.search, classes))
+
+
+def routes(path: str, layer: str, modules: Modules) -> bool:
+    """Whether the module at `path` chooses experts or keys, rather than transforming activations."""
+    for block, name in _inside(path, layer):
+        parent = block.rpartition(".")[0]
+        if name in ROUTERS or (name in ROUTERS_OF_EXPERTS and _holds_experts(parent, modules)):
+            return True
+    return False
+
+
+def unwrappable(path: str, model: nn.Module, modules: Modules) -> str | None:
+    """Why a wrapper in the place of the module at `path` would not do what it says, or None."""
+    parent, _, name = path.rpartition(".")
+    if type(modules[path]).__name__ in SPLITTING:
+        return f"{path} gives its output in parts, a {type(modules[path]).__name__}, and can't be wrapped"
+    home = type(modules.get(parent, model)).__module__.rpartition(".")[2]
+    tied = getattr(getattr(model, "args", None), "tie_word_embeddings", True)
+    if name in READ_BY_THE_MODEL.get(home, ()) or (home in READ_WHEN_TIED and name == "embed_tokens" and tied):
+        return f"{path}: the model reads its weight without calling it, and would never call a wrapper"
+    return None
+
+
+def _holds_experts(block: str, modules: Modules) -> bool:
+    prefix = f"{block}." if block else ""
+    return any(f"{prefix}{name}" in modules or f"{prefix}{name}.0" in modules for name in EXPERTS)
+
+
+def _inside(path: str, layer: str) -> list[tuple[str, str]]:
+    """(path, name) of every module on the way from the transformer block down to `path`, which is the last."""
+    names = path.removeprefix(layer).split(".")
+    return [(layer + ".".join(names[: count + 1]), name) for count, name in enumerate(names)]
