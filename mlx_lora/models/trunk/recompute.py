@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lora.models.trunk.carried import Rebuild, flattened
 from mlx_lora.models.trunk.dropout import Dropout
 
 
@@ -37,12 +38,19 @@ def _checkpointed(original: type[nn.Module]) -> type[nn.Module]:
         dropouts = [module for module in self.modules() if isinstance(module, Dropout)]
         keys = [mx.random.randint(0, 2**31, (2,)).astype(mx.uint32) for _ in dropouts]
 
-        def inside(parameters: Any, *arguments: Any, **named: Any) -> Any:
-            self.update(parameters)
-            with _drawn_from(dropouts, keys):
-                return original.__call__(self, *arguments, **named)
+        taken, called_with = flattened((arguments, named))
+        made: list[Rebuild] = []
 
-        return mx.checkpoint(inside)(self.trainable_parameters(), *arguments, **named)
+        def inside(parameters: Any, taken: list[mx.array]) -> list[mx.array]:
+            self.update(parameters)
+            arguments, named = called_with(taken)
+            with _drawn_from(dropouts, keys):
+                outputs, rebuild = flattened(original.__call__(self, *arguments, **named))
+            made.append(rebuild)
+            return outputs
+
+        outputs = mx.checkpoint(inside)(self.trainable_parameters(), taken)
+        return made[0](outputs)
 
     return type(f"Recomputed{original.__name__}", (original,), {"__call__": call})
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_lora.models.trunk.carried import flattened
 from mlx_lora.models.trunk.dropout import Dropout
 from mlx_lora.models.trunk.last import names_of
 from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
@@ -138,7 +139,8 @@ def noting(layers: Sequence[nn.Module], calls: dict[int, Call]) -> Iterator[None
 
 def _copied(tree: Any) -> Any:
     """Other array objects: some models change theirs in place."""
-    return tree_map(lambda leaf: mx.stop_gradient(leaf) if isinstance(leaf, mx.array) else leaf, tree)
+    arrays, rebuild = flattened(tree)
+    return rebuild([mx.stop_gradient(array) for array in arrays])
 
 
 def kinds(calls: list[Call]) -> list[Call]:
@@ -155,14 +157,11 @@ def kinds(calls: list[Call]) -> list[Call]:
         ]
         return type(module).__name__, *plain, *arrays
 
-    def told(value: Any) -> Any:
-        return (value.ndim, str(value.dtype)) if isinstance(value, mx.array) else str(value)
-
     def kind(call: Call) -> Any:
-        leaves = tree_flatten([call.arguments, call.named], is_leaf=_is_leaf)
-        return tuple((path, settings(module)) for path, module in call.layer.named_modules()), tuple(
-            (name, told(value)) for name, value in leaves
-        )
+        arrays, _ = flattened((call.arguments, call.named))
+        others = [value for value in [*call.arguments, *call.named.values()] if isinstance(value, str | int | None)]
+        modules = tuple((path, settings(module)) for path, module in call.layer.named_modules())
+        return modules, tuple((array.ndim, str(array.dtype)) for array in arrays), str(others)
 
     return list({kind(call): call for call in reversed(calls)}.values())
 
@@ -177,26 +176,20 @@ def outcome(call: Call, function: Function) -> list[mx.array]:
 
     The gradients are those of a sum that no two outputs enter alike.
     """
-    layer, inputs = call.layer, [call.arguments, call.named]
+    layer = call.layer
     trained = [] if call.frozen else tree_flatten(layer.trainable_parameters())
-    leaves = tree_flatten(inputs, is_leaf=_is_leaf)
-    moving = [
-        index
-        for index, (_, leaf) in enumerate(leaves)
-        if not call.frozen and isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
-    ]
+    leaves, called_with = flattened((call.arguments, call.named))
+    moving = [index for index, leaf in enumerate(leaves) if not call.frozen and mx.issubdtype(leaf.dtype, mx.floating)]
 
     def run(*arrays: mx.array) -> list[mx.array]:
         given = dict(zip(moving, arrays, strict=False))
-        layer.update(
-            tree_unflatten([(name, array) for (name, _), array in zip(trained, arrays[len(moving) :], strict=True)])
-        )
-        filled = iter([given.get(index, leaf) for index, (_, leaf) in enumerate(leaves)])
-        arguments, named = tree_map(lambda _: next(filled), inputs, is_leaf=_is_leaf)
-        made = tree_flatten(function(*arguments, **named))
-        return [array for _, array in made if isinstance(array, mx.array) and mx.issubdtype(array.dtype, mx.floating)]
+        values = zip(trained, arrays[len(moving) :], strict=True)
+        layer.update(tree_unflatten([(name, array) for (name, _), array in values]))
+        arguments, named = called_with([given.get(index, leaf) for index, leaf in enumerate(leaves)])
+        made, _ = flattened(function(*arguments, **named))
+        return [array for array in made if mx.issubdtype(array.dtype, mx.floating)]
 
-    primals = [leaves[index][1] for index in moving] + [array for _, array in trained]
+    primals = [leaves[index] for index in moving] + [array for _, array in trained]
     outputs = run(*primals)
     if not primals:
         return outputs
@@ -206,7 +199,3 @@ def outcome(call: Call, function: Function) -> list[mx.array]:
     finally:
         layer.update(tree_unflatten(trained))
     return [*outputs, *gradients]
-
-
-def _is_leaf(value: Any) -> bool:
-    return not isinstance(value, list | tuple | dict)
