@@ -171,16 +171,32 @@ class Tensor:
 
 def tensors(file: Path, error: type[MlxLoraError]) -> Iterator[Tensor]:
     """The tensors of a safetensors file by its header alone; `error` where it can't be read."""
-    try:
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > file.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
+    header, data = _header(file, error)
+    with _readable(file, error):
         for name, info in header.items():
             if name != "__metadata__":
                 start, end = info["data_offsets"]
-                yield Tensor(name, info["dtype"], info["shape"], file, 8 + length + start, end - start)
+                yield Tensor(name, info["dtype"], info["shape"], file, data + start, end - start)
+
+
+def metadata(file: Path, error: type[MlxLoraError]) -> Any:
+    """What a safetensors file says of itself in its header, or None; `error` where it can't be read."""
+    return _header(file, error)[0].get("__metadata__")
+
+
+def _header(file: Path, error: type[MlxLoraError]) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, and where its data begins."""
+    with _readable(file, error), open(file, "rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > file.stat().st_size:
+            raise ValueError("the header is longer than the file")
+        return dict(json.loads(stream.read(length)).items()), 8 + length
+
+
+@contextmanager
+def _readable(file: Path, error: type[MlxLoraError]) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error, OverflowError) as problem:
         raise error(f"{file}: not a readable safetensors file ({problem})") from None
 

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora import device, files, paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError, nearest
-from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear, index
+from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear, carry, index
 from mlx_lora.quant import nf4
 from mlx_lora.quant.matmul import use_fast_multiply
 from mlx_lora.quant.quantize import Quantized, dequantize_layer, named_arrays, pack, quantize
@@ -42,8 +42,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
-# What prepares pictures and sound for a model that takes them; it belongs to the model as its tokenizer does.
-PROCESSOR_FILES = "*processor_config.json"
 # Files by these endings are opened by mlx_lm and transformers; the ones that hold a vocabulary may be large.
 READ_ENDINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
@@ -221,6 +219,7 @@ def load_stored(
         log.info("%s: ignored, what counts is what the files hold", found)
     with files.refusing(ModelError, f"{path}: can't be loaded"), index.naming_tensors(path):
         network, config = _load_network(path, config)
+        carry.tie_again(path, network)
         network(mx.zeros((1, 2), mx.int32))  # never computed: a setting that doesn't fit shows while this is built
     tokenizer = load_tokenizer(path)
     loaded = LoadedModel(network, tokenizer, config, path, _stored_dtype(network))
@@ -330,15 +329,33 @@ def set_modules(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
         model.update_modules(tree_unflatten(list(replaced.items())))
 
 
-def save(loaded: LoadedModel, out: Path, *, force: bool = False) -> int:
-    """Write a model directory that mlx_lm loads as it is, unless in nf4; return its bytes. Appears whole, or not."""
-    needs = sum(array.nbytes for _, array in named_arrays(loaded.model))
+@dataclass(frozen=True)
+class Saved:
+    """What `save` wrote: bytes of the directory, and what went along with the text model."""
+
+    bytes: int
+    beside: carry.Beside
+
+
+def save(loaded: LoadedModel, out: Path, *, force: bool = False) -> Saved:
+    """Write a model directory that mlx_lm loads as it is, unless in nf4. Appears whole, or not.
+
+    What the model's own directory holds beside the text model (vision, audio, processors) goes along unchanged.
+    """
+    beside = carry.beside(loaded.path, weight_files(loaded.path), loaded.model)
+    config = dict(loaded.config)
+    if packed := carry.quantization(beside, read_config(loaded.path), config.get("quantization"), loaded.model):
+        config["quantization"] = packed
+    if config.get("vision_config") and not beside.tensors:
+        log.info("%s: its vision part is not known here, what is written is the text model alone", loaded.path)
+    needs = sum(array.nbytes for _, array in named_arrays(loaded.model)) + beside.bytes
     with paths.written_whole(out, force=force, needs=needs) as folder:
         mlx_lm_utils.save_model(folder, loaded.model)
-        mlx_lm_utils.save_config(dict(loaded.config), folder / "config.json")
+        carry.write(beside, folder)
+        mlx_lm_utils.save_config(config, folder / "config.json", keep_vision_config=bool(beside.tensors))
         for file in tokenizer_files(loaded.path):
             shutil.copyfile(file, folder / file.name)
-    return paths.directory_bytes(out)
+    return Saved(paths.directory_bytes(out), beside)
 
 
 def tokenizer_files(path: Path) -> Iterator[Path]:

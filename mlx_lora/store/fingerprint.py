@@ -19,6 +19,7 @@ import numpy as np
 
 from mlx_lora import files, paths
 from mlx_lora.errors import ModelError
+from mlx_lora.models import carry
 from mlx_lora.models.load import tokenizer_files, weight_files
 from mlx_lora.quant.quantize import named_arrays
 
@@ -32,9 +33,10 @@ DTYPES = {
 def of_directory(path: Path) -> str:
     """Fingerprint of the weights in a model directory, from its safetensors files without loading them.
 
+    Vision that `models.load.save` carried along doesn't count: an adapter belongs to the text model.
     Raises ModelError when the directory has none, or damaged ones.
     """
-    weights = weight_files(path)
+    weights = carry.text_files(weight_files(path))
     if not weights:
         raise ModelError(f"{path}: has no weights, model*.safetensors")
     key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in weights])
