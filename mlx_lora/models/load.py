@@ -42,6 +42,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
+# The parts of a config.json that describe a model inside a larger one.
+PARTS = ("text_config", "vision_config", "audio_config")
 # Files by these endings are opened by mlx_lm and transformers; the ones that hold a vocabulary may be large.
 READ_ENDINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
@@ -220,6 +222,9 @@ def load_stored(
     with files.refusing(ModelError, f"{path}: can't be loaded"), index.naming_tensors(path):
         network, config = _load_network(path, config)
         carry.tie_again(path, network)
+        # mlx_lm writes settings of its own into these (as tie_word_embeddings), which other readers would believe.
+        as_published = mlx_lm_utils.load_config(path)
+        config |= {part: as_published[part] for part in PARTS if part in as_published}
         network(mx.zeros((1, 2), mx.int32))  # never computed: a setting that doesn't fit shows while this is built
     tokenizer = load_tokenizer(path)
     loaded = LoadedModel(network, tokenizer, config, path, _stored_dtype(network))

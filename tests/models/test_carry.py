@@ -125,6 +125,8 @@ def test_mlx_lm_drops_it_from_the_source_and_from_what_is_written(
     assert mx.load(str(written / carry.VISION_FILE))[f"{renamed}0.weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
     before, after = (np.array(load(path).model(TOKENS)) for path in (source, written))
     np.testing.assert_array_equal(before, after)
+    configs = [json.loads((path / "config.json").read_text()) for path in (source, written)]
+    assert configs[0] == configs[1], "settings that mlx_lm makes up would be believed by other readers"
     again = save(load_stored(written), tmp_path / "again")
     assert list(again.beside.tensors) == [f"{renamed}0.weight"]
 
