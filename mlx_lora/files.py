@@ -10,8 +10,10 @@ import json
 import math
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ _DISGUISES = {
     b"\x93NUMPY": "a numpy array file, which can hold a pickle",
     **{bytes((0x80, protocol)): "a pickle, and reading one runs code" for protocol in range(2, 6)},
 }
+# What stands in a repository for a large file that Git LFS keeps elsewhere.
+LFS_POINTER = "a Git LFS pointer, not the file itself"
+_LFS_START = b"version https://git-lfs.github.com/spec/v1"
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 # Most bytes of a configuration, an index, a recipe or a template; and of a vocabulary, as in tokenizer.json.
@@ -36,6 +41,7 @@ DEEPEST = 100
 
 # Bytes of a safetensors header, as in the library; the largest dimension MLX has, and more of them than any tensor has.
 _LONGEST_HEADER, _LARGEST_DIMENSION, _MOST_DIMENSIONS = 100_000_000, 2**31 - 1, 8
+_CHUNK = 1 << 24
 # What MLX reads, by safetensors' names; float8 as the bytes it is.
 _DTYPES = frozenset(
     ("BOOL", "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "C64", "F8_E4M3", "F8_E8M0")
@@ -64,7 +70,9 @@ def fault(file: Path, *, most: int | None = None) -> str | None:
 
 def _disguise(file: Path) -> str | None:
     with open(file, "rb") as stream:
-        start = stream.read(8)
+        start = stream.read(len(_LFS_START))
+    if start == _LFS_START:
+        return f"is {LFS_POINTER}"
     return next((f"is {kind}" for first, kind in _DISGUISES.items() if start.startswith(first)), None)
 
 
@@ -147,6 +155,63 @@ def safetensors_fault(file: Path) -> str | None:
         found = fault(file)
         return f"not a readable safetensors file{f', it {found}' if found else f' ({error})'}"
     return None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies in a safetensors file; `dtype` is the format's own name, `start` counts from the file's."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    file: Path
+    start: int
+    length: int
+
+
+def tensors(file: Path, error: type[MlxLoraError]) -> Iterator[Tensor]:
+    """The tensors of a safetensors file by its header alone; `error` where it can't be read."""
+    header, data = _header(file, error)
+    with _readable(file, error):
+        for name, info in header.items():
+            if name != "__metadata__":
+                start, end = info["data_offsets"]
+                yield Tensor(name, info["dtype"], info["shape"], file, data + start, end - start)
+
+
+def metadata(file: Path, error: type[MlxLoraError]) -> Any:
+    """What a safetensors file says of itself in its header, or None; `error` where it can't be read."""
+    return _header(file, error)[0].get("__metadata__")
+
+
+def _header(file: Path, error: type[MlxLoraError]) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, and where its data begins."""
+    with _readable(file, error), open(file, "rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > file.stat().st_size:
+            raise ValueError("the header is longer than the file")
+        return dict(json.loads(stream.read(length)).items()), 8 + length
+
+
+@contextmanager
+def _readable(file: Path, error: type[MlxLoraError]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error, OverflowError) as problem:
+        raise error(f"{file}: not a readable safetensors file ({problem})") from None
+
+
+def tensor_bytes(tensor: Tensor, error: type[MlxLoraError]) -> Iterator[bytes]:
+    """The bytes of a tensor, a chunk at a time; `error` where the file ends before the tensor does."""
+    with open(tensor.file, "rb") as stream:
+        stream.seek(tensor.start)
+        left = tensor.length
+        while left > 0:
+            chunk = stream.read(min(_CHUNK, left))
+            if not chunk:
+                raise error(f"{tensor.file}: ends before its tensors do")
+            left -= len(chunk)
+            yield chunk
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

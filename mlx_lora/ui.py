@@ -6,6 +6,7 @@ Progress is a bar where stderr is a terminal and a plain line now and then where
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import sys
@@ -68,6 +69,31 @@ def json_text(value: Any) -> str:
 def note(text: str) -> None:
     """Something worth knowing, to stderr."""
     err.print(text, style="dim")
+
+
+@contextmanager
+def notes_shown() -> Iterator[None]:
+    """Show what the package logs while the block runs, each text once however often a file is read."""
+    logger, shown = logging.getLogger("mlx_lora"), _Shown()
+    level = logger.level
+    logger.addHandler(shown)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(shown)
+        logger.setLevel(level)
+
+
+class _Shown(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (text := record.getMessage()) not in self.before:
+            self.before.add(text)
+            note(f"note: {harmless(text)}")
 
 
 def warning(text: str) -> None:

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish
             signal.signal(number, _terminate)
-    with nullcontext() if may_connect else offline.network_guard():
+    with nullcontext() if may_connect else offline.network_guard(), ui.notes_shown():
         sys.exit(_run(words, debug))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -92,6 +93,8 @@ def quantize(
         ui.as_json(report)
         return
     ui.result(f"{out}: {report['bits_per_weight']:.2f} bits per weight, {ui.size(report['bytes'])}")
+    for line in _carried(report["carried"]):
+        ui.result(line)
     ui.result(f"relative error of the weights {report['relative_error']:.4f}")
     if verify:
         ui.result(
@@ -119,7 +122,17 @@ def fuse(
         ui.as_json(fused.as_dict())
         return
     ui.result(f"{fused.out}: {fused.bits}, {ui.size(fused.bytes)}")
+    for line in _carried(fused.as_dict()["carried"]):
+        ui.result(line)
     ui.result(
         f"{fused.delta_survival:.1%} of the update survived; against base and adapter: "
         f"KL {fused.agreement.kl:.4f} nats, same top token {fused.agreement.top1_agreement:.1%}"
     )
+
+
+def _carried(carried: dict[str, Any]) -> Iterator[str]:
+    """What went along with the text model, and what was left out; nothing of a model that is text alone."""
+    if carried["files"]:
+        yield f"carried along unchanged: {carried['vision']} vision tensors; {', '.join(carried['files'])}"
+    if carried["stale"]:
+        yield f"left out, stale once the model has changed: {', '.join(carried['stale'])}"

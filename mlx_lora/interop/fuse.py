@@ -20,6 +20,7 @@ from mlx_lora.adapters.base import AdapterLayer
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import CannotFuse
 from mlx_lora.measure import Agreement, as_dict, compare, survival
+from mlx_lora.models.carry import Beside
 from mlx_lora.models.load import LoadedModel, dequantize_model, half, ready, save, set_modules
 from mlx_lora.quant.quantize import dequantize_layer, layer_settings, packed_layer, quantize
 from mlx_lora.store.adapter import StoredAdapter, wrappers_for
@@ -37,6 +38,7 @@ class Fused:
     delta_survival: float
     bytes: int
     agreement: Agreement
+    beside: Beside
 
     def as_dict(self) -> dict[str, Any]:
         """The keys of `fuse --json`."""
@@ -47,6 +49,7 @@ class Fused:
             **measured,
             "delta_survival": self.delta_survival,
             "bytes": self.bytes,
+            "carried": self.beside.as_dict(),
         }
 
 
@@ -80,10 +83,10 @@ def fuse(
             "have learned what the adapter did",
             hint="--bits mixed keeps touched layers at 8 bits, --bits 16 keeps all of it; --force fuses anyway",
         )
-    size = save(stored, out, force=force)
+    saved = save(stored, out, force=force)
     put(reference.model, wrappers_for(reference.model, adapter))
     agreement = compare(reference.model, ready(stored).model, rows, on_row=on_row)
-    return Fused(out, bits, survived, size, agreement)
+    return Fused(out, bits, survived, saved.bytes, agreement, saved.beside)
 
 
 def merge(wrapper: AdapterLayer, bits: str, dtype: mx.Dtype) -> nn.Module:

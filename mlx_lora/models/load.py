@@ -1,11 +1,13 @@
 """A local model directory, or the name of one, becomes a model, a tokenizer and a configuration.
 
 Nothing is ever fetched: a repo id that isn't on disk is an error that names `pull`. Nothing in a model directory is
-ever executed: configurations that ask for code, and weights that are pickles, are refused before they are opened.
+ever executed: configurations that ask for code, and weights that are pickles, are refused before they are opened. What
+is ignored (`auto_map`, an index that the files don't agree with) is noted in the log; the command line shows it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -21,7 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora import device, files, paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError, nearest
-from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear
+from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear, carry, index
 from mlx_lora.quant import nf4
 from mlx_lora.quant.matmul import use_fast_multiply
 from mlx_lora.quant.quantize import Quantized, dequantize_layer, named_arrays, pack, quantize
@@ -31,7 +33,8 @@ with device.file_limits_kept():
 
 # An owner and a name, as on a hub; `./models/x` and `~/x` are paths.
 REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-RUNS_CODE = ("auto_map", "model_file", "_attn_implementation_internal")
+# Settings that make mlx_lm or transformers run code. `auto_map` only names some, for whoever asks to run it.
+RUNS_CODE = ("model_file", "_attn_implementation_internal")
 # A model is built before its weights are held against it, layer by layer: more than any model has would take for ever.
 COUNTS = re.compile(r"(.*_)?n(um)?_(.*_)?(layer|block|expert)s?")
 MOST_LAYERS = 2048
@@ -39,9 +42,13 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
+# The parts of a config.json that describe a model inside a larger one.
+PARTS = ("text_config", "vision_config", "audio_config")
 # Files by these endings are opened by mlx_lm and transformers; the ones that hold a vocabulary may be large.
 READ_ENDINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -100,7 +107,10 @@ def _in_hub_cache(repo: str) -> Path | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory. Raises ModelError where it is missing or broken, or asks to run code."""
+    """config.json of a model directory. Raises ModelError where it is missing or broken, or would have code run.
+
+    So does a tokenizer that only code from the directory could make; code that is named but not needed is noted.
+    """
     file = path / "config.json"
     if not os.path.lexists(file):
         raise ModelError(f"{path}: not a model directory, config.json is missing")
@@ -109,7 +119,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{file}: has no model_type")
     _refuse_code(file, config)
     if (settings := path / "tokenizer_config.json").exists():
-        _refuse_code(settings, files.read_json(settings, ModelError))
+        _refuse_code(settings, values := files.read_json(settings, ModelError))
+        _check_tokenizer_class(settings, values)
     for part in files.mappings(config):
         for key, value in part.items():
             if isinstance(value, int | float) and value > MOST_LAYERS and COUNTS.fullmatch(key[:80]):
@@ -118,16 +129,50 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_code(file: Path, config: Any) -> None:
-    """Raise ModelError where a configuration, or any part of it, names code to run."""
+    """Raise ModelError where a configuration, or any part of it, would have code run."""
     for part in files.mappings(config):
         for key in RUNS_CODE:
             if part.get(key) is not None:
                 raise ModelError(f"{file}: {key!r} asks to run code from the model directory; refused")
+    if any(part.get("auto_map") for part in files.mappings(config)):
+        log.info("%s names code that comes with the model (auto_map): ignored, it never runs", file)
+
+
+def _check_tokenizer_class(file: Path, settings: Any) -> None:
+    """Raise ModelError where `auto_map` makes the tokenizer and transformers has no class of that name."""
+    named = settings.get("auto_map") if isinstance(settings, dict) else None
+    named = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    if not named:
+        return
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    of_code = [str(name).rpartition(".")[2] for name in (named if isinstance(named, list) else [named]) if name]
+    kind = str(settings.get("tokenizer_class") or (of_code or ["?"])[-1])
+    if any(tokenizer_class_from_name(name) is not None for name in (kind, kind.removesuffix("Fast"))):
+        return
+    there = (file.parent / "tokenizer.json").exists()
+    raise ModelError(
+        f"{file}: only code that comes with the model can make its tokenizer, {kind[:100]}; it never runs",
+        hint='to read tokenizer.json without it, set "tokenizer_class": "PreTrainedTokenizerFast" and remove auto_map'
+        if there
+        else "choose a conversion of the model that has tokenizer.json and a tokenizer_class of transformers",
+    )
+
+
+def check_architecture(config: dict[str, Any]) -> tuple[type[nn.Module], Any]:
+    """mlx_lm's classes of a model and of its arguments. Raises ModelError where it has none for this config.json."""
+    try:
+        return mlx_lm_utils._get_classes(config)  # type: ignore[no-any-return]
+    except (ValueError, KeyError) as error:
+        raise ModelError(
+            f"config.json: architecture {config.get('model_type')!r} is not known to the installed mlx-lm ({error})",
+            hint="a newer mlx-lm may have it; Llama, Mistral, Qwen, Gemma and Phi models are safe choices",
+        ) from None
 
 
 def check_files(path: Path) -> None:
     """Raise ModelError listing everything a model directory lacks or holds damaged, before anything is loaded."""
-    missing, weights = _missing_shards(path), weight_files(path)
+    missing, weights = [], weight_files(path)
     if not weights:
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in files.PICKLES)
         also = f" ({', '.join(pickles[:3])} can run code and is never read)" if pickles else ""
@@ -138,7 +183,9 @@ def check_files(path: Path) -> None:
     faults += _faults_of_texts(path)
     faults += [f"{file.name} can't be loaded: {found}" for file in weights if (found := files.safetensors_fault(file))]
     if faults:
-        raise ModelError(f"{path}: " + "\n  ".join(faults))
+        pointer = any(files.LFS_POINTER in fault for fault in faults)
+        hint = "`git lfs pull` in the clone it came from fetches the files themselves" if pointer else None
+        raise ModelError(f"{path}: " + "\n  ".join(faults), hint=hint)
 
 
 def _faults_of_texts(path: Path) -> list[str]:
@@ -152,18 +199,6 @@ def _faults_of_texts(path: Path) -> list[str]:
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a model directory, in the order of their names."""
     return sorted(path.glob("model*.safetensors"))
-
-
-def _missing_shards(path: Path) -> list[str]:
-    """Names of the files that a sharded model's index promises and the directory lacks."""
-    index = path / "model.safetensors.index.json"
-    if not os.path.lexists(index):
-        return []
-    try:
-        names = {str(name) for name in files.read_json(index, ModelError)["weight_map"].values()}
-    except (ModelError, LookupError, AttributeError, TypeError):
-        return [f"a readable {index.name}"]
-    return sorted(name for name in names if "/" in name or not os.path.isfile(path / name))
 
 
 def load(model: str | Path, *, quantization: Quantize | None = None) -> LoadedModel:
@@ -182,8 +217,14 @@ def load_stored(
     path = find_model(str(model))
     config = read_config(path)
     check_files(path)
-    with files.refusing(ModelError, f"{path}: can't be loaded"):
+    if found := index.disagreement(path, weight_files(path)):
+        log.info("%s: ignored, what counts is what the files hold", found)
+    with files.refusing(ModelError, f"{path}: can't be loaded"), index.naming_tensors(path):
         network, config = _load_network(path, config)
+        carry.tie_again(path, network)
+        # mlx_lm writes settings of its own into these (as tie_word_embeddings), which other readers would believe.
+        as_published = mlx_lm_utils.load_config(path)
+        config |= {part: as_published[part] for part in PARTS if part in as_published}
         network(mx.zeros((1, 2), mx.int32))  # never computed: a setting that doesn't fit shows while this is built
     tokenizer = load_tokenizer(path)
     loaded = LoadedModel(network, tokenizer, config, path, _stored_dtype(network))
@@ -293,15 +334,33 @@ def set_modules(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
         model.update_modules(tree_unflatten(list(replaced.items())))
 
 
-def save(loaded: LoadedModel, out: Path, *, force: bool = False) -> int:
-    """Write a model directory that mlx_lm loads as it is, unless in nf4; return its bytes. Appears whole, or not."""
-    needs = sum(array.nbytes for _, array in named_arrays(loaded.model))
+@dataclass(frozen=True)
+class Saved:
+    """What `save` wrote: bytes of the directory, and what went along with the text model."""
+
+    bytes: int
+    beside: carry.Beside
+
+
+def save(loaded: LoadedModel, out: Path, *, force: bool = False) -> Saved:
+    """Write a model directory that mlx_lm loads as it is, unless in nf4. Appears whole, or not.
+
+    What the model's own directory holds beside the text model (vision, audio, processors) goes along unchanged.
+    """
+    beside = carry.beside(loaded.path, weight_files(loaded.path), loaded.model)
+    config = dict(loaded.config)
+    if packed := carry.quantization(beside, read_config(loaded.path), config.get("quantization"), loaded.model):
+        config["quantization"] = packed
+    if config.get("vision_config") and not beside.tensors:
+        log.info("%s: its vision part is not known here, what is written is the text model alone", loaded.path)
+    needs = sum(array.nbytes for _, array in named_arrays(loaded.model)) + beside.bytes
     with paths.written_whole(out, force=force, needs=needs) as folder:
         mlx_lm_utils.save_model(folder, loaded.model)
-        mlx_lm_utils.save_config(dict(loaded.config), folder / "config.json")
+        carry.write(beside, folder)
+        mlx_lm_utils.save_config(config, folder / "config.json", keep_vision_config=bool(beside.tensors))
         for file in tokenizer_files(loaded.path):
             shutil.copyfile(file, folder / file.name)
-    return paths.directory_bytes(out)
+    return Saved(paths.directory_bytes(out), beside)
 
 
 def tokenizer_files(path: Path) -> Iterator[Path]:

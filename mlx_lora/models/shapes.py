@@ -16,14 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from safetensors import safe_open
 
-from mlx_lora import device, files
+from mlx_lora import files
 from mlx_lora.errors import ModelError
-from mlx_lora.models.load import read_config, weight_files
+from mlx_lora.models.load import check_architecture, read_config, weight_files
 from mlx_lora.quant.matmul import use_fast_multiply
 from mlx_lora.quant.quantize import pack
-
-with device.file_limits_kept():
-    import mlx_lm.utils as mlx_lm_utils
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 HEADERS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -91,13 +88,7 @@ def _named(config: dict[str, Any]) -> Any:
 
 def _bare(config: dict[str, Any]) -> nn.Module:
     kind = config.get("model_type")
-    try:
-        model_class, arguments = mlx_lm_utils._get_classes(config)
-    except (ValueError, KeyError) as error:
-        raise ModelError(
-            f"config.json: architecture {kind!r} is not known to the installed mlx-lm ({error})",
-            hint="a newer mlx-lm may have it; Llama, Mistral, Qwen, Gemma and Phi models are safe choices",
-        ) from None
+    model_class, arguments = check_architecture(config)
     try:
         model: nn.Module = model_class(arguments.from_dict(config))
     except Exception as error:  # whatever a configuration with missing or odd values makes an architecture raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora import paths
+from mlx_lora import files, paths
 from mlx_lora.errors import ModelError
+from mlx_lora.models import carry
 from mlx_lora.models.load import tokenizer_files, weight_files
 from mlx_lora.quant.quantize import named_arrays
 
@@ -28,23 +28,26 @@ DTYPES = {
     "float16": "F16", "bfloat16": "BF16", "float32": "F32", "uint32": "U32", "uint8": "U8", "int8": "I8",
     "int32": "I32", "int64": "I64", "uint16": "U16", "int16": "I16", "uint64": "U64", "bool": "BOOL",
 }  # fmt: skip
-CHUNK = 1 << 24
 
 
 def of_directory(path: Path) -> str:
     """Fingerprint of the weights in a model directory, from its safetensors files without loading them.
 
+    Vision that `models.load.save` carried along doesn't count: an adapter belongs to the text model.
     Raises ModelError when the directory has none, or damaged ones.
     """
-    files = weight_files(path)
-    if not files:
+    weights = carry.text_files(weight_files(path))
+    if not weights:
         raise ModelError(f"{path}: has no weights, model*.safetensors")
-    key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+    key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in weights])
     key = hashlib.sha256(key.encode()).hexdigest()
     remembered = _remembered()
     if key not in remembered:
-        tensors = {name: place for file in files for name, place in _tensors(file)}
-        remembered[key] = _digest((name, *tensors[name]) for name in sorted(tensors))
+        tensors = {tensor.name: tensor for file in weights for tensor in files.tensors(file, ModelError)}
+        remembered[key] = _digest(
+            (name, tensor.dtype, tensor.shape, files.tensor_bytes(tensor, ModelError))
+            for name, tensor in sorted(tensors.items())
+        )
         _remember(remembered)
     return str(remembered[key])
 
@@ -73,9 +76,9 @@ def of_template(tokenizer: Any) -> str | None:
     return hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None
 
 
-def _of_files(files: Iterable[Path]) -> str:
+def _of_files(parts: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in files:
+    for file in parts:
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -87,33 +90,6 @@ def _digest(tensors: Iterable[tuple[str, str, list[int], Iterable[bytes]]]) -> s
         for chunk in chunks:
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, tuple[str, list[int], Iterable[bytes]]]]:
-    """(name, (dtype, shape, bytes in chunks)) of a safetensors file; the bytes are read when asked for."""
-    try:
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > file.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
-        for name, info in header.items():
-            if name != "__metadata__":
-                start, end = info["data_offsets"]
-                yield name, (info["dtype"], info["shape"], _bytes(file, 8 + length + start, end - start))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error, OverflowError) as error:
-        raise ModelError(f"{file}: not a readable safetensors file ({error})") from None
-
-
-def _bytes(file: Path, start: int, length: int) -> Iterator[bytes]:
-    with open(file, "rb") as stream:
-        stream.seek(start)
-        while length > 0:
-            chunk = stream.read(min(CHUNK, length))
-            if not chunk:
-                raise ModelError(f"{file}: ends before its tensors do")
-            length -= len(chunk)
-            yield chunk
 
 
 def _cache_file() -> Path:

@@ -44,14 +44,15 @@ def quantize_model(
     advance = progress("quantizing", sum("weight" in module for _, module in loaded.model.named_modules()))
     done = quantize(loaded.model, settings.complete(), on_layer=lambda path: advance())
     loaded.config["quantization"] = done.config
-    save(loaded, out, force=force)
-    report = {
+    saved = save(loaded, out, force=force)
+    report: dict[str, Any] = {
         "out": str(out),
         **done.settings,
         "bits_per_weight": done.bits_per_weight,
-        "bytes": paths.directory_bytes(out),
+        "bytes": saved.bytes,
         "relative_error": done.relative_error,
         "left_alone": done.left_alone,
+        "carried": saved.beside.as_dict(),
     }
     if rows:
         advance = progress("comparing with the source", len(rows))

@@ -94,7 +94,7 @@ def quickstart(listener: Callable[[], Listener], stage: Callable[[str], None]) -
 
 def _quantize_base() -> int:
     loaded = load_stored(paths.bundled("data", "base"), quantization=Quantize(bits=4, group_size=32))
-    return save(loaded, paths.room("models", BASE), force=True)
+    return save(loaded, paths.room("models", BASE), force=True).bytes
 
 
 def _recipe(task: str) -> Recipe:

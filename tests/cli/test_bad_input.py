@@ -109,12 +109,11 @@ def without(path: Path, *names: str) -> Path:
         (["config.json"], {}, "config.json is missing"),
         (["model.safetensors"], {"pytorch_model.bin": "x"}, "never read"),
         ([], {"config.json": "{"}, "not readable as JSON"),
-        ([], {"config.json": '{"model_type": "llama", "auto_map": {"AutoModel": "evil.py"}}'}, "auto_map"),
         ([], {"config.json": '{"model_type": "llama", "model_file": "evil.py"}'}, "model_file"),
         ([], {"config.json": '{"model_type": "no-such-architecture"}'}, "can't be loaded"),
         ([], {"model.safetensors": "no tensors here"}, "can't be loaded"),
     ],
-    ids=["weights", "tokenizer", "config", "pickle", "json", "auto_map", "model_file", "architecture", "safetensors"],
+    ids=["weights", "tokenizer", "config", "pickle", "json", "model_file", "architecture", "safetensors"],
 )
 def test_bad_model_directories(run: Run, tmp_path: Path, removed: list[str], added: dict[str, str], said: str) -> None:
     path = without(write_model(tmp_path / "model"), *removed)

@@ -171,11 +171,14 @@ def large(file: Path) -> None:
 
 LAUGHS = "{% set x = namespace(y='ha') %}" + "{% for i in range(40) %}{% set x.y = x.y ~ x.y %}{% endfor %}{{ x.y }}"
 DIRECTORIES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
-    "code": (changed("config.json", auto_map={"AutoModel": "evil.Model"}), "asks to run code"),
-    "code in a part": (changed("config.json", text_config={"a": [{"auto_map": {"x": "y"}}]}), "asks to run code"),
+    "code in a part": (changed("config.json", text_config={"a": [{"model_file": "x.py"}]}), "asks to run code"),
     "code in a file": (changed("config.json", model_file="evil.py"), "asks to run code"),
     "code for attention": (changed("config.json", _attn_implementation_internal="a/b"), "asks to run code"),
-    "code for a tokenizer": (code, "asks to run code"),
+    "code for a tokenizer": (code, "only code that comes with the model can make its tokenizer, Evil"),
+    "weights kept elsewhere": (
+        replaced("model.safetensors", lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")),
+        "is a Git LFS pointer",
+    ),
     "only a pickle": (pickled("pytorch_model.bin"), "is never read"),
     "a pickle by another name": (pickled("model.safetensors"), "is a pickle"),
     "an archive": (replaced("model.safetensors", lambda file: file.write_bytes(b"PK\x03\x04..")), "is a zip archive"),
@@ -187,9 +190,6 @@ DIRECTORIES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "settings without end": (replaced("config.json", large), "more than any such file needs"),
     "layers without end": (changed("config.json", num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
     "an architecture by path": (changed("config.json", model_type="../../evil"), "not supported"),
-    "shards elsewhere": (
-        changed("model.safetensors.index.json", weight_map={"a": "../outside/letters.txt"}), "missing ../outside",
-    ),
     "a template without end": (
         templated("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"), "takes more than",
     ),
@@ -214,6 +214,25 @@ def test_hostile_model_directories_are_refused(
         ran = run(*words)
         assert ran.code == 1 and said in ran.err, ran.err
         assert ran.err.count("error: ") == 1 and "unexpected" not in ran.err
+
+
+def test_code_that_is_only_named_is_noted_once_and_never_runs(
+    run: Run, tmp_path: Path, outside: Path, data: Path
+) -> None:
+    path = write_model(tmp_path / "model")
+    (path / "evil.py").write_text(f"open({str(outside / 'ran')!r}, 'w')")
+    for file in ("config.json", "tokenizer_config.json"):
+        changed(file, auto_map={"AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]})(path, outside)
+    changed("model.safetensors.index.json", weight_map={"a": "../outside/letters.txt"})(path, outside)
+    for words in (
+        ("generate", "--model", path, "--prompt", "x", "--max-tokens", 1),
+        ("train", "--model", path, "--data", data, "--name", "x", "train.iters=1"),
+        ("quantize", path, tmp_path / "packed"),
+    ):
+        ran = run(*words)
+        assert ran.code == 0, ran.err
+        assert ran.err.count("note: ") == 3 and ran.err.count("names code that comes with the model") == 2
+        assert "names ../outside/letters.txt, not here: ignored" in ran.err
 
 
 @pytest.mark.parametrize("name", ["rows.pkl", "rows.npz", "rows.pt", "train.jsonl"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -22,7 +23,7 @@ from mlx.utils import tree_flatten
 from mlx_lora import paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError, NameTaken
-from mlx_lora.models.load import dequantize_model, find_model, load, load_stored, plain_layer, save
+from mlx_lora.models.load import dequantize_model, find_model, load, load_stored, load_tokenizer, plain_layer, save
 from mlx_lora.quant.matmul import DequantizingLinear
 from mlx_lora.quant.quantize import is_quantized, quantize
 from tests.adapters.zoo import network
@@ -76,7 +77,8 @@ def only_code_for_a_tokenizer(path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 538090408\n"
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no configuration": (replace("config.json", None), "config.json is missing"),
     "broken configuration": (replace("config.json", b"{"), "config.json: not readable as JSON"),
@@ -84,34 +86,34 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "configuration of a list": (replace("config.json", b"[]"), "has no model_type"),
     "no architecture": (change_json("config.json", model_type=None), "has no model_type"),
     "unknown architecture": (change_json("config.json", model_type="nonesuch"), "can't be loaded.*nonesuch"),
-    "auto_map": (change_json("config.json", auto_map={"AutoModel": "x.Y"}), "'auto_map' asks to run code"),
     "model_file": (change_json("config.json", model_file="x.py"), "'model_file' asks to run code"),
-    "code in a part": (change_json("config.json", a=[{"b": {"auto_map": {}}}]), "'auto_map' asks to run code"),
+    "code in a part": (change_json("config.json", a=[{"b": {"model_file": ""}}]), "'model_file' asks to run code"),
     "layers without end": (change_json("config.json", num_hidden_layers=1e9), "num_hidden_layers is 1000000000.0"),
     "experts without end": (change_json("config.json", moe={"n_routed_experts": 1 << 40}), "n_routed_experts is 1099"),
     "end tokens that are none": (change_json("config.json", eos_token_id=["a"]), "eos_token_id is neither a number"),
     "a setting that doesn't compute": (change_json("config.json", rope_theta="x"), "can't be loaded: rope"),
-    "an index that leads elsewhere": (
-        replace("model.safetensors.index.json", b'{"weight_map": {"a": "../copy/model.safetensors"}}'),
-        r"missing \.\./copy/model.safetensors",
-    ),
     "attention": (change_json("config.json", _attn_implementation_internal="a/b"), "asks to run code"),
     "no weights": (replace(WEIGHTS, None), "missing weights"),
     "only a pickle": (only_a_pickle, r"pytorch_model.bin can run code and is never read"),
     "no tokenizer": (replace("tokenizer.json", None), "missing a tokenizer"),
-    "code for a tokenizer": (only_code_for_a_tokenizer, "tokenizer_config.json: 'auto_map' asks to run code"),
+    "code for a tokenizer": (only_code_for_a_tokenizer, "only code .* can make its tokenizer, EvilTokenizer"),
     "broken tokenizer": (replace("tokenizer.json", b"{"), "its tokenizer can't be loaded"),
     "wrong shapes": (change_json("config.json", hidden_size=32), "can't be loaded"),
-    "missing tensors": (change_json("config.json", num_hidden_layers=4), "can't be loaded"),
+    "missing tensors": (
+        change_json("config.json", num_hidden_layers=4),
+        "model.layers.3.input_layernorm.weight is missing, no file has it, and so are 8 more",
+    ),
+    "tensors of another model": (
+        change_json("config.json", num_hidden_layers=2),
+        "hold model.layers.2.input_layernorm.weight, and 8 more, which the model doesn't have",
+    ),
+    "a Git LFS pointer": (replace(WEIGHTS, LFS), "model.safetensors can't be loaded: .* Git LFS pointer"),
+    "a Git LFS pointer for a tokenizer": (replace("tokenizer.json", LFS), "tokenizer.json is a Git LFS pointer"),
     "weights that are a pickle": (replace(WEIGHTS, pickle.dumps([1])), "not a readable safetensors file"),
     "empty weights": (replace(WEIGHTS, b""), "not a readable safetensors file"),
     "huge header": (replace(WEIGHTS, header({}, length=1 << 62)), "not a readable safetensors file"),
     "overlap": (replace(WEIGHTS, header({"a": tensor(0, 8), "b": tensor(4, 8)})), "not a readable safetensors file"),
     "bad offsets": (replace(WEIGHTS, header({"a": tensor(0, 800)})), "not a readable safetensors file"),
-    "a shard that isn't there": (
-        replace("model.safetensors.index.json", b'{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'),
-        "missing model-00002-of-00002.safetensors",
-    ),
 }
 
 
@@ -123,6 +125,61 @@ def test_directories_that_are_broken_or_run_code_are_refused(directory: Path, ca
     with pytest.raises(ModelError, match=message) as caught:
         load(directory)
     assert str(directory) in str(caught.value)
+
+
+IGNORED: dict[str, tuple[Callable[[Path], None], str | None]] = {
+    "an index of shards that were never there": (
+        replace(INDEX, b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "x"}}'),
+        "names model-00001-of-00002.safetensors and 1 more, not here: ignored",
+    ),
+    "an index that leads elsewhere": (
+        replace(INDEX, b'{"weight_map": {"a": "../copy/model.safetensors"}}'), r"names \.\./copy/model.safetensors",
+    ),
+    "an index of other tensors": (
+        replace(INDEX, b'{"weight_map": {"model.norm.weight": "model.safetensors"}}'),
+        "doesn't agree with the files about model.embed_tokens.weight and 27 more",
+    ),
+    "an index that is none": (replace(INDEX, b"[]"), "can't be read: ignored"),
+    "code for transformers": (change_json("config.json", auto_map={"AutoModel": "x.Y"}), "config.json names code"),
+    "code in a part": (change_json("config.json", a=[{"b": {"auto_map": {"A": "x.Y"}}}]), "config.json names code"),
+    "code for a tokenizer": (
+        change_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]}),
+        "tokenizer_config.json names code",
+    ),
+    "nothing": (lambda path: None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IGNORED)
+def test_what_is_ignored_is_noted(directory: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The model loads as if it were not there, and code is never even read."""
+    change, noted = IGNORED[case]
+    change(directory)
+    (directory / "evil.py").write_text("raise SystemExit('code from a model directory ran')")
+    with caplog.at_level("INFO", "mlx_lora"):
+        assert load(directory).tokenizer.encode("ab") == [64, 65]
+    assert bool(caplog.messages) == (noted is not None)
+    assert noted is None or all(re.search(noted, message) for message in caplog.messages), caplog.messages
+
+
+def test_a_missing_tensor_is_looked_for_where_the_index_has_it(directory: Path) -> None:
+    change_json("config.json", num_hidden_layers=4)(directory)
+    replace(INDEX, b'{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')(directory)
+    with pytest.raises(ModelError, match="model.layers.3") as caught:
+        load(directory)
+    assert "names model-00002-of-00002.safetensors, not here" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["model", "no model"])
+def test_a_tokenizer_class_that_only_code_has_is_refused_even_beside_tokenizer_json(
+    directory: Path, known: bool
+) -> None:
+    """Whether transformers knows the model's type or not, it is never asked to choose another, nor to run code."""
+    change_json("config.json", **({} if known else {"model_type": "exaone_moe"}))(directory)
+    change_json("tokenizer_config.json", tokenizer_class="Evil", auto_map=["evil.Evil", None])(directory)
+    with pytest.raises(ModelError, match="can make its tokenizer, Evil") as caught:
+        load_tokenizer(directory)
+    assert "PreTrainedTokenizerFast" in (caught.value.hint or "")
 
 
 def test_everything_missing_is_listed_at_once(directory: Path) -> None:

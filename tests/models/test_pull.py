@@ -12,9 +12,11 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mlx_lora.models import pull as pulling
 from mlx_lora.models.load import load
 from tests.conftest import write_model
 
@@ -26,6 +28,7 @@ class Hub(ThreadingHTTPServer):
 
     folder: Path
     cut: int | None = None
+    sent_weights = False
 
     def files(self) -> list[Path]:
         return sorted(path for path in self.folder.iterdir() if path.is_file())
@@ -54,6 +57,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _file(self, file: Path) -> None:
         content = file.read_bytes()
+        self.server.sent_weights |= self.command == "GET" and file.suffix == ".safetensors"
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         start = int(re.findall(r"\d+", self.headers.get("Range", "bytes=0-"))[0])
         self._send(content[start:], headers, cut=self.server.cut if file.suffix == ".safetensors" else None)
@@ -115,14 +119,82 @@ def test_a_pull_that_breaks_off_leaves_no_model_and_goes_on(
     pull: Callable[..., subprocess.CompletedProcess[str]], hub: Hub, home: Path
 ) -> None:
     hub.cut = 1000
-    assert pull("someone/tiny").returncode == 1
+    broken = pull("someone/tiny")
+    assert broken.returncode == 1 and "run it again to continue" in broken.stderr
+    assert f"what came is in {home / 'models' / '.tiny.partial'}" in broken.stderr
     assert not (home / "models" / "tiny").exists()
     hub.cut = None
     assert pull("someone/tiny").returncode == 0
     load(home / "models" / "tiny")
 
 
+def test_ctrl_c_says_where_what_came_is_kept(
+    hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupted(repo: str, *, local_dir: Path, **rest: object) -> None:
+        local_dir.mkdir()
+        (local_dir / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", interrupted)
+    weights = SimpleNamespace(rfilename="model.safetensors", size=1)
+    info = SimpleNamespace(siblings=[weights], sha=COMMIT)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: SimpleNamespace(model_info=lambda *names, **rest: info))
+    with caplog.at_level("INFO", "mlx_lora"), pytest.raises(KeyboardInterrupt):
+        pulling.pull("someone/tiny")
+    partial = home / "models" / ".tiny.partial"
+    assert caplog.messages == [f"what came is in {partial}, running it again continues"] and partial.is_dir()
+
+
+def settings(file: str, **values: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+
+    return change
+
+
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "an unknown architecture": (settings("config.json", model_type="nonesuch"), "architecture 'nonesuch'"),
+    "code": (settings("config.json", model_file="evil.py"), "asks to run code"),
+    "a tokenizer of code": (
+        settings("tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]}),
+        "can make its tokenizer, Evil",
+    ),
+    "only a pickle": (lambda folder: (folder / "model.safetensors").unlink(), "has no model*.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_could_not_be_loaded_is_refused_before_its_weights_and_leaves_nothing(
+    pull: Callable[..., subprocess.CompletedProcess[str]], hub: Hub, home: Path, case: str
+) -> None:
+    change, said = REFUSED[case]
+    change(hub.folder)
+    done = pull("someone/tiny")
+    assert done.returncode == 1 and said in done.stderr, done.stderr
+    assert not hub.sent_weights
+    assert not (home / "models").exists() or not list((home / "models").iterdir())
+
+
+def test_what_came_and_is_no_model_leaves_nothing(
+    pull: Callable[..., subprocess.CompletedProcess[str]], hub: Hub, home: Path
+) -> None:
+    (hub.folder / "tokenizer.json").unlink()
+    done = pull("someone/tiny")
+    assert done.returncode == 1 and "missing a tokenizer" in done.stderr
+    assert hub.sent_weights and not list((home / "models").iterdir())
+
+
+def test_code_that_is_only_named_is_noted(
+    pull: Callable[..., subprocess.CompletedProcess[str]], hub: Hub, home: Path
+) -> None:
+    settings("config.json", auto_map={"AutoModel": "modeling_evil.Evil"})(hub.folder)
+    done = pull("someone/tiny")
+    assert done.returncode == 0 and done.stderr.count("names code that comes with the model") == 1
+    assert not (home / "models" / "tiny" / "modeling_evil.py").exists()
+
+
 def test_what_the_hub_does_not_have_is_one_error(pull: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = pull("someone/else")
     assert done.returncode == 1 and done.stderr.startswith("error: can't pull someone/else")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "what came" not in done.stderr

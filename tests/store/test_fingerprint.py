@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_lora import files
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError
 from mlx_lora.models.load import load_stored, save
@@ -78,8 +79,8 @@ def test_it_is_computed_once_and_again_after_a_change(
     directory: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[Path] = []
-    tensors = fingerprint._tensors
-    monkeypatch.setattr(fingerprint, "_tensors", lambda file: computed.append(file) or tensors(file))
+    tensors = files.tensors
+    monkeypatch.setattr(files, "tensors", lambda file, error: computed.append(file) or tensors(file, error))
     first = fingerprint.of_directory(directory)
     assert fingerprint.of_directory(directory) == first and len(computed) == 1
     (directory / FILE).touch()

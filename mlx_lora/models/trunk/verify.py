@@ -21,6 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_lora.errors import ModelError
+from mlx_lora.models.architectures import TRUNKS
 from mlx_lora.models.trunk import lean as lean_module
 from mlx_lora.models.trunk.last import columns_of, columns_of_layer
 from mlx_lora.models.trunk.layers import layers_of
@@ -62,9 +63,6 @@ PACKED = ((5, 12, 8), (9, 14))
 WIDTH = 26
 # Positions up to which float32 rotary angles stay well inside the tolerance.
 EXACT_POSITIONS = 8192
-
-# Names that mlx-lm's models give the part before the output head.
-TRUNKS = ("model", "backbone", "transformer")
 
 
 @dataclass
