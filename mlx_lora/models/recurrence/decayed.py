@@ -1,0 +1,47 @@
+"""Attention without softmax whose heads decay as a whole: what Mamba-2 (2405.21060) and Lightning (2401.04658) share.
+
+For each position, with the state S (Dv, Dk):  S ← e^{g} S + v kᵀ;  y = S q. In a chunk, Λᵢ = Σ_{m≤i} g_m:
+
+    Y = ((Q Kᵀ) ∘ e^{Λᵢ - Λⱼ}) V + e^Λ (Q S₀ᵀ)     S ← e^{Λ_C} S₀ + (e^{Λ_C - Λ} V)ᵀ K
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_lora.models.recurrence import chunks
+
+Marks = tuple[mx.array | None, ...]
+
+
+def decayed_attention(
+    state: mx.array, q: mx.array, k: mx.array, v: mx.array, logarithms: mx.array, segments: Marks
+) -> tuple[mx.array, mx.array]:
+    """y (B, T, H, Dv) and the state (B, H, Dv, Dk) after one span, in float32.
+
+    q, k (B, T, G, Dk), each for H / G heads that follow one another; v (B, T, H, Dv); logarithms (B, T, H).
+    `segments`: those of the positions and of the ones before, or Nones.
+    """
+    length, groups = q.shape[1:3]
+    size = chunks.chunk_length(length)
+    packed = chunks.borders(*segments, size)
+    q, k, v, logarithms = (chunks.cut(x, groups, size) for x in (q, k, v, logarithms))
+    decay = chunks.decays(logarithms, packed)
+    inside = ((q @ k.swapaxes(-1, -2)) * decay.within) @ v
+    added = (v * decay.leaving[..., None]).swapaxes(-1, -2) @ k
+    carried = state.reshape(state.shape[0], groups, -1, *state.shape[2:])
+    entered = []
+    # `split`, because the gradient of a slice is as large as what it is cut from
+    count = q.shape[1]
+    for total, more in zip(*(mx.split(x, count, axis=1) for x in (decay.total, added)), strict=True):
+        entered.append(carried)
+        carried = carried * total[:, 0, ..., None, None] + more[:, 0]
+    before = mx.stack(entered, axis=1).swapaxes(-1, -2)
+    y = inside + decay.entering[..., None] * (q @ before)
+    return chunks.uncut(y, length), carried.reshape(state.shape)
+
+
+def held_bytes(lines: int, heads: int, depth: int, width: int) -> int:
+    """Bytes that a chunk of CHUNK positions holds in the backward pass."""
+    size = chunks.CHUNK
+    return 4 * lines * heads * (size * (6 * depth + 4 * width + 6 * size) + 4 * depth * width)
