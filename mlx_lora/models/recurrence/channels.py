@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_lora.models.recurrence.chunks import Borders
+from mlx_lora.models.recurrence.chunks import PAIRS, Borders, halved, halves, pairs
 from mlx_lora.models.recurrence.triangular import joined
-
-# Positions of a block whose pairs are computed one by one; more would cost more than the small products saved.
-PAIRS = 4
 
 
 def products(q: mx.array, k: mx.array, logarithms: mx.array, packed: Borders | None) -> tuple[mx.array, mx.array]:
@@ -25,7 +22,9 @@ def products(q: mx.array, k: mx.array, logarithms: mx.array, packed: Borders | N
     blocks = _pairs(both, logarithms)
     size = PAIRS
     while size < q.shape[-2]:
-        left = _halves(both, logarithms, size)
+        early, late = halved(both, size)
+        entering, leaving = halves(logarithms, size)
+        left = (late * entering) @ (early[1] * leaving).swapaxes(-1, -2)
         blocks = joined(blocks[..., 0::2, :, :], left, blocks[..., 1::2, :, :])
         size *= 2
     blocks = blocks[..., 0, :, :]
@@ -33,26 +32,8 @@ def products(q: mx.array, k: mx.array, logarithms: mx.array, packed: Borders | N
     return reads, keys
 
 
-def _halves(both: mx.array, logarithms: mx.array, size: int) -> mx.array:
-    """Second halves with first ones of all blocks of 2·size positions: (2, …, blocks, size, size)."""
-    first, second = (x[..., 0, :, :] for x in mx.split(_blocks(logarithms, size), 2, axis=-3))
-    early, late = (x[..., 0, :, :] for x in mx.split(_blocks(both, size), 2, axis=-3))
-    rows = late * mx.exp(mx.cumsum(second, axis=-2))
-    columns = early[1] * mx.exp(mx.cumsum(first, axis=-2, reverse=True, inclusive=False))
-    return rows @ columns.swapaxes(-1, -2)
-
-
 def _pairs(both: mx.array, logarithms: mx.array) -> mx.array:
     """Blocks of PAIRS positions on the diagonal, pair by pair: (2, …, blocks, PAIRS, PAIRS)."""
-    found = logarithms.reshape(*logarithms.shape[:-2], -1, PAIRS, logarithms.shape[-1])
-    rows = both.reshape(*both.shape[:-2], -1, PAIRS, both.shape[-1])
-    later = mx.tri(PAIRS, k=-1, dtype=mx.bool_)[:, :, None]  # type: ignore[arg-type]
-    sums = mx.cumsum(mx.where(later, found[..., None, :], 0.0), axis=-3)
-    decay = mx.exp(mx.where(mx.tri(PAIRS, dtype=mx.bool_)[:, :, None], sums, -mx.inf))  # type: ignore[arg-type]
-    weighted = rows[1][..., None, :, :] * decay
-    return (rows[..., :, None, :] * weighted).sum(axis=-1)
-
-
-def _blocks(x: mx.array, size: int) -> mx.array:
-    """(…, C, D) as (…, blocks, 2, size, D)."""
-    return x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])
+    rows = both.reshape(*both.shape[:-2], -1, PAIRS, 1, both.shape[-1])
+    keys = rows[1].swapaxes(-2, -3) * pairs(logarithms)
+    return (rows * keys).sum(axis=-1)

@@ -1,9 +1,8 @@
 """What chunked recurrences share: cutting a span into chunks, decays between positions, and borders of packed rows.
 
 Arrays are cut to (B, n, Hk, G, C, …): n chunks of C positions, Hk heads of keys, each read by G heads of values.
-Decays come as logarithms, formed without taking one: log e⁻²⁰⁰ is -∞ in float32. Sums between two positions are summed
-for each pair, because the difference of two sums from the start has lost its digits after one very strong decay.
-Exponents are -∞ before `exp` where a pair must not meet, so nothing overflows and no gradient is NaN.
+Decays come as logarithms, formed without taking one: log e⁻²⁰⁰ is -∞ in float32. No sum is the
+difference of two others, which has lost its digits after one very strong decay. Exponents are -∞ before `exp` where a pair must not meet, so nothing overflows and no gradient is NaN.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_lora import device
-from mlx_lora.models.recurrence.triangular import ROWS
+from mlx_lora.models.recurrence.triangular import ROWS, joined
 
 CHUNK = 64
+# Positions of a block whose pairs are computed one by one; more would cost more than the small products saved.
+PAIRS = 4
 # Bytes that one span may hold for the time it runs. Few spans keep fewer states; small ones stay in a CPU's cache.
 SPAN_BYTES, SPAN_BYTES_GPU = 32 << 20, 128 << 20
 
@@ -86,13 +87,43 @@ class Decays(NamedTuple):
 
 
 def decays(logarithms: mx.array, packed: Borders | None) -> Decays:
-    """Decays from their logarithms (…, C), each before the position's own update."""
-    size = logarithms.shape[-1]
-    lower = mx.tri(size, dtype=mx.bool_)  # type: ignore[arg-type]
-    sums = mx.cumsum(mx.where(mx.tri(size, k=-1, dtype=mx.bool_), logarithms[..., None], 0.0), axis=-2)  # type: ignore[arg-type]
-    within = mx.exp(mx.where(lower if packed is None else lower & packed.same, sums, -mx.inf))
+    """Decays from their logarithms (…, C), each before the position's own update.
+
+    Between two halves the decay is a product of two that are at most 1: to the second half's position from the border,
+    and from the first half's to the border. Only blocks of PAIRS positions take an exponential for each pair.
+    """
+    blocks = pairs(logarithms[..., None])[..., 0]
+    size = PAIRS
+    while size < logarithms.shape[-1]:
+        rows, columns = halves(logarithms[..., None], size)
+        blocks = joined(blocks[..., 0::2, :, :], rows * columns.swapaxes(-1, -2), blocks[..., 1::2, :, :])
+        size *= 2
+    within = blocks[..., 0, :, :] if packed is None else mx.where(packed.same, blocks[..., 0, :, :], 0.0)
     entering, leaving = ends(logarithms, packed, axis=-1)
     return Decays(within, entering, leaving, entering[..., -1])
+
+
+def pairs(logarithms: mx.array) -> mx.array:
+    """Decays inside blocks of PAIRS positions, 0 above the diagonal: (…, C, D) to (…, blocks, PAIRS, PAIRS, D)."""
+    found = logarithms.reshape(*logarithms.shape[:-2], -1, PAIRS, 1, logarithms.shape[-1])
+    earlier, lower = (mx.tri(PAIRS, k=k, dtype=mx.bool_)[:, :, None] for k in (-1, 0))  # type: ignore[arg-type]
+    sums = mx.cumsum(mx.where(earlier, found, 0.0), axis=-3)
+    return mx.exp(mx.where(lower, sums, -mx.inf))
+
+
+def halves(logarithms: mx.array, size: int) -> tuple[mx.array, mx.array]:
+    """Blocks of 2·size positions: decays from their middle to the second half, and from the first half to the middle.
+
+    (…, C, D) to (…, blocks, size, D) twice.
+    """
+    first, second = halved(logarithms, size)
+    entering = mx.exp(mx.cumsum(second, axis=-2))
+    return entering, mx.exp(mx.cumsum(first, axis=-2, reverse=True, inclusive=False))
+
+
+def halved(x: mx.array, size: int) -> list[mx.array]:
+    """First and second halves of blocks of 2·size positions of (…, C, D), each (…, blocks, size, D)."""
+    return [half[..., 0, :, :] for half in mx.split(x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1]), 2, axis=-3)]
 
 
 def ends(logarithms: mx.array, packed: Borders | None, *, axis: int) -> tuple[mx.array, mx.array]:
