@@ -1,8 +1,8 @@
 """What chunked recurrences share: cutting a span into chunks, decays between positions, and borders of packed rows.
 
 Arrays are cut to (B, n, Hk, G, C, …): n chunks of C positions, Hk heads of keys, each read by G heads of values.
-Decays come as logarithms, formed without taking one: log e⁻²⁰⁰ is -∞ in float32. No sum is the
-difference of two others, which has lost its digits after one very strong decay. Exponents are -∞ before `exp` where a pair must not meet, so nothing overflows and no gradient is NaN.
+Decays are at most 1 and only ever multiplied: to divide one product of them by another, or to subtract sums of their
+logarithms, loses all digits after one very strong decay.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from mlx_lora import device
 from mlx_lora.models.recurrence.triangular import ROWS, joined
 
 CHUNK = 64
-# Positions of a block whose pairs are computed one by one; more would cost more than the small products saved.
-PAIRS = 4
 # Bytes that one span may hold for the time it runs. Few spans keep fewer states; small ones stay in a CPU's cache.
 SPAN_BYTES, SPAN_BYTES_GPU = 32 << 20, 128 << 20
 
@@ -78,59 +76,47 @@ def marks(segments: mx.array | None, mask: mx.array | None) -> tuple[mx.array | 
 
 
 class Decays(NamedTuple):
-    """Decays of a chunk whose heads decay as a whole, float32."""
+    """Products of decays α (…, C, D) inside chunks; D is 1 where a head decays as a whole. All at most 1.
 
-    within: mx.array  # (…, C, C): from position j to i ≥ j, 0 elsewhere
-    entering: mx.array  # (…, C): from the state before the chunk to position i
-    leaving: mx.array  # (…, C): from position j to the chunk's end
-    total: mx.array  # (…): from the state before the chunk to its end
-
-
-def decays(logarithms: mx.array, packed: Borders | None) -> Decays:
-    """Decays from their logarithms (…, C), each before the position's own update.
-
-    Between two halves the decay is a product of two that are at most 1: to the second half's position from the border,
-    and from the first half's to the border. Only blocks of PAIRS positions take an exponential for each pair.
+    `halves` is for blocks of 2, 4, … C positions, from small to large: decays from a block's middle to the positions of
+    its second half, and from those of its first half to the middle, both (…, blocks, half a block, D).
     """
-    blocks = pairs(logarithms[..., None])[..., 0]
-    size = PAIRS
-    while size < logarithms.shape[-1]:
-        rows, columns = halves(logarithms[..., None], size)
-        blocks = joined(blocks[..., 0::2, :, :], rows * columns.swapaxes(-1, -2), blocks[..., 1::2, :, :])
-        size *= 2
-    within = blocks[..., 0, :, :] if packed is None else mx.where(packed.same, blocks[..., 0, :, :], 0.0)
-    entering, leaving = ends(logarithms, packed, axis=-1)
-    return Decays(within, entering, leaving, entering[..., -1])
+
+    halves: list[tuple[mx.array, mx.array]]
+    entering: mx.array  # (…, C, D): from the state before the chunk to position i
+    leaving: mx.array  # (…, C, D): from position j to the chunk's end
+    total: mx.array  # (…, 1, D): from the state before the chunk to its end
 
 
-def pairs(logarithms: mx.array) -> mx.array:
-    """Decays inside blocks of PAIRS positions, 0 above the diagonal: (…, C, D) to (…, blocks, PAIRS, PAIRS, D)."""
-    found = logarithms.reshape(*logarithms.shape[:-2], -1, PAIRS, 1, logarithms.shape[-1])
-    earlier, lower = (mx.tri(PAIRS, k=k, dtype=mx.bool_)[:, :, None] for k in (-1, 0))  # type: ignore[arg-type]
-    sums = mx.cumsum(mx.where(earlier, found, 0.0), axis=-3)
-    return mx.exp(mx.where(lower, sums, -mx.inf))
+def decays(alpha: mx.array, packed: Borders | None) -> Decays:
+    """Products over ever longer blocks: nothing is divided or subtracted, so an α of 0 is as exact as any other."""
+    entering = total = alpha[..., None, :]
+    leaving = mx.ones_like(entering)
+    levels = []
+    while entering.shape[-3] > 1:
+        (early, late), (first, second), (one, two) = halved(entering), halved(leaving), halved(total)
+        levels.append((late, first))
+        entering = mx.concatenate([early, late * one], axis=-2)
+        leaving = mx.concatenate([first * two, second], axis=-2)
+        total = one * two
+    entering, leaving, total = (x[..., 0, :, :] for x in (entering, leaving, total))
+    if packed is not None:
+        entering = mx.where(packed.carried[..., None], entering, 0.0)
+        leaving = mx.where(packed.last[..., None], leaving, 0.0)
+        total = mx.where(packed.carried[..., -1:, None], total, 0.0)
+    return Decays(levels, entering, leaving, total)
 
 
-def halves(logarithms: mx.array, size: int) -> tuple[mx.array, mx.array]:
-    """Blocks of 2·size positions: decays from their middle to the second half, and from the first half to the middle.
-
-    (…, C, D) to (…, blocks, size, D) twice.
-    """
-    first, second = halved(logarithms, size)
-    entering = mx.exp(mx.cumsum(second, axis=-2))
-    return entering, mx.exp(mx.cumsum(first, axis=-2, reverse=True, inclusive=False))
-
-
-def halved(x: mx.array, size: int) -> list[mx.array]:
-    """First and second halves of blocks of 2·size positions of (…, C, D), each (…, blocks, size, D)."""
-    return [half[..., 0, :, :] for half in mx.split(x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1]), 2, axis=-3)]
+def within(decay: Decays, packed: Borders | None) -> mx.array:
+    """Decay of a head from position j to i ≥ j, 0 elsewhere: (…, C, C)."""
+    blocks = mx.ones((*decay.entering.shape[:-1], 1, 1))
+    for late, early in decay.halves:
+        upper, lower = halved(blocks)
+        blocks = joined(upper, late * early.swapaxes(-1, -2), lower)
+    return blocks[..., 0, :, :] if packed is None else mx.where(packed.same, blocks[..., 0, :, :], 0.0)
 
 
-def ends(logarithms: mx.array, packed: Borders | None, *, axis: int) -> tuple[mx.array, mx.array]:
-    """(entering, leaving) of `Decays`, each of the shape of `logarithms`, along the axis of positions."""
-    entering = mx.exp(mx.cumsum(logarithms, axis=axis))
-    leaving = mx.exp(mx.cumsum(logarithms, axis=axis, reverse=True, inclusive=False))
-    if packed is None:
-        return entering, leaving
-    carried, last = (x if axis == -1 else x[..., None] for x in (packed.carried, packed.last))
-    return mx.where(carried, entering, 0.0), mx.where(last, leaving, 0.0)
+def halved(blocks: mx.array) -> list[mx.array]:
+    """Every first and every second of (…, blocks, rows, columns); the gradient of a slice would cost more."""
+    pairs = blocks.reshape(*blocks.shape[:-3], -1, 2, *blocks.shape[-2:])
+    return [half[..., 0, :, :] for half in mx.split(pairs, 2, axis=-3)]

@@ -26,18 +26,18 @@ def decayed_attention(
     size = chunks.chunk_length(length)
     packed = chunks.borders(*segments, size)
     q, k, v, logarithms = (chunks.cut(x, groups, size) for x in (q, k, v, logarithms))
-    decay = chunks.decays(logarithms, packed)
-    inside = ((q @ k.swapaxes(-1, -2)) * decay.within) @ v
-    added = (v * decay.leaving[..., None]).swapaxes(-1, -2) @ k
+    decay = chunks.decays(mx.exp(logarithms[..., None]), packed)
+    inside = ((q @ k.swapaxes(-1, -2)) * chunks.within(decay, packed)) @ v
+    added = (v * decay.leaving).swapaxes(-1, -2) @ k
     carried = state.reshape(state.shape[0], groups, -1, *state.shape[2:])
     entered = []
     # `split`, because the gradient of a slice is as large as what it is cut from
     count = q.shape[1]
     for total, more in zip(*(mx.split(x, count, axis=1) for x in (decay.total, added)), strict=True):
         entered.append(carried)
-        carried = carried * total[:, 0, ..., None, None] + more[:, 0]
+        carried = carried * total[:, 0] + more[:, 0]
     before = mx.stack(entered, axis=1).swapaxes(-1, -2)
-    y = inside + decay.entering[..., None] * (q @ before)
+    y = inside + decay.entering * (q @ before)
     return chunks.uncut(y, length), carried.reshape(state.shape)
 
 

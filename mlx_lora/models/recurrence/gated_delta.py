@@ -127,18 +127,16 @@ def _chunks(
     packed: chunks.Borders | None,
 ) -> tuple[mx.array, mx.array]:
     """y (B, n, Hk, G, C, Dv) and the state (B, Hk, G, Dv, Dk) after n chunks, in float32."""
-    if logarithms.ndim == beta.ndim:
-        decay = chunks.decays(logarithms, packed)
-        turned = k.swapaxes(-1, -2)
-        reads, keys = (q @ turned) * decay.within, (k @ turned) * decay.within
-        entering, leaving = decay.entering[..., None], decay.leaving[..., None]
+    whole = logarithms.ndim == beta.ndim
+    decay = chunks.decays(mx.exp(logarithms[..., None] if whole else logarithms), packed)
+    if whole:
+        turned, within = k.swapaxes(-1, -2), chunks.within(decay, packed)
+        reads, keys = (q @ turned) * within, (k @ turned) * within
     else:
-        reads, keys = channels.products(q, k, logarithms, packed)
-        entering, leaving = chunks.ends(logarithms, packed, axis=-2)
+        reads, keys = channels.products(q, k, decay, packed)
     inverse = unit_lower_inverse(beta[..., None] * keys) * beta[..., None, :]
-    return _serial(
-        state, inverse @ v, inverse @ (k * entering), q * entering, k * leaving, reads, entering[..., -1:, :]
-    )
+    entering, leaving = decay.entering, decay.leaving
+    return _serial(state, inverse @ v, inverse @ (k * entering), q * entering, k * leaving, reads, decay.total)
 
 
 def _serial(state: mx.array, *parts: mx.array) -> tuple[mx.array, mx.array]:
