@@ -1,6 +1,6 @@
 """Recurrences to compare with: mlx_lm's own loops, and a loop in float64 with a backward pass written by hand.
 
-    S ← S Diag(α);  δ = β (v - S k), or v where there is no β;  S ← S + δ kᵀ;  y = S q
+S ← S Diag(α);  δ = β (v - S k), or v where there is no β;  S ← S + δ kᵀ;  y = S q
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def lightning(*, masked: bool) -> Kind:
             return bailing_hybrid.recurrent_gla(q, k, v, g, scale=0.25, h=h, mask=mask)
         return bailing_moe_linear.recurrent_gla(q, k, v, g, 0.25, h)
 
-    def ours(q: mx.array, k: mx.array, v: mx.array, g: mx.array, h: mx.array, mask: Any = None, segments: Any = None) -> Any:
+    def ours(
+        q: mx.array, k: mx.array, v: mx.array, g: mx.array, h: mx.array, mask: Any = None, segments: Any = None
+    ) -> Any:
         return recurrence.recurrent_gla(q, k, v, g, scale=0.25, h=h, mask=mask, segments=segments)
 
     return Kind(inputs, ours, theirs, ("q", "k", "v"), "h", axis=2)

@@ -171,9 +171,10 @@ def test_very_strong_decays_stay_exact(name: str, strength: str) -> None:
     check_exact(name, inputs)
 
 
-@EVERY
-def test_a_compiled_gradient_is_the_same(name: str) -> None:
-    kind, inputs = KINDS[name], KINDS[name].inputs(140)
+def test_a_compiled_gradient_is_the_same() -> None:
+    """Of one kind: every kernel to compile costs a second on Linux. The function runs twice, for y and for gradients:
+    `mx.compile` merges what is equal."""
+    kind, inputs = KINDS["gated"], KINDS["gated"].inputs(140)
     given = weights(kind.ours, inputs)
 
     def gradients(*arrays: mx.array) -> dict[str, mx.array]:
@@ -224,8 +225,7 @@ def test_memory_is_a_tenth_of_the_loops(real_spans: None, compiled: bool) -> Non
 
 
 def test_memory_grows_with_the_length(real_spans: None) -> None:
-    sizes = [peak(KINDS["gated"].ours, length) for length in (1024, 2048, 4096)]
-    assert sizes[2] - sizes[1] < 2.5 * (sizes[1] - sizes[0]) and sizes[2] < 3 * sizes[1]
+    assert peak(KINDS["gated"].ours, 4096) < 2.5 * peak(KINDS["gated"].ours, 2048)
 
 
 def test_functions_find_the_segments_of_the_context() -> None:

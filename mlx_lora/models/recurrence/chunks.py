@@ -7,7 +7,9 @@ logarithms, loses all digits after one very strong decay.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -116,7 +118,29 @@ def within(decay: Decays, packed: Borders | None) -> mx.array:
     return blocks[..., 0, :, :] if packed is None else mx.where(packed.same, blocks[..., 0, :, :], 0.0)
 
 
-def halved(blocks: mx.array) -> list[mx.array]:
-    """Every first and every second of (…, blocks, rows, columns); the gradient of a slice would cost more."""
-    pairs = blocks.reshape(*blocks.shape[:-3], -1, 2, *blocks.shape[-2:])
-    return [half[..., 0, :, :] for half in mx.split(pairs, 2, axis=-3)]
+def halved(blocks: mx.array) -> tuple[mx.array, mx.array]:
+    """Every first and every second of (…, blocks, rows, columns)."""
+    first, second = unstacked(blocks.reshape(*blocks.shape[:-3], -1, 2, *blocks.shape[-2:]), axis=-3)
+    return first, second
+
+
+def unstacked(x: mx.array, *, axis: int) -> tuple[mx.array, ...]:
+    """What lies along an axis, one by one.
+
+    Together they have one gradient, where that of a slice is as large as what it is cut from. `mx.split` has that too,
+    but where a function calls it twice with equal arrays, `mx.compile` can fail (IndexError).
+    """
+    return _unstacking(axis % x.ndim)(x)  # type: ignore[no-any-return]
+
+
+@lru_cache
+def _unstacking(axis: int) -> Callable[..., Any]:
+    @mx.custom_function  # type: ignore[untyped-decorator]
+    def unstack(x: mx.array) -> tuple[mx.array, ...]:
+        return tuple(x[(slice(None),) * axis + (index,)] for index in range(x.shape[axis]))
+
+    @unstack.vjp  # type: ignore[untyped-decorator]
+    def unstack_vjp(_: mx.array, cotangents: Sequence[mx.array], __: Any) -> mx.array:
+        return mx.stack(list(cotangents), axis=axis)
+
+    return unstack  # type: ignore[no-any-return]

@@ -31,11 +31,9 @@ def decayed_attention(
     added = (v * decay.leaving).swapaxes(-1, -2) @ k
     carried = state.reshape(state.shape[0], groups, -1, *state.shape[2:])
     entered = []
-    # `split`, because the gradient of a slice is as large as what it is cut from
-    count = q.shape[1]
-    for total, more in zip(*(mx.split(x, count, axis=1) for x in (decay.total, added)), strict=True):
+    for total, more in zip(chunks.unstacked(decay.total, axis=1), chunks.unstacked(added, axis=1), strict=True):
         entered.append(carried)
-        carried = carried * total[:, 0] + more[:, 0]
+        carried = carried * total + more
     before = mx.stack(entered, axis=1).swapaxes(-1, -2)
     y = inside + decay.entering * (q @ before)
     return chunks.uncut(y, length), carried.reshape(state.shape)

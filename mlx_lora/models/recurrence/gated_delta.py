@@ -142,10 +142,7 @@ def _chunks(
 def _serial(state: mx.array, *parts: mx.array) -> tuple[mx.array, mx.array]:
     """The short loop over chunks: `parts` are T V, T (K e^Λ), Q e^Λ, K e^{Λ_C - Λ}, M and e^{Λ_C}, (B, n, …)."""
     made = []
-    count = parts[0].shape[1]
-    # `split`, because the gradient of a slice is as large as what it is cut from
-    for of_chunk in zip(*(mx.split(part, count, axis=1) for part in parts), strict=True):
-        values, keys, q, k, reads, total = (part[:, 0] for part in of_chunk)
+    for values, keys, q, k, reads, total in zip(*(chunks.unstacked(part, axis=1) for part in parts), strict=True):
         turned = state.swapaxes(-1, -2)
         delta = values - keys @ turned
         made.append(q @ turned + reads @ delta)

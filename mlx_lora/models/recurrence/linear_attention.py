@@ -54,9 +54,7 @@ def recurrent_gla(
     return y.swapaxes(1, 2), state.swapaxes(-1, -2)
 
 
-def _step(
-    state: mx.array, sequences: Arrays, constants: Arrays, marks: decayed.Marks
-) -> tuple[mx.array, mx.array]:
+def _step(state: mx.array, sequences: Arrays, constants: Arrays, marks: decayed.Marks) -> tuple[mx.array, mx.array]:
     """The function of one span."""
     q, k, v = sequences
     *segments, mask = marks

@@ -46,10 +46,9 @@ def _spans(step: Step, sequences: int, constants: int, present: tuple[bool, ...]
     def parts(inputs: Arrays, here: slice, after: Arrays) -> tuple[list[mx.array], Arrays, list[mx.array | None]]:
         """Sequences, constants and marks of one span, there once the arrays of `after` are."""
         cut = [array[:, here] for array in inputs[:sequences]]
-        given = mx.depends([*cut, *inputs[sequences : sequences + constants]], list(after)) if after else None
-        found, fixed = (given[:sequences], given[sequences:]) if given else (cut, inputs[sequences:][:constants])
+        given = _after([*cut, *inputs[sequences : sequences + constants]], after)
         marks = iter(inputs[sequences + constants :])
-        return found, fixed, [next(marks)[:, here] if there else None for there in present]
+        return given[:sequences], given[sequences:], [next(marks)[:, here] if there else None for there in present]
 
     def slices(length: int) -> list[slice]:
         return [slice(start, min(start + span, length)) for start in range(0, length, span)]
@@ -75,7 +74,7 @@ def _spans(step: Step, sequences: int, constants: int, present: tuple[bool, ...]
         after = [by_y, by_state]  # or a compiled graph would keep what the forward pass has computed
         for here, start in reversed(list(zip(slices(inputs[0].shape[1]), starts, strict=True))):
             found, fixed, marks = parts(inputs, here, after)
-            (start,) = mx.depends([start], after)
+            (start,) = _after([start], after)
 
             def again(state: mx.array, *arrays: mx.array, marks: Any = marks) -> tuple[mx.array, mx.array]:
                 return step(state, arrays[:sequences], arrays[sequences:], marks)
@@ -91,6 +90,11 @@ def _spans(step: Step, sequences: int, constants: int, present: tuple[bool, ...]
         return (by_state, *joined, *by_constants, *frozen)
 
     return run  # type: ignore[no-any-return]
+
+
+def _after(arrays: Arrays, earlier: Arrays) -> list[mx.array]:
+    """The arrays, there once the `earlier` ones are."""
+    return list(mx.depends(list(arrays), list(earlier))) if earlier else list(arrays)
 
 
 def _joined(parts: list[mx.array]) -> mx.array:

@@ -63,9 +63,7 @@ def ssm_update(
 def _step(time_step_limit: tuple[float, float]) -> Step:
     """The function of one span for these limits."""
 
-    def step(
-        state: mx.array, sequences: Arrays, constants: Arrays, marks: decayed.Marks
-    ) -> tuple[mx.array, mx.array]:
+    def step(state: mx.array, sequences: Arrays, constants: Arrays, marks: decayed.Marks) -> tuple[mx.array, mx.array]:
         x, B, C, dt = sequences
         A_log, dt_bias = constants
         *segments, mask = marks
