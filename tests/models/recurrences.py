@@ -173,7 +173,7 @@ def loop(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, alpha: np.ndarray, beta: np.ndarray | None, state: np.ndarray,
     by_y: np.ndarray, by_state: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, Numbers]:  # fmt: skip
-    """y (B, T, H, Dv), the state (B, H, Dv, Dk), and gradients by name, given those of the two; α (B, T, H, 1 or Dk)."""
+    """y (B, T, H, Dv), the state (B, H, Dv, Dk), gradients by name, given those of the two; α (B, T, H, 1 or Dk)."""
     groups = v.shape[2] // q.shape[2]
     q, k = np.repeat(q, groups, axis=2), np.repeat(k, groups, axis=2)
     rates = np.ones(v.shape[:3]) if beta is None else beta

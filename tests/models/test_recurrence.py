@@ -240,17 +240,42 @@ def test_functions_find_the_segments_of_the_context() -> None:
     assert mx.array_equal(found[0], wanted[0]) and not mx.allclose(found[0], kind.ours(*inputs.values())[0])
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_convolution_stops_at_borders(bias: bool) -> None:
-    conv = nn.Conv1d(6, 6, 4, groups=6, bias=bias)
-    x, starts = mx.random.normal((1, 23, 6)), (0, 2, 3, 12, 20)
-    segments = sum((mx.arange(20) >= start).astype(mx.int32) for start in starts)[None]  # type: ignore[index]
+STARTS = (0, 2, 3, 12, 20)
+
+
+def apart(conv: nn.Conv1d, x: mx.array) -> mx.array:
+    """Each of the rows that begin at STARTS by MLX's own convolution; what came before belongs to the first."""
     parts = []
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
-        before = x[:, :3] if start == 0 else mx.zeros((1, 3, 6))
+    for start, end in zip(STARTS[:-1], STARTS[1:], strict=True):
+        before = mx.zeros_like(x[:, :3]) if start else x[:, :3]
         parts.append(conv(mx.concatenate([before, x[:, start + 3 : end + 3]], axis=1)))
-    assert mx.allclose(recurrence.convolved(conv, x, segments), mx.concatenate(parts, axis=1), atol=1e-6)
-    assert mx.allclose(recurrence.convolved(conv, x), conv(x), atol=1e-6)
+    return mx.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_and_its_gradients_stop_at_borders(bias: bool, packed: bool) -> None:
+    mx.random.seed(0)
+    conv, x, weight = (
+        nn.Conv1d(6, 6, 4, groups=6, bias=bias),
+        mx.random.normal((2, 23, 6)),
+        mx.random.normal((2, 20, 6)),
+    )
+    numbers = mx.array([sum(place >= start for start in STARTS) for place in range(20)])
+    segments = mx.broadcast_to(numbers, (2, 20)) if packed else None
+
+    def measure(function: Callable[..., mx.array]) -> dict[str, mx.array]:
+        def loss(parameters: Any, x: mx.array) -> mx.array:
+            conv.update(parameters)
+            return (function(conv, x) * weight).sum()
+
+        kept = dict(conv.parameters())
+        by, by_x = mx.grad(loss, argnums=[0, 1])(kept, x)
+        conv.update(kept)
+        return {"y": function(conv, x), "x": by_x, **by}
+
+    wanted = measure(apart if packed else lambda conv, x: conv(x))
+    check(measure(lambda conv, x: recurrence.convolved(conv, x, segments)), wanted)
 
 
 def test_a_convolution_that_mixes_channels_is_refused() -> None:

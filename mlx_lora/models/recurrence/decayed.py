@@ -10,21 +10,20 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_lora.models.recurrence import chunks
-
-Marks = tuple[mx.array | None, ...]
+from mlx_lora.models.recurrence.scan import Marks
 
 
 def decayed_attention(
-    state: mx.array, q: mx.array, k: mx.array, v: mx.array, logarithms: mx.array, segments: Marks
+    state: mx.array, q: mx.array, k: mx.array, v: mx.array, logarithms: mx.array, marks: Marks
 ) -> tuple[mx.array, mx.array]:
     """y (B, T, H, Dv) and the state (B, H, Dv, Dk) after one span, in float32.
 
     q, k (B, T, G, Dk), each for H / G heads that follow one another; v (B, T, H, Dv); logarithms (B, T, H).
-    `segments`: those of the positions and of the ones before, or Nones.
+    `marks`: segments of the positions and of the ones before, or Nones; what follows is for the caller.
     """
     length, groups = q.shape[1:3]
     size = chunks.chunk_length(length)
-    packed = chunks.borders(*segments, size)
+    packed = chunks.borders(marks[0], marks[1], size)
     q, k, v, logarithms = (chunks.cut(x, groups, size) for x in (q, k, v, logarithms))
     decay = chunks.decays(mx.exp(logarithms[..., None]), packed)
     inside = ((q @ k.swapaxes(-1, -2)) * chunks.within(decay, packed)) @ v

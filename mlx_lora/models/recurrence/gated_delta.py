@@ -22,7 +22,7 @@ import mlx.nn as nn
 from mlx_lora import device
 from mlx_lora.models.recurrence import channels, chunks
 from mlx_lora.models.recurrence.resets import current_segments
-from mlx_lora.models.recurrence.scan import Arrays, Step, scan
+from mlx_lora.models.recurrence.scan import Arrays, Marks, Step, scan
 from mlx_lora.models.recurrence.triangular import unit_lower_inverse
 
 with device.file_limits_kept():
@@ -77,17 +77,16 @@ def gated_delta_update(
 def _step(lower_bound: float | None, allow_neg_eigval: bool) -> Step:
     """The function of one span for these gates."""
 
-    def step(
-        state: mx.array, sequences: Arrays, constants: Arrays, marks: tuple[mx.array | None, ...]
-    ) -> tuple[mx.array, mx.array]:
+    def step(state: mx.array, sequences: Arrays, constants: Arrays, marks: Marks) -> tuple[mx.array, mx.array]:
         q, k, v, a, b = sequences
         segments, before, mask = marks
-        logarithms, beta = gates(a, b, *constants, lower_bound, allow_neg_eigval, mask)
+        A_log, dt_bias = constants
+        logarithms, beta = gates(a, b, A_log, dt_bias, lower_bound, allow_neg_eigval, mask)
         length, keys = q.shape[1:3]
         size = chunks.chunk_length(length)
         packed = chunks.borders(segments, before, size)
-        found = [chunks.cut(x, keys, size) for x in (q, k, v, logarithms, beta)]
-        y, after = _chunks(*found, state.reshape(state.shape[0], keys, -1, *state.shape[2:]), packed)
+        entered = state.reshape(state.shape[0], keys, -1, *state.shape[2:])
+        y, after = _chunks(entered, packed, *(chunks.cut(x, keys, size) for x in (q, k, v, logarithms, beta)))
         return chunks.uncut(y, length).astype(q.dtype), after.reshape(state.shape)
 
     return step
@@ -118,13 +117,13 @@ def gates(
 
 
 def _chunks(
+    state: mx.array,
+    packed: chunks.Borders | None,
     q: mx.array,
     k: mx.array,
     v: mx.array,
     logarithms: mx.array,
     beta: mx.array,
-    state: mx.array,
-    packed: chunks.Borders | None,
 ) -> tuple[mx.array, mx.array]:
     """y (B, n, Hk, G, C, Dv) and the state (B, Hk, G, Dv, Dk) after n chunks, in float32."""
     whole = logarithms.ndim == beta.ndim

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_lora import device
 from mlx_lora.models.recurrence import chunks, decayed
 from mlx_lora.models.recurrence.resets import current_segments
-from mlx_lora.models.recurrence.scan import Arrays, scan
+from mlx_lora.models.recurrence.scan import Arrays, Marks, scan
 
 with device.file_limits_kept():
     from mlx_lm.models import bailing_hybrid as theirs
@@ -54,13 +54,13 @@ def recurrent_gla(
     return y.swapaxes(1, 2), state.swapaxes(-1, -2)
 
 
-def _step(state: mx.array, sequences: Arrays, constants: Arrays, marks: decayed.Marks) -> tuple[mx.array, mx.array]:
+def _step(state: mx.array, sequences: Arrays, constants: Arrays, marks: Marks) -> tuple[mx.array, mx.array]:
     """The function of one span."""
     q, k, v = sequences
-    *segments, mask = marks
+    mask = marks[2]
     logarithms = mx.broadcast_to(constants[0].astype(mx.float32), q.shape[:3])
     if mask is not None:
         k = mx.where(mask[..., None, None], k, 0)
         logarithms = mx.where(mask[..., None], logarithms, 0)
-    y, state = decayed.decayed_attention(state, q, k, v, logarithms, tuple(segments))
+    y, state = decayed.decayed_attention(state, q, k, v, logarithms, marks)
     return y.astype(q.dtype), state

@@ -14,8 +14,9 @@ from typing import Any
 import mlx.core as mx
 
 Arrays = Sequence[mx.array]
+Marks = Sequence[mx.array | None]
 # (state, sequences, constants, marks) of one span -> (y of the span, state after it)
-Step = Callable[[mx.array, Arrays, Arrays, Sequence[mx.array | None]], tuple[mx.array, mx.array]]
+Step = Callable[[mx.array, Arrays, Arrays, Marks], tuple[mx.array, mx.array]]
 
 
 def scan(
@@ -23,7 +24,7 @@ def scan(
     state: mx.array,
     sequences: Arrays,
     constants: Arrays = (),
-    marks: Sequence[mx.array | None] = (),
+    marks: Marks = (),
     *,
     span: int,
 ) -> tuple[mx.array, mx.array]:

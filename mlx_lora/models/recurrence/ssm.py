@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_lora import device
 from mlx_lora.models.recurrence import chunks, decayed
 from mlx_lora.models.recurrence.resets import current_segments
-from mlx_lora.models.recurrence.scan import Arrays, Step, scan
+from mlx_lora.models.recurrence.scan import Arrays, Marks, Step, scan
 
 with device.file_limits_kept():
     from mlx_lm.models import ssm as theirs
@@ -63,15 +63,15 @@ def ssm_update(
 def _step(time_step_limit: tuple[float, float]) -> Step:
     """The function of one span for these limits."""
 
-    def step(state: mx.array, sequences: Arrays, constants: Arrays, marks: decayed.Marks) -> tuple[mx.array, mx.array]:
+    def step(state: mx.array, sequences: Arrays, constants: Arrays, marks: Marks) -> tuple[mx.array, mx.array]:
         x, B, C, dt = sequences
         A_log, dt_bias = constants
-        *segments, mask = marks
+        mask = marks[2]
         dt = mx.clip(nn.softplus(dt.astype(mx.float32) + dt_bias), *time_step_limit)
         if mask is not None:
             dt = mx.where(mask[..., None], dt, 0)
         logarithms = dt * -mx.exp(A_log).astype(mx.float32)
-        y, state = decayed.decayed_attention(state, C, B, dt[..., None] * x, logarithms, tuple(segments))
+        y, state = decayed.decayed_attention(state, C, B, dt[..., None] * x, logarithms, marks)
         return y.astype(x.dtype), state
 
     return step
