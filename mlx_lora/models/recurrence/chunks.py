@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_lora import device
-from mlx_lora.models.recurrence.triangular import ROWS, joined
+from mlx_lora.models.recurrence.triangular import joined
 
 CHUNK = 64
 # Bytes that one span may hold for the time it runs. Few spans keep fewer states; small ones stay in a CPU's cache.
@@ -28,11 +28,8 @@ def span_length(chunk_bytes: int) -> int:
 
 
 def chunk_length(length: int) -> int:
-    """Positions of a chunk: CHUNK, or the next of 16, 32, … that holds all of a shorter span."""
-    size = ROWS
-    while size < min(length, CHUNK):
-        size *= 2
-    return size
+    """Positions of a chunk: CHUNK, or the next power of 2 that holds all of a shorter span."""
+    return min(CHUNK, 1 << (length - 1).bit_length())
 
 
 def cut(x: mx.array, heads: int, size: int) -> mx.array:
