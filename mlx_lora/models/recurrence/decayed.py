@@ -1,0 +1,44 @@
+"""Attention without softmax whose heads decay as a whole: what Mamba-2 (2405.21060) and Lightning (2401.04658) share.
+
+For each position, with the state S (Dv, Dk):  S ← e^{g} S + v kᵀ;  y = S q. In a chunk, Λᵢ = Σ_{m≤i} g_m:
+
+    Y = ((Q Kᵀ) ∘ e^{Λᵢ - Λⱼ}) V + e^Λ (Q S₀ᵀ)     S ← e^{Λ_C} S₀ + (e^{Λ_C - Λ} V)ᵀ K
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_lora.models.recurrence import chunks
+from mlx_lora.models.recurrence.scan import Marks
+
+
+def decayed_attention(
+    state: mx.array, q: mx.array, k: mx.array, v: mx.array, logarithms: mx.array, marks: Marks
+) -> tuple[mx.array, mx.array]:
+    """y (B, T, H, Dv) and the state (B, H, Dv, Dk) after one span, in float32.
+
+    q, k (B, T, G, Dk), each for H / G heads that follow one another; v (B, T, H, Dv); logarithms (B, T, H).
+    `marks`: segments of the positions and of the ones before, or Nones; what follows is for the caller.
+    """
+    length, groups = q.shape[1:3]
+    size = chunks.chunk_length(length)
+    packed = chunks.borders(marks[0], marks[1], size)
+    q, k, v, logarithms = (chunks.cut(x, groups, size) for x in (q, k, v, logarithms))
+    decay = chunks.decays(mx.exp(logarithms[..., None]), packed)
+    inside = ((q @ k.swapaxes(-1, -2)) * chunks.within(decay, packed)) @ v
+    added = (v * decay.leaving).swapaxes(-1, -2) @ k
+    carried = state.reshape(state.shape[0], groups, -1, *state.shape[2:])
+    entered = []
+    for total, more in zip(chunks.unstacked(decay.total, axis=1), chunks.unstacked(added, axis=1), strict=True):
+        entered.append(carried)
+        carried = carried * total + more
+    before = mx.stack(entered, axis=1).swapaxes(-1, -2)
+    y = inside + decay.entering * (q @ before)
+    return chunks.uncut(y, length), carried.reshape(state.shape)
+
+
+def held_bytes(lines: int, heads: int, depth: int, width: int) -> int:
+    """Bytes that a chunk of CHUNK positions holds in the backward pass."""
+    size = chunks.CHUNK
+    return 4 * lines * heads * (size * (6 * depth + 4 * width + 6 * size) + 4 * depth * width)

@@ -1,0 +1,149 @@
+"""The gated delta rule (2412.06464) in chunks, with one decay a head or, as Kimi Linear (2510.26692), one a channel.
+
+For each position, with the state S (Dv, Dk):  S ← S Diag(α);  δ = β (v - S k);  S ← S + δ kᵀ;  y = S q.
+
+In a chunk of C positions Λᵢ = Σ_{m≤i} log α_m and S₀ enters. With, for j ≤ i, Mᵢⱼ = Σ_c q_ic k_jc e^{Λ_ic - Λ_jc} and,
+for j < i, Aᵢⱼ = βᵢ Σ_c k_ic k_jc e^{Λ_ic - Λ_jc}:
+
+    T = (I + A)⁻¹ Diag(β)     Δ = T V - T (K ∘ e^Λ) S₀ᵀ
+    Y = (Q ∘ e^Λ) S₀ᵀ + M Δ   S ← S₀ Diag(e^{Λ_C}) + Δᵀ (K ∘ e^{Λ_C - Λ})
+
+Only Δ, Y and S need the state: the rest is computed for all chunks of a span at once. Where rows are packed, pairs of
+two rows don't meet, e^Λ is 0 for rows that the state doesn't belong to, and only the chunk's last row leaves it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora import device
+from mlx_lora.models.recurrence import channels, chunks
+from mlx_lora.models.recurrence.resets import current_segments
+from mlx_lora.models.recurrence.scan import Arrays, Marks, Step, scan
+from mlx_lora.models.recurrence.triangular import unit_lower_inverse
+
+with device.file_limits_kept():
+    from mlx_lm.models import gated_delta as theirs
+
+
+def gated_delta_update(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
+    *,
+    use_kernel: bool = True,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+    segments: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """mlx_lm's function of this name: y (B, T, Hv, Dv) in q's dtype and the state (B, Hv, Dv, Dk) in float32.
+
+    q, k (B, T, Hk, Dk), normalised; v (B, T, Hv, Dv); b (B, T, Hv); a (B, T, Hv), or (B, T, Hv, Dk) for a decay of
+    each channel. log α = -e^{A_log} softplus(a + dt_bias), or lower_bound · sigmoid(e^{A_log} (a + dt_bias)); β =
+    sigmoid(b), twice that with `allow_neg_eigval`. `mask` (B, T) bool: positions that leave the state as it is; what
+    is returned for them has no meaning. `segments`: see `resetting`; a given `state` belongs to the first position's.
+    Chunks serve for one position too few: mlx_lm's own function does that, which alone heeds `use_kernel`.
+    """
+    segments = current_segments() if segments is None else segments
+    lines, length, keys, width = q.shape
+    heads, depth = v.shape[-2:]
+    if length == 1:
+        options = {"use_kernel": use_kernel, "lower_bound": lower_bound, "allow_neg_eigval": allow_neg_eigval}
+        return theirs.gated_delta_update(q, k, v, a, b, A_log, dt_bias, state, mask, **options)  # type: ignore[no-any-return]
+    if state is None:
+        state = mx.zeros((lines, heads, depth, width), dtype=mx.float32)
+    size = chunks.CHUNK
+    held = 10 * width + 8 * depth + 10 * size + 6 * (a.ndim - 3) * size * width // size
+    return scan(
+        _step(lower_bound, allow_neg_eigval),
+        state.astype(mx.float32),
+        (q, k, v, a, b),
+        (A_log, dt_bias),
+        chunks.marks(segments, mask),
+        span=chunks.span_length(4 * lines * heads * (size * held + 4 * width * depth)),
+    )
+
+
+@lru_cache
+def _step(lower_bound: float | None, allow_neg_eigval: bool) -> Step:
+    """The function of one span for these gates."""
+
+    def step(state: mx.array, sequences: Arrays, constants: Arrays, marks: Marks) -> tuple[mx.array, mx.array]:
+        q, k, v, a, b = sequences
+        segments, before, mask = marks
+        A_log, dt_bias = constants
+        logarithms, beta = gates(a, b, A_log, dt_bias, lower_bound, allow_neg_eigval, mask)
+        length, keys = q.shape[1:3]
+        size = chunks.chunk_length(length)
+        packed = chunks.borders(segments, before, size)
+        entered = state.reshape(state.shape[0], keys, -1, *state.shape[2:])
+        y, after = _chunks(entered, packed, *(chunks.cut(x, keys, size) for x in (q, k, v, logarithms, beta)))
+        return chunks.uncut(y, length).astype(q.dtype), after.reshape(state.shape)
+
+    return step
+
+
+def gates(
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    lower_bound: float | None,
+    allow_neg_eigval: bool,
+    mask: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """(log α float32, β) of every position, both 0 where the mask is; computed in mlx_lm's order and dtypes."""
+    rate = mx.exp(A_log.astype(mx.float32))
+    if lower_bound is None:
+        logarithms = -rate * nn.softplus(a + dt_bias)
+    else:
+        logarithms = lower_bound * mx.sigmoid(rate * (a.astype(mx.float32) + dt_bias))
+    beta = mx.sigmoid(b)
+    if allow_neg_eigval:
+        beta = beta * 2.0
+    if mask is not None:
+        beta = mx.where(mask[..., None], beta, 0)
+        logarithms = mx.where(mask.reshape(*mask.shape, *[1] * (a.ndim - 2)), logarithms, 0)
+    return logarithms, beta
+
+
+def _chunks(
+    state: mx.array,
+    packed: chunks.Borders | None,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    logarithms: mx.array,
+    beta: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """y (B, n, Hk, G, C, Dv) and the state (B, Hk, G, Dv, Dk) after n chunks, in float32."""
+    whole = logarithms.ndim == beta.ndim
+    decay = chunks.decays(mx.exp(logarithms[..., None] if whole else logarithms), packed)
+    if whole:
+        turned, within = k.swapaxes(-1, -2), chunks.within(decay, packed)
+        reads, keys = (q @ turned) * within, (k @ turned) * within
+    else:
+        reads, keys = channels.products(q, k, decay, packed)
+    inverse = unit_lower_inverse(beta[..., None] * keys) * beta[..., None, :]
+    entering, leaving = decay.entering, decay.leaving
+    return _serial(state, inverse @ v, inverse @ (k * entering), q * entering, k * leaving, reads, decay.total)
+
+
+def _serial(state: mx.array, *parts: mx.array) -> tuple[mx.array, mx.array]:
+    """The short loop over chunks: `parts` are T V, T (K e^Λ), Q e^Λ, K e^{Λ_C - Λ}, M and e^{Λ_C}, (B, n, …)."""
+    made = []
+    for values, keys, q, k, reads, total in zip(*(chunks.unstacked(part, axis=1) for part in parts), strict=True):
+        turned = state.swapaxes(-1, -2)
+        delta = values - keys @ turned
+        made.append(q @ turned + reads @ delta)
+        state = state * total + delta.swapaxes(-1, -2) @ k
+    return mx.stack(made, axis=1), state

@@ -1,0 +1,82 @@
+"""One mixer of Qwen3.5-0.8B's shape, forward and backward by its input: mlx_lm's own, and with functions of ours.
+
+Random float32 weights, a row of its own length, nothing around the mixer. mlx_lm's runs as mlx_lm runs it when
+training: a loop over positions. Ours runs the same layer's code with our functions in place of mlx_lm's.
+"""
+
+from __future__ import annotations
+
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.qwen3_5 import GatedDeltaNet, TextModelArgs
+
+from mlx_lora import device
+from mlx_lora.models.recurrence import CausalConv1d, gated_delta_update
+
+HIDDEN, HEADS, SIZE = 1024, 16, 128
+
+
+def mixer() -> GatedDeltaNet:
+    """16 heads of keys and of values, each 128 x 128, and a convolution of 4 taps; the same weights every time."""
+    mx.random.seed(0)
+    made = GatedDeltaNet(
+        TextModelArgs(
+            hidden_size=HIDDEN, linear_num_key_heads=HEADS, linear_num_value_heads=HEADS,
+            linear_key_head_dim=SIZE, linear_value_head_dim=SIZE, linear_conv_kernel_dim=4,
+        )
+    )  # fmt: skip
+    made.train()
+    mx.eval(made.parameters())
+    return made
+
+
+def theirs(*, length: int, steps: int) -> dict[str, Any]:
+    """mlx_lm's layer as it is."""
+    return measure(mixer(), GatedDeltaNet.__call__, length, steps)
+
+
+def rule(*, length: int, steps: int) -> dict[str, Any]:
+    """mlx_lm's layer with our gated delta rule in place of its loop, and nothing else."""
+    with device.memory_limits():
+        return measure(mixer(), _with_our_rule(), length, steps)
+
+
+def ours(*, length: int, steps: int) -> dict[str, Any]:
+    """mlx_lm's layer with our gated delta rule and our convolution."""
+    made = mixer()
+    made.conv1d.__class__ = CausalConv1d
+    with device.memory_limits():
+        return measure(made, _with_our_rule(), length, steps)
+
+
+def _with_our_rule() -> Callable[..., mx.array]:
+    call = GatedDeltaNet.__call__
+    names = {**call.__globals__, "gated_delta_update": gated_delta_update}
+    return types.FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
+
+
+def measure(layer: GatedDeltaNet, call: Callable[..., mx.array], length: int, steps: int) -> dict[str, Any]:
+    """`seconds` of every step after the first two, `peak_bytes` of all arrays, `added_bytes` of them beyond weights and
+    input, and `result`, which two sides must agree on."""
+    mx.random.seed(1)
+    x, cotangent = mx.random.normal((2, 1, length, HIDDEN))
+    mx.eval(x, cotangent)
+    before = mx.get_active_memory()
+    seconds, result = [], []
+    for step in range(steps + 2):
+        if step == 2:
+            mx.reset_peak_memory()
+        start = time.perf_counter()
+        outputs, gradients = mx.vjp(lambda x: call(layer, x), [x], [cotangent])
+        mx.eval(outputs, gradients)
+        seconds.append(time.perf_counter() - start)
+        result = [mx.linalg.norm(array).item() for array in (outputs[0], gradients[0])]
+        del outputs, gradients
+        if call is not GatedDeltaNet.__call__:  # as our trainer does after every step
+            device.hold_back()
+    peak = mx.get_peak_memory()
+    return {"seconds": seconds[2:], "peak_bytes": peak, "added_bytes": peak - before, "result": result}
