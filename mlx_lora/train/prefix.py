@@ -32,6 +32,8 @@ from mlx_lora.models.trunk.verify import verify_start
 STORED = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
 # The rest of the memory is for training, the rest of the disk for everyone else.
 MEMORY_SHARE, DISK_SHARE = 1 / 4, 1 / 2
+# Kept states may differ by rounding between shapes of batches, and by no more.
+TOLERANCE = 1e-3
 Home = Mapping[str, Callable[[int], Batch | None]]
 HINT = "free some space, or train without keeping hidden states"
 
@@ -174,6 +176,11 @@ class Prefix:
         kept = self._trunk.run(self.states("train", batch), start=self.start, segments=segments).astype(mx.float32)
         real = mx.array(batch.weights > 0)[..., None]
         return float((mx.abs(direct - kept) * real).max().item()) / float((mx.abs(direct) * real).max().item())
+
+    def differs(self, batch: Batch) -> str | None:
+        """Why kept states can't be used, where they make more than a difference of rounding on a training batch."""
+        difference = self.difference(batch)
+        return None if difference <= TOLERANCE else f"kept states differ from computed ones by {difference:.2g}"
 
     def close(self) -> None:
         for store in self._stores.values():

@@ -6,7 +6,7 @@ figures are read later. A step that isn't finite changes nothing. Knows nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from mlx_lora.adapters.attach import attached
 from mlx_lora.config import Train
 from mlx_lora.errors import TrainingError
+from mlx_lora.models.trunk.arrays import arrays_kept
 from mlx_lora.train import optim
 from mlx_lora.train.adalora import rule_for
 from mlx_lora.train.distributed import Processes
@@ -56,18 +57,20 @@ class Stepper:
         self._memory = {"optimizer": self._optimizer.state} | ({"rule": self._rule.state} if self._rule else {})
         self._zeros = tree_map(mx.zeros_like, model.trainable_parameters())
         self._shapes: set[Any] = set()
+        self.notes: dict[str, bool] = {}  # about the step itself, known once it has run; and whether they were told
         mx.random.seed(seed + processes.rank)  # each process drops out its own rows' activations
         mx.eval(model.state, self._memory, self._zeros)
         self._compile()
 
     def _compile(self) -> None:
-        model, optimizer, rule, memory = self._model, self._optimizer, self._rule, self._memory
+        model, optimizer, rule, memory, loss_sum = self._model, self._optimizer, self._rule, self._memory, self._loss
         most = self._settings.max_grad_norm  # not through self: a cycle would keep the graphs of a run that is over
-        loss_and_gradients = nn.value_and_grad(model, self._loss.differentiable)
+        loss_and_gradients = nn.value_and_grad(model, loss_sum.differentiable)
         state = [model.state, memory, mx.random.state]
 
         def accumulate(loss: mx.array, totals: Any, arrays: Arrays) -> tuple[mx.array, Any]:
-            loss_here, gradients = loss_and_gradients(arrays)
+            with arrays_kept(model):
+                loss_here, gradients = loss_and_gradients(arrays)
             return loss + loss_here, tree_map(mx.add, totals, gradients)
 
         def apply(loss: mx.array, totals: Any, tokens: mx.array) -> tuple[mx.array, mx.array]:
@@ -88,9 +91,39 @@ class Stepper:
             _refill(memory, _where(finite, memory, before))
             return norm, finite
 
-        self._accumulate = mx.compile(accumulate, inputs=state, outputs=state)
+        def evaluate(arrays: Arrays) -> mx.array:
+            with arrays_kept(model):
+                return loss_sum(arrays)
+
+        self._accumulate = self._compiled(accumulate, inputs=state, outputs=state)
         self._apply = mx.compile(apply, inputs=state, outputs=state)
-        self._evaluate = mx.compile(self._loss, inputs=[model.state], outputs=[])
+        self._evaluate = self._compiled(evaluate, inputs=[model.state], outputs=[])
+
+    def _compiled(self, plain: Callable[..., Any], **captured: Any) -> Callable[..., Any]:
+        """`plain` compiled; or as it is, with a note, where the model does what can't be compiled.
+
+        Such a model looks at numbers while it runs, as one that chooses its experts on the host. The first call tells.
+        """
+        compiled, model, memory, notes = mx.compile(plain, **captured), self._model, self._memory, self.notes
+        proven: list[Callable[..., Any]] = []
+
+        def first(*arguments: Any) -> Any:
+            key, remembered = mx.random.state[0] + 0, tree_map(lambda array: array, memory)
+            try:
+                with arrays_kept(model):
+                    result = compiled(*arguments)
+                    mx.eval(result)
+                proven.append(compiled)
+            except Exception as error:
+                _reseed(key)
+                _refill(memory, remembered)
+                result = plain(*arguments)  # which raises again what isn't about compiling
+                proven.append(plain)
+                note = f"this model can't be compiled, and runs uncompiled, slower: {str(error).splitlines()[0]}"
+                notes.setdefault(note, False)
+            return result
+
+        return lambda *arguments: (proven[0] if proven else first)(*arguments)
 
     def dispatch(self, batches: Iterable[Arrays], tokens: int, *, stop: bool = False) -> Pending:
         """Start one step over micro-batches, of which there may be none here when other processes have some.
@@ -146,8 +179,7 @@ class Stepper:
         adapter = tree_map_with_path(lambda path, _: arrays[f"adapter.{path}"], self._model.trainable_parameters())
         self._model.update(adapter)
         _refill(self._memory, tree_map_with_path(lambda path, _: arrays[path], self._memory))
-        high, low = arrays["random"].tolist()
-        mx.random.seed((high << 32) | low)  # a key is the two halves of a seed
+        _reseed(arrays["random"])
         mx.eval(self._model.trainable_parameters(), self._memory)
 
     def _remember(self, arrays: Arrays) -> None:
@@ -156,6 +188,12 @@ class Stepper:
         if len(self._shapes) > MOST_SHAPES:
             self._shapes.clear()
             self._compile()
+
+
+def _reseed(key: mx.array) -> None:
+    """Give MLX's random state back a key (2,) uint32 that it had: the two halves of a seed."""
+    high, low = key.tolist()
+    mx.random.seed((high << 32) | low)
 
 
 def _refill(tree: Any, new: Any) -> None:

@@ -47,8 +47,6 @@ from mlx_lora.train.step import Pending, Stepper
 MOST_SKIPPED = 3
 # Where a recipe doesn't say how often to save, this many seconds may be lost.
 SAVE_SECONDS = 300.0
-# Kept states may differ by rounding between shapes of batches, and by no more.
-PREFIX_TOLERANCE = 1e-3
 
 
 def train(
@@ -245,24 +243,16 @@ class _Run:
         made = prefix.plan(self.trunk, lengths, scratch, home)
         if not isinstance(made, str):
             stack.callback(made.close)
-            made = self._proven(made)
+            micro = next((micro for step in self._plan(0) for micro in step), None)
+            if micro is not None and (reason := made.differs(self._collate(micro))):
+                made.close()
+                made = reason
         self.progress.keeps_prefix = isinstance(made, prefix.Prefix)
         if isinstance(made, prefix.Prefix):
             self.prefix = made
             yield Note(str(made))
         elif choice == "on" or before:
             raise TrainingError(f"train.cache_prefix can't be used: {made}", hint="train.cache_prefix=off")
-
-    def _proven(self, made: prefix.Prefix) -> prefix.Prefix | str:
-        """A kept prefix whose states make no difference on the first batch, or by how much they do."""
-        micro = next((micro for step in self._plan(0) for micro in step), None)
-        if micro is None:
-            return made
-        difference = made.difference(self._collate(micro))
-        if difference <= PREFIX_TOLERANCE:  # not so for NaN
-            return made
-        made.close()
-        return f"kept states differ from computed ones by {difference:.2g}"
 
     def _longest_line(self) -> int:
         """Positions that no packed line exceeds: those of a line, or of the longest rows of one step."""
@@ -300,7 +290,7 @@ class _Run:
         states = self.prefix.states(of, batch) if self.prefix else None
         return as_arrays(batch, states, batch.columns() if self.cut_last else None)
 
-    def step(self, batches: list[Batch], *, stop: bool) -> Iterator[Step]:
+    def step(self, batches: list[Batch], *, stop: bool) -> Iterator[Step | Note]:
         """Dispatch one optimizer step; yields the one before it, now that the device has something to do."""
         tokens = sum(batch.trained for batch in batches)
         pending = self.stepper.dispatch((self.arrays("train", batch) for batch in batches), tokens, stop=stop)
@@ -313,8 +303,12 @@ class _Run:
         self.largest = max([self.largest, *(batch.inputs.size for batch in batches)])
         self.progress.real_tokens += sum(batch.real for batch in batches)
 
-    def collect(self) -> Iterator[Step]:
+    def collect(self) -> Iterator[Step | Note]:
         """Wait for the step on its way, if there is one, and count it."""
+        for note, told in self.stepper.notes.items():
+            if not told:
+                self.stepper.notes[note] = True
+                yield Note(note)
         if self._pending is None:
             return
         pending, self._pending, done = self._pending, None, self.progress

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_lora.models.trunk.arrays import arrays_kept
 from mlx_lora.models.trunk.carried import flattened
 from mlx_lora.models.trunk.dropout import Dropout
 from mlx_lora.models.trunk.last import names_of
@@ -50,14 +51,18 @@ class Call:
 
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """Training mode, in which mlx-lm's kernels without a gradient aren't used, but without dropout."""
+    """Training mode, in which mlx-lm's kernels without a gradient aren't used, but without dropout.
+
+    Behind the block the model has the arrays that it had.
+    """
     before = model.training
     model.train()
     for module in model.modules():
         if isinstance(module, Dropout | nn.Dropout):
             module.eval()
     try:
-        yield
+        with arrays_kept(model):
+            yield
     finally:
         model.train(before)
 
