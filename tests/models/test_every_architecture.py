@@ -19,6 +19,7 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
 from mlx_lora.data.batch import Batch, collate
 from mlx_lora.data.encode import Row
+from mlx_lora.errors import ModelError
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.recompute import recomputed
@@ -41,14 +42,22 @@ NEVER_LEFT_OUT = (
     "gemma3n", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_vl", "kimi_k25", "kimi_k3",
     "longcat_flash", "longcat_flash_ngram", "mistral4", "minicpm3", "bailing_hybrid", "bailing_moe_v3", "youtu_llm",
 )  # fmt: skip
+# mlx_lm's own code has no gradient: refused by name before the first step.
+WITHOUT_GRADIENT = ("deepseek_v41",)
+# Its block-sparse attention lets positions see later ones, padding included: rows of one length have none.
+NOT_CAUSAL = ("phi3small",)
 TOLERANCE = 1e-3
-LENGTHS = (19, 12, 17)
+LENGTHS, ONE_LENGTH = (19, 12, 17), (17, 17, 17)
 
 Gradients = dict[str, mx.array]
 
 
 def cases() -> list[Any]:
-    return [pytest.param(name, marks=() if name in DOZEN else pytest.mark.real) for name in sorted(CONFIGS)]
+    return [
+        pytest.param(name, marks=() if name in DOZEN else pytest.mark.real)
+        for name in sorted(CONFIGS)
+        if name not in WITHOUT_GRADIENT
+    ]
 
 
 def adapted(name: str, *, layers: Any = "all") -> nn.Module:
@@ -59,14 +68,14 @@ def adapted(name: str, *, layers: Any = "all") -> nn.Module:
     return model
 
 
-def rows(vocabulary: int) -> list[Row]:
+def rows(lengths: tuple[int, ...] = LENGTHS) -> list[Row]:
     """Rows with loss on their last third."""
     draw = np.random.default_rng(0)
     made = []
-    for length in LENGTHS:
+    for length in lengths:
         weights = np.zeros(length, np.float32)
         weights[2 * length // 3 :] = 1.0
-        made.append(Row(draw.integers(1, vocabulary, length).astype(np.int32), weights))
+        made.append(Row(draw.integers(1, 96, length).astype(np.int32), weights))
     return made
 
 
@@ -108,10 +117,9 @@ def assert_same(ours: Gradients, theirs: Gradients, way: str) -> None:
         assert away <= allowed, f"{way}: {path} is off by {away / max(mx.linalg.norm(array).item(), 1e-30):.2g}"
 
 
-def ways(model: nn.Module, trunk: Trunk, verified: Verified) -> dict[str, Gradients]:
+def ways(model: nn.Module, trunk: Trunk, verified: Verified, all_rows: list[Row]) -> dict[str, Gradients]:
     """Gradients in every way that holds for this model."""
-    all_rows, layers = rows(min(trunk.vocabulary, 96)), layers_of(model)
-    batch, found = collate(all_rows), {}
+    layers, batch, found = layers_of(model), collate(all_rows), {}
     with lean(layers, without=verified.without):
         found["lean"] = of_ours(trunk, batch)
         if verified.columns:
@@ -133,20 +141,21 @@ def ways(model: nn.Module, trunk: Trunk, verified: Verified) -> dict[str, Gradie
 @pytest.mark.parametrize("name", cases())
 def test_gradients_are_those_of_the_unmodified_model(name: str) -> None:
     model = adapted(name)
-    expected = of_the_unmodified_model(model, rows(min(CONFIGS[name].get("vocab_size", 96), 96)))
+    all_rows = rows(ONE_LENGTH if name in NOT_CAUSAL else LENGTHS)
+    expected = of_the_unmodified_model(model, all_rows)
     model.eval()
     trunk = take_apart(model)
     verified = verify(trunk, recompute=True, columns=True)
     if name in NEVER_LEFT_OUT:
         assert not verified.without and verified.recompute, verified.notes
-    for way, gradients in ways(model, trunk, verified).items():
+    for way, gradients in ways(model, trunk, verified, all_rows).items():
         assert_same(gradients, expected, way)
 
 
 @pytest.mark.parametrize("name", cases())
 def test_gradients_above_kept_states_are_those_of_the_unmodified_model(name: str) -> None:
     model = adapted(name, layers=1)
-    expected = of_the_unmodified_model(model, rows(96))
+    expected = of_the_unmodified_model(model, rows())
     model.eval()
     trunk, start = take_apart(model), len(layers_of(model)) - 1
     if isinstance(reason := verify_start(trunk, start), str):
@@ -155,13 +164,19 @@ def test_gradients_above_kept_states_are_those_of_the_unmodified_model(name: str
     verified = verify(trunk, recompute=False, columns=True)
     with ExitStack() as stack:
         stack.enter_context(lean(layers_of(model), without=verified.without))
-        assert_same(of_ours(trunk, collate(rows(96)), start=start), expected, "kept states")
+        assert_same(of_ours(trunk, collate(rows()), start=start), expected, "kept states")
         if verified.columns:
-            columns = of_ours(trunk, collate(rows(96)), start=start, columns=True)
+            columns = of_ours(trunk, collate(rows()), start=start, columns=True)
             assert_same(columns, expected, "kept states, last layer")
 
 
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_a_model_whose_layers_have_no_gradient_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ModelError, match=f"{name} can't be trained here: its DecoderLayer has no gradient"):
+        verify(take_apart(adapted(name)), recompute=True, columns=True)
+
+
 def test_at_least_a_hundred_architectures_are_covered_and_the_others_have_a_reason() -> None:
-    assert len(CONFIGS) >= 100
+    assert len(set(CONFIGS) - set(WITHOUT_GRADIENT)) >= 100
     assert set(DOZEN) | set(NEVER_LEFT_OUT) <= set(CONFIGS)
     assert all(UNCOVERED.values()) and not set(UNCOVERED) & set(CONFIGS)

@@ -4,7 +4,7 @@ Each function has the signature of mlx-lm's, and keeps its inputs and a state ev
 where mlx-lm's loop keeps copies of the state for every position.
 """
 
-from mlx_lora.models.recurrence.convolution import CausalConv1d, convolved
+from mlx_lora.models.recurrence.convolution import CausalConv1d, convolved, is_short
 from mlx_lora.models.recurrence.gated_delta import gated_delta_update
 from mlx_lora.models.recurrence.linear_attention import recurrent_gla
 from mlx_lora.models.recurrence.resets import current_segments, resetting
@@ -15,6 +15,7 @@ __all__ = [
     "convolved",
     "current_segments",
     "gated_delta_update",
+    "is_short",
     "recurrent_gla",
     "resetting",
     "ssm_update",

@@ -21,6 +21,11 @@ class CausalConv1d(nn.Conv1d):
         return convolved(self, x)
 
 
+def is_short(conv: nn.Conv1d) -> bool:
+    """Whether a convolution is depthwise, without stride, padding or dilation: what `convolved` serves."""
+    return conv.weight.shape[-1] == 1 and (conv.stride, conv.padding, conv.dilation) == (1, 0, 1)
+
+
 def convolved(conv: nn.Conv1d, x: mx.array, segments: mx.array | None = None) -> mx.array:
     """y (B, T, C) of a depthwise `conv` of K taps over x (B, T + K - 1, C), each row as if it stood alone.
 
@@ -28,8 +33,8 @@ def convolved(conv: nn.Conv1d, x: mx.array, segments: mx.array | None = None) ->
     before: they belong to the first position's segment. Taps are added up one by one, which on a CPU is several times
     faster than MLX's convolution. Raises ValueError for a convolution that mixes channels, skips positions or pads.
     """
-    channels, taps, mixed = conv.weight.shape
-    if mixed != 1 or channels != x.shape[-1] or (conv.stride, conv.padding, conv.dilation) != (1, 0, 1):
+    taps = conv.weight.shape[1]
+    if not is_short(conv):
         raise ValueError(f"only a depthwise convolution without stride, padding or dilation, not {conv}")
     segments = current_segments() if segments is None else segments
     if segments is None and device.on_gpu():

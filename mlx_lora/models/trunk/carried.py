@@ -45,11 +45,17 @@ def _opened(value: Any, arrays: list[mx.array]) -> Callable[[list[mx.array]], An
             return twin
 
         return again
+    if is_cache(value):
+        return lambda others: copy.copy(value)
     return lambda others: value
+
+
+def is_cache(value: Any) -> bool:
+    """Whether a value is a cache of mlx-lm's own, which layers add keys and values to."""
+    return type(value).__module__ == "mlx_lm.models.cache"
 
 
 def _of_a_model(value: Any) -> bool:
     """Whether a value is an object of a model's own, rather than a module or a cache."""
-    module = type(value).__module__
-    of_models = module.startswith("mlx_lm.models.") and module != "mlx_lm.models.cache"
+    of_models = type(value).__module__.startswith("mlx_lm.models.") and not is_cache(value)
     return of_models and not isinstance(value, nn.Module) and hasattr(value, "__dict__")

@@ -1,4 +1,4 @@
-"""Attention and gated activations that keep their inputs for the backward pass and compute the rest again.
+"""Attention, gated activations and recurrences that keep their inputs for the backward pass and compute the rest again.
 
 What a layer keeps decides how long a row fits in memory: attention's scores grow with the square of its length, and a
 gated activation holds five arrays of the widest size where two are enough. Both are cheap to compute again, unlike the
@@ -9,6 +9,8 @@ Attention runs over a few queries at a time, so no square of scores is ever held
 part are left out, which halves the work of long rows. A mask that is an array (packed rows, some sliding windows) is a
 square of its own, of one byte an entry, and leaves no keys out. A mask of numbers is added to the scores and gets a
 gradient: latent attention (DeepSeek, GLM, Kimi, LongCat) hands over scores of trained positions that way.
+
+Recurrences run in the exact chunked forms of `models.recurrence`.
 """
 
 from __future__ import annotations
@@ -24,9 +26,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora import device
+from mlx_lora.models.recurrence import (
+    CausalConv1d,
+    current_segments,
+    gated_delta_update,
+    is_short,
+    recurrent_gla,
+    resetting,
+    ssm_update,
+)
+from mlx_lora.models.trunk.segments import segments_of
 
 with device.file_limits_kept():
-    from mlx_lm.models import activations, base
+    from mlx_lm.models import activations, bailing_hybrid, bailing_moe_linear, base, gated_delta, ssm
 
 # Bytes of the scores of one part of the queries; a GPU wants more of them at a time.
 SCORES_BYTES, SCORES_BYTES_GPU = 16 << 20, 128 << 20
@@ -36,37 +48,82 @@ SCORES_BYTES, SCORES_BYTES_GPU = 16 << 20, 128 << 20
 def lean(layers: list[nn.Module], *, without: frozenset[str] = frozenset()) -> Iterator[None]:
     """While the block runs, `layers` keep less for the backward pass; on a GPU, evaluation is left as it is.
 
-    `without` names PARTS that stay mlx-lm's own.
+    Recurrences and short convolutions also stop at the borders of packed rows. `without` names PARTS that stay
+    mlx-lm's own.
     """
-    modules = {id(module): module for layer in layers for module in layer.modules()}.values()  # some are shared
-    changes = [(module, type(module), cls) for module in modules if (cls := _lean_class(type(module), without))]  # type: ignore[arg-type]
+    modules = {id(module): module for layer in layers for module in layer.modules()}  # some are shared
+    classes = {key: cls for key, module in modules.items() if (cls := _lean_class_of(module, without))}
+    running = [layer for layer in layers if any(keeps_state(module) for module in layer.modules())]
+    classes |= {
+        id(layer): _resetting_class(classes.get(id(layer), type(layer)))  # type: ignore[arg-type]
+        for layer in running
+    }
+    originals = {key: type(modules[key]) for key in classes}
     try:
-        for module, _, cls in changes:
-            module.__class__ = cls  # type: ignore[assignment]
+        for key, cls in classes.items():
+            modules[key].__class__ = cls
         yield
     finally:
-        for module, original, _ in changes:
-            module.__class__ = original  # type: ignore[assignment]
+        for key, original in originals.items():
+            modules[key].__class__ = original
+
+
+def _lean_class_of(module: nn.Module, without: frozenset[str]) -> type[nn.Module] | None:
+    """The class that a module is given, or None where it stays as it is."""
+    if type(module) is nn.Conv1d:
+        return CausalConv1d if "convolution" not in without and is_short(module) else None
+    return _lean_class(type(module), without)  # type: ignore[arg-type]
+
+
+def keeps_state(module: nn.Module) -> bool:
+    """Whether a module carries something from position to position that isn't attention's."""
+    return type(module) is nn.Conv1d or not RUNNING.isdisjoint(_replaced(type(module)))  # type: ignore[arg-type]
+
+
+@lru_cache
+def _resetting_class(original: type[nn.Module]) -> type[nn.Module]:
+    """A layer that tells what runs inside it where packed rows begin, which its cache knows."""
+
+    def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+        segments = segments_of([*arguments, *named.values()])
+        if segments is None:
+            return original.__call__(self, *arguments, **named)
+        with resetting(segments):
+            return original.__call__(self, *arguments, **named)
+
+    return type(f"Resetting{original.__name__}", (original,), {"__call__": call})
 
 
 @lru_cache
 def _lean_class(original: type[nn.Module], without: frozenset[str]) -> type[nn.Module] | None:
     """A subclass whose methods call the lean functions, or None where they would call none."""
-    methods = {}
+    methods = {name: made for name, method in _methods(original) if (made := _changed(method, without))}
+    return type(f"Lean{original.__name__}", (original,), methods) if methods else None
+
+
+@lru_cache
+def _replaced(original: type[nn.Module]) -> frozenset[str]:
+    """The PARTS that a class's methods call."""
+    return frozenset(part for _, method in _methods(original) for part, *_ in _calls(method))
+
+
+def _methods(original: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
     for name in dir(original):
         method = inspect.getattr_static(original, name)
-        if isinstance(method, types.FunctionType) and (changed := _changed(method, without)):
-            methods[name] = changed
-    return type(f"Lean{original.__name__}", (original,), methods) if methods else None
+        if isinstance(method, types.FunctionType):
+            yield name, method
+
+
+def _calls(method: types.FunctionType) -> Iterator[tuple[str, str, Callable[..., Any]]]:
+    """(part, name, ours) of each function that a method calls by name and that has one in its place."""
+    for part, name, theirs, ours in FUNCTIONS:
+        if name in method.__code__.co_names and method.__globals__.get(name) is theirs:
+            yield part, name, ours
 
 
 def _changed(method: types.FunctionType, without: frozenset[str]) -> Callable[..., Any] | None:
     """A method that calls the lean functions while training, or None where it would call none."""
-    ours = {
-        name: function
-        for part, name, theirs, function in FUNCTIONS
-        if part not in without and name in method.__code__.co_names and method.__globals__.get(name) is theirs
-    }
+    ours = {name: function for part, name, function in _calls(method) if part not in without}
     if not ours:
         return None
     again = types.FunctionType(
@@ -75,7 +132,8 @@ def _changed(method: types.FunctionType, without: frozenset[str]) -> Callable[..
     again.__kwdefaults__ = method.__kwdefaults__
 
     def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        return (again if self.training or not device.on_gpu() else method)(self, *arguments, **named)
+        own = device.on_gpu() and not self.training and current_segments() is None
+        return (method if own else again)(self, *arguments, **named)
 
     return call
 
@@ -228,5 +286,11 @@ def _joined(parts: list[mx.array]) -> mx.array:
 FUNCTIONS: list[tuple[str, str, Any, Callable[..., Any]]] = [
     ("activation", "swiglu", activations.swiglu, swiglu),
     ("attention", "scaled_dot_product_attention", base.scaled_dot_product_attention, scaled_dot_product_attention),
+    ("recurrence", "gated_delta_update", gated_delta.gated_delta_update, gated_delta_update),
+    ("recurrence", "ssm_update", ssm.ssm_update, ssm_update),
+    ("recurrence", "recurrent_gla", bailing_moe_linear.recurrent_gla, recurrent_gla),
+    ("recurrence", "recurrent_gla", bailing_hybrid.recurrent_gla, recurrent_gla),
 ]
-PARTS = frozenset(part for part, *_ in FUNCTIONS)
+# What runs along the row, and stops at the borders of packed rows only in our form.
+RUNNING = frozenset({"recurrence", "convolution"})
+PARTS = frozenset(part for part, *_ in FUNCTIONS) | RUNNING

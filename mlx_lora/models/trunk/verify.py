@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten
 from mlx_lora.errors import ModelError
 from mlx_lora.models.architectures import TRUNKS
 from mlx_lora.models.trunk import lean as lean_module
+from mlx_lora.models.trunk.carried import is_cache
 from mlx_lora.models.trunk.last import columns_of, columns_of_layer
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
@@ -224,6 +225,8 @@ def _lean_differs(compared: Compared, without: frozenset[str]) -> str | None:
 def _not_recomputed(trunk: Trunk, compared: Compared, without: frozenset[str]) -> str | None:
     if compared[0][0].layer is trunk.module:
         return "the model runs their parts itself"
+    if any(is_cache(value) for call, _ in compared for value in [*call.arguments, *call.named.values()]):
+        return "they leave keys and values to each other in a cache, which a second pass would fill again"
 
     def changed(call: Call, stack: ExitStack) -> Function:
         stack.enter_context(lean([call.layer], without=without))
