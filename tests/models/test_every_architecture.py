@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
@@ -46,6 +47,8 @@ NEVER_LEFT_OUT = (
 WITHOUT_GRADIENT = ("deepseek_v41",)
 # Its block-sparse attention lets positions see later ones, padding included: rows of one length have none.
 NOT_CAUSAL = ("phi3small",)
+# Its layers share keys through the cache that it is served with, and have keys of their own without one.
+OTHERS_WITH_A_CACHE = ("gemma3n",)
 TOLERANCE = 1e-3
 LENGTHS, ONE_LENGTH = (19, 12, 17), (17, 17, 17)
 
@@ -79,11 +82,11 @@ def rows(lengths: tuple[int, ...] = LENGTHS) -> list[Row]:
     return made
 
 
-def of_the_unmodified_model(model: nn.Module, all_rows: list[Row]) -> Gradients:
-    """Loss and gradients of Σ weight · nll, of each row by itself, over the model's own logits."""
+def of_the_unmodified_model(model: nn.Module, all_rows: list[Row], *, served: bool = False) -> Gradients:
+    """Loss and gradients of Σ weight · nll, each row by itself, over the model's own logits; `served`: with a cache."""
 
     def loss(tokens: mx.array, weights: mx.array) -> mx.array:
-        logits = model(tokens[None, :-1])[0]
+        logits = model(tokens[None, :-1], cache=make_prompt_cache(model) if served else None)[0]
         return (negative_log_likelihood(logits, tokens[1:]) * weights[1:]).sum()
 
     model.train()
@@ -142,9 +145,10 @@ def ways(model: nn.Module, trunk: Trunk, verified: Verified, all_rows: list[Row]
 def test_gradients_are_those_of_the_unmodified_model(name: str) -> None:
     model = adapted(name)
     all_rows = rows(ONE_LENGTH if name in NOT_CAUSAL else LENGTHS)
-    expected = of_the_unmodified_model(model, all_rows)
+    expected = of_the_unmodified_model(model, all_rows, served=name in OTHERS_WITH_A_CACHE)
     model.eval()
     trunk = take_apart(model)
+    assert trunk.hands_keys_on == (name in OTHERS_WITH_A_CACHE)
     verified = verify(trunk, recompute=True, columns=True)
     if name in NEVER_LEFT_OUT:
         assert not verified.without and verified.recompute, verified.notes
@@ -155,7 +159,7 @@ def test_gradients_are_those_of_the_unmodified_model(name: str) -> None:
 @pytest.mark.parametrize("name", cases())
 def test_gradients_above_kept_states_are_those_of_the_unmodified_model(name: str) -> None:
     model = adapted(name, layers=1)
-    expected = of_the_unmodified_model(model, rows())
+    expected = of_the_unmodified_model(model, rows(), served=name in OTHERS_WITH_A_CACHE)
     model.eval()
     trunk, start = take_apart(model), len(layers_of(model)) - 1
     if isinstance(reason := verify_start(trunk, start), str):

@@ -36,26 +36,32 @@ def _opened(value: Any, arrays: list[mx.array]) -> Callable[[list[mx.array]], An
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         items, kind = [_opened(part, arrays) for part in value], type(value)
         return lambda others: kind(item(others) for item in items)
-    if _of_a_model(value):
-        attributes = _opened(dict(vars(value)), arrays)
+    if (attributes := carried_by(value)) is not None:
+        around = _opened(attributes, arrays)
 
         def again(others: list[mx.array]) -> Any:
             twin = copy.copy(value)
-            vars(twin).update(attributes(others))
+            vars(twin).update(around(others))
             return twin
 
         return again
-    if is_cache(value):
-        return lambda others: copy.copy(value)
     return lambda others: value
 
 
-def is_cache(value: Any) -> bool:
-    """Whether a value is a cache of mlx-lm's own, which layers add keys and values to."""
-    return type(value).__module__ == "mlx_lm.models.cache"
+def objects_in(tree: Any) -> list[Any]:
+    """The objects of `tree` that arrays are carried in, in order."""
+    if carried_by(tree) is not None:
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return [found for part in parts for found in objects_in(part)]
 
 
-def _of_a_model(value: Any) -> bool:
-    """Whether a value is an object of a model's own, rather than a module or a cache."""
-    of_models = type(value).__module__.startswith("mlx_lm.models.") and not is_cache(value)
-    return of_models and not isinstance(value, nn.Module) and hasattr(value, "__dict__")
+def carried_by(value: Any) -> dict[str, Any] | None:
+    """The attributes in which an object carries arrays from layer to layer, or None where it carries none.
+
+    Objects and caches of mlx-lm's models may do so in any attribute; a class here names those that do in CARRIED.
+    """
+    if names := getattr(type(value), "CARRIED", ()):
+        return {name: getattr(value, name) for name in names}
+    of_a_model = type(value).__module__.startswith("mlx_lm.models.") and not isinstance(value, nn.Module)
+    return dict(vars(value)) if of_a_model and hasattr(value, "__dict__") else None

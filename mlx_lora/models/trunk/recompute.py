@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.models.trunk.carried import Rebuild, flattened
+from mlx_lora.models.trunk.carried import Rebuild, carried_by, flattened, objects_in
 from mlx_lora.models.trunk.dropout import Dropout
 
 
@@ -45,12 +45,17 @@ def _checkpointed(original: type[nn.Module]) -> type[nn.Module]:
             self.update(parameters)
             arguments, named = called_with(taken)
             with _drawn_from(dropouts, keys):
-                outputs, rebuild = flattened(original.__call__(self, *arguments, **named))
+                output = original.__call__(self, *arguments, **named)
+            changed = [carried_by(value) for value in objects_in((arguments, named))]
+            outputs, rebuild = flattened((output, changed))
             made.append(rebuild)
             return outputs
 
         outputs = mx.checkpoint(inside)(self.trainable_parameters(), taken)
-        return made[0](outputs)
+        output, changed = made[0](outputs)
+        for value, attributes in zip(objects_in((arguments, named)), changed, strict=True):
+            vars(value).update(attributes)  # what the layer has left there for the layers above
+        return output
 
     return type(f"Recomputed{original.__name__}", (original,), {"__call__": call})
 

@@ -38,11 +38,36 @@ class _Masks:
         return self._made[window]
 
 
-class PackedCache:
+class RowCache:
+    """Stands in for the cache of one layer where layers above use its keys and values: it hands them on, within a pass.
+
+    Gemma 3n's upper layers look at keys of lower ones wherever there is a cache, as there is when it is served.
+    """
+
+    CARRIED = ("keys", "values")
+
+    def __init__(self, offset: int = 0):
+        self.offset = offset
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        windowed = window_size is not None and length > window_size
+        return create_causal_mask(length, window_size=window_size) if windowed or return_array else "causal"
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def keys_and_values(self) -> tuple[mx.array | None, mx.array | None]:
+        return self.keys, self.values
+
+
+class PackedCache(RowCache):
     """Stands in for the cache of one layer, of which attention wants a mask, an offset and the keys and values."""
 
     def __init__(self, masks: _Masks, offset: int):
-        self.offset = offset
+        super().__init__(offset)
         self._masks = masks
 
     @property
@@ -54,9 +79,6 @@ class PackedCache:
         if length != self._masks.length:
             raise ModelError(f"the model asks for a mask over {length} of {self._masks.length} packed positions")
         return self._masks.within(window_size)
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return keys, values
 
 
 class PackedState(ArraysCache):
@@ -94,6 +116,12 @@ def caches(model: nn.Module, segment_ids: mx.array, *, first: int = 0) -> list[A
         return PackedState(masks, len(kind.cache)) if type(kind) is ArraysCache else PackedCache(masks, first)
 
     return [like(kind) for kind in kinds]
+
+
+def row_caches(model: nn.Module) -> list[RowCache] | None:
+    """The `cache` for rows alone of a model whose layers hand keys on in it, or None where some keep something else."""
+    kinds = make_prompt_cache(model)
+    return [RowCache() for _ in kinds] if all(type(kind) in (KVCache, RotatingKVCache) for kind in kinds) else None
 
 
 def keeps_state(model: nn.Module) -> bool:

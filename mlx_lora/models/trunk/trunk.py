@@ -24,7 +24,7 @@ import mlx.nn as nn
 
 from mlx_lora.models.trunk import last
 from mlx_lora.models.trunk.layers import layers_of
-from mlx_lora.models.trunk.segments import caches
+from mlx_lora.models.trunk.segments import caches, row_caches
 from mlx_lora.models.trunk.standins import Box, Held, trunk_with
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Trunk:
     name: str | None = None
     language: str | None = None
     vocabulary: int = 0
+    hands_keys_on: bool = False  # in its cache: it is another model without one
     trial: Trial | None = field(default=None, repr=False, compare=False)  # for `verify`, once
 
     @property
@@ -67,7 +68,7 @@ class Trunk:
         `x` are tokens (B, T), or with a `start` the states (B, T, d) that enter that layer. `segments` int32 (B, T) has
         one number for the positions of a row, and 0 for padding.
         """
-        return self.run_with(x, None if segments is None else caches(self.model, segments), start, columns)
+        return self.run_with(x, self._caches(segments), start, columns)
 
     def run_with(self, x: mx.array, cache: Any, start: int = 0, columns: mx.array | None = None) -> mx.array:
         """`run` with the caller's own caches, one for each layer, or None for none."""
@@ -76,6 +77,11 @@ class Trunk:
         if columns is not None:
             return last.columns_of(self, x, columns, start, cache)
         return self.above(x, start, cache) if start else self.module(x, cache=cache)
+
+    def _caches(self, segments: mx.array | None) -> list[Any] | None:
+        if segments is not None:
+            return caches(self.model, segments)
+        return row_caches(self.model) if self.hands_keys_on else None
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits (N, V) of hidden states (N, d), through the model's own ending."""
@@ -89,8 +95,7 @@ class Trunk:
         """Hidden states entering `layer`, (B, T, d), without gradients."""
         layers = layers_of(self.model)
         boxes = [Box(above) for above in layers[layer:]]
-        cache = None if segments is None else caches(self.model, segments)
-        trunk_with(self.module, self.model, [*layers[:layer], *boxes])(tokens, cache=cache)
+        trunk_with(self.module, self.model, [*layers[:layer], *boxes])(tokens, cache=self._caches(segments))
         return boxes[0].entered
 
     def above(self, hidden: mx.array, start: int, cache: Any = None, *, final: Any = None) -> mx.array:

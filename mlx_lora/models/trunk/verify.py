@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -23,12 +23,11 @@ from mlx.utils import tree_flatten
 from mlx_lora.errors import ModelError
 from mlx_lora.models.architectures import TRUNKS
 from mlx_lora.models.trunk import lean as lean_module
-from mlx_lora.models.trunk.carried import is_cache
 from mlx_lora.models.trunk.last import columns_of, columns_of_layer
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.recompute import recomputed
-from mlx_lora.models.trunk.segments import caches, keeps_state
+from mlx_lora.models.trunk.segments import caches, keeps_state, row_caches
 from mlx_lora.models.trunk.trial import (
     STARTS,
     Call,
@@ -89,7 +88,12 @@ def take_apart(model: nn.Module) -> Trunk:
         candidates = list(_candidates(model))
         with noting([*getattr(model, "layers", []), *(candidate.module for candidate in candidates)], calls):
             whole = model(tokens)
+        served = _served(model, tokens)
+        hands_keys_on = served is not None and not _hold("head", [(whole, served)])
+        if served is not None and hands_keys_on:
+            whole = served
         for trunk in candidates:
+            trunk.hands_keys_on = hands_keys_on
             trunk.vocabulary = whole.shape[-1]
             try:
                 hidden = _states(trunk, tokens, calls)
@@ -98,16 +102,29 @@ def take_apart(model: nn.Module) -> Trunk:
                 continue
             expected = whole[0][mx.array(ROWS)]
             if logits.shape == expected.shape and _hold("head", [(logits, expected)]):
-                if getattr(model, "layers", None):
-                    trunk.trial = trial_of(trunk, tokens, hidden, calls)
+                if trunk.hands_keys_on or not getattr(model, "layers", None):
+                    return trunk
+                trunk.trial = trial_of(trunk, tokens, hidden, calls)
                 return trunk
-    return Trunk(model, vocabulary=whole.shape[-1])
+    return Trunk(model, vocabulary=whole.shape[-1], hands_keys_on=hands_keys_on)
+
+
+def _served(model: nn.Module, tokens: mx.array) -> mx.array | None:
+    """Logits with a cache, as the model is served, where some of its layers share a cache and might use it so."""
+    if (count := len(getattr(model, "layers", []))) and (kept := row_caches(model)) and len(kept) < count:
+        with suppress(Exception):  # a model whose caches are its own affair
+            return model(tokens, cache=kept)  # type: ignore[no-any-return]
+    return None
 
 
 def _states(trunk: Trunk, tokens: mx.array, calls: dict[int, Call]) -> mx.array:
     """The trunk's hidden states: those noted, where the model called it with nothing but the tokens."""
     call = calls.get(id(trunk.module))
-    if call is not None and all(value is None for value in [*call.arguments[1:], *call.named.values()]):
+    if (
+        not trunk.hands_keys_on
+        and call is not None
+        and all(value is None for value in [*call.arguments[1:], *call.named.values()])
+    ):
         return call.output  # type: ignore[no-any-return]
     return trunk.run(tokens)
 
@@ -225,8 +242,6 @@ def _lean_differs(compared: Compared, without: frozenset[str]) -> str | None:
 def _not_recomputed(trunk: Trunk, compared: Compared, without: frozenset[str]) -> str | None:
     if compared[0][0].layer is trunk.module:
         return "the model runs their parts itself"
-    if any(is_cache(value) for call, _ in compared for value in [*call.arguments, *call.named.values()]):
-        return "they leave keys and values to each other in a cache, which a second pass would fill again"
 
     def changed(call: Call, stack: ExitStack) -> Function:
         stack.enter_context(lean([call.layer], without=without))
@@ -286,7 +301,7 @@ def _isolated(trunk: Trunk, layers: list[nn.Module], first: int) -> bool:
     with noting(layers, together):
         packed = trunk.run_with(tokens, caches(trunk.model, lines, first=first))
     with noting(layers, apart):  # padding behind a row reaches nothing in it
-        alone = trunk.run_with(_gathered(tokens, rows), None)
+        alone = trunk.run(_gathered(tokens, rows))
     times = max(1.0, first / EXACT_POSITIONS)
     real = (rows >= 0)[..., None]
     if not _hold("packing", [(_gathered(packed, rows) * real, alone * real)], times=times):
@@ -320,16 +335,17 @@ def _packed_outcomes(together: Call, apart: Call, rows: mx.array) -> list[tuple[
     """What a layer makes of packed rows and of the same rows alone, and the gradients of what enters and is trained."""
     real, trained = (rows >= 0)[..., None], together.layer.trainable_parameters()
     place, x = next(
-        (index, value)
-        for index, value in enumerate(together.arguments)
+        (place, value)
+        for place, value in _by_place(together).items()
         if isinstance(value, mx.array) and value.ndim == 3 and mx.issubdtype(value.dtype, mx.floating)
     )
 
     def by(call: Call, shaped: Function, made: Function) -> list[mx.array]:
         def summed(x: mx.array, trained: Any) -> mx.array:
             call.layer.update(trained)
-            arguments = [*call.arguments[:place], shaped(x), *call.arguments[place + 1 :]]
-            output = made(call.layer(*arguments, **call.named)) * real
+            given = {**_by_place(call), place: shaped(x)}
+            arguments = [given.pop(index) for index in range(len(call.arguments))]
+            output = made(call.layer(*arguments, **given)) * real
             return (output * mx.cos(mx.arange(output.size)).reshape(output.shape)).sum()
 
         try:
@@ -341,6 +357,11 @@ def _packed_outcomes(together: Call, apart: Call, rows: mx.array) -> list[tuple[
     packed = by(together, lambda x: x, lambda output: _gathered(output, rows))
     alone = by(apart, lambda x: _gathered(x, rows), lambda output: output)
     return list(zip(packed[1:], alone[1:], strict=True))
+
+
+def _by_place(call: Call) -> dict[Any, Any]:
+    """A call's arguments by their numbers and names."""
+    return {**dict(enumerate(call.arguments)), **call.named}
 
 
 def _hold(part: str, pairs: Sequence[tuple[mx.array, mx.array]], *, times: float = 1.0) -> bool:
