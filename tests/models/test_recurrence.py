@@ -83,6 +83,12 @@ def test_values_and_gradients_are_those_of_a_float64_loop(name: str, length: int
 
 
 @EVERY
+def test_chunks_of_a_gpu_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", chunks.CHUNK_GPU)
+    check_exact(name, KINDS[name].inputs(150, lines=1))
+
+
+@EVERY
 def test_no_state_is_a_state_of_zeros(name: str) -> None:
     kind, inputs = KINDS[name], KINDS[name].inputs(70)
     inputs[kind.state] = mx.zeros_like(inputs[kind.state])
