@@ -4,7 +4,7 @@ Each function has the signature of mlx-lm's, and keeps its inputs and a state ev
 where mlx-lm's loop keeps copies of the state for every position.
 """
 
-from mlx_lora.models.recurrence.convolution import CausalConv1d, convolved
+from mlx_lora.models.recurrence.convolution import CausalConv1d, convolved, silu
 from mlx_lora.models.recurrence.gated_delta import gated_delta_update
 from mlx_lora.models.recurrence.linear_attention import recurrent_gla
 from mlx_lora.models.recurrence.resets import current_segments, resetting
@@ -17,5 +17,6 @@ __all__ = [
     "gated_delta_update",
     "recurrent_gla",
     "resetting",
+    "silu",
     "ssm_update",
 ]

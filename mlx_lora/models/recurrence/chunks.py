@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_lora import device
 from mlx_lora.models.recurrence.triangular import joined
 
-# Positions of a chunk. On a CPU, 32 took a quarter less time than 64 and half of 128's; a GPU wants fewer, larger products.
+# Positions of a chunk. On a CPU, 32 took a quarter less time than 64 and half of 128's; a GPU wants larger products.
 CHUNK, CHUNK_GPU = 32, 64
 # Bytes that one span may hold for the time it runs. Few spans keep fewer states; small ones stay in a CPU's cache.
 SPAN_BYTES, SPAN_BYTES_GPU = 32 << 20, 128 << 20
