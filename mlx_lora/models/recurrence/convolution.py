@@ -50,12 +50,12 @@ def _silu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     return _by_silu(x, cotangent)  # type: ignore[no-any-return]
 
 
-@mx.compile
+@mx.compile  # type: ignore[untyped-decorator]
 def _silu(x: mx.array) -> mx.array:
     return x * device.sigmoid(x)
 
 
-@mx.compile
+@mx.compile  # type: ignore[untyped-decorator]
 def _by_silu(x: mx.array, cotangent: mx.array) -> mx.array:
     switch = device.sigmoid(x)
     return cotangent * switch * (1 + x * (1 - switch))
