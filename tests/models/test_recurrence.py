@@ -180,7 +180,7 @@ def test_very_strong_decays_stay_exact(name: str, strength: str) -> None:
 def test_a_compiled_gradient_is_the_same() -> None:
     """Of one kind: every kernel to compile costs a second on Linux. The function runs twice, for y and for gradients:
     `mx.compile` merges what is equal."""
-    kind, inputs = KINDS["gated"], KINDS["gated"].inputs(140)
+    kind, inputs = KINDS["gated"], KINDS["gated"].inputs(128)
     given = weights(kind.ours, inputs)
 
     def gradients(*arrays: mx.array) -> dict[str, mx.array]:
