@@ -83,6 +83,12 @@ def test_values_and_gradients_are_those_of_a_float64_loop(name: str, length: int
 
 
 @EVERY
+def test_chunks_of_a_gpu_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", chunks.CHUNK_GPU)
+    check_exact(name, KINDS[name].inputs(150, lines=1))
+
+
+@EVERY
 def test_no_state_is_a_state_of_zeros(name: str) -> None:
     kind, inputs = KINDS[name], KINDS[name].inputs(70)
     inputs[kind.state] = mx.zeros_like(inputs[kind.state])
@@ -174,7 +180,7 @@ def test_very_strong_decays_stay_exact(name: str, strength: str) -> None:
 def test_a_compiled_gradient_is_the_same() -> None:
     """Of one kind: every kernel to compile costs a second on Linux. The function runs twice, for y and for gradients:
     `mx.compile` merges what is equal."""
-    kind, inputs = KINDS["gated"], KINDS["gated"].inputs(140)
+    kind, inputs = KINDS["gated"], KINDS["gated"].inputs(128)
     given = weights(kind.ours, inputs)
 
     def gradients(*arrays: mx.array) -> dict[str, mx.array]:
@@ -276,6 +282,14 @@ def test_a_convolution_and_its_gradients_stop_at_borders(bias: bool, packed: boo
 
     wanted = measure(apart if packed else lambda conv, x: conv(x))
     check(measure(lambda conv, x: recurrence.convolved(conv, x, segments)), wanted)
+
+
+def test_silu_and_its_gradient() -> None:
+    mx.random.seed(0)
+    x, weight = mx.random.normal((3, 50)) * 6, mx.random.normal((3, 50))
+    assert distance(recurrence.silu(x), nn.silu(x)) <= 1e-6
+    found, wanted = (mx.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (recurrence.silu, nn.silu))
+    assert distance(found, wanted) <= 1e-6
 
 
 def test_a_convolution_that_mixes_channels_is_refused() -> None:

@@ -39,6 +39,6 @@ def decayed_attention(
 
 
 def held_bytes(lines: int, heads: int, depth: int, width: int) -> int:
-    """Bytes that a chunk of CHUNK positions holds in the backward pass."""
-    size = chunks.CHUNK
+    """Bytes that a chunk of `chunks.longest` positions holds in the backward pass."""
+    size = chunks.longest()
     return 4 * lines * heads * (size * (6 * depth + 4 * width + 6 * size) + 4 * depth * width)

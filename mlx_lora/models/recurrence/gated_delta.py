@@ -61,16 +61,20 @@ def gated_delta_update(
         return theirs.gated_delta_update(q, k, v, a, b, A_log, dt_bias, state, mask, **options)  # type: ignore[no-any-return]
     if state is None:
         state = mx.zeros((lines, heads, depth, width), dtype=mx.float32)
-    size = chunks.CHUNK
-    held = 10 * width + 8 * depth + 10 * size + 6 * (a.ndim - 3) * size * width // size
     return scan(
         _step(lower_bound, allow_neg_eigval),
         state.astype(mx.float32),
         (q, k, v, a, b),
         (A_log, dt_bias),
         chunks.marks(segments, mask),
-        span=chunks.span_length(4 * lines * heads * (size * held + 4 * width * depth)),
+        span=chunks.span_length(lines * heads * _held_bytes(width, depth, by_channel=a.ndim == 4)),
     )
+
+
+def _held_bytes(width: int, depth: int, *, by_channel: bool) -> int:
+    """Bytes that a chunk of one head holds in the backward pass, as measured."""
+    size = chunks.longest()
+    return 4 * (size * ((15 if by_channel else 7) * width + 6 * depth + 7 * size) + 3 * width * depth)
 
 
 @lru_cache

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.qwen3_5 import GatedDeltaNet, TextModelArgs
 
 from mlx_lora import device
-from mlx_lora.models.recurrence import CausalConv1d, gated_delta_update
+from mlx_lora.models.recurrence import CausalConv1d, gated_delta_update, silu
 
 HIDDEN, HEADS, SIZE = 1024, 16, 128
 
@@ -41,22 +43,33 @@ def theirs(*, length: int, steps: int) -> dict[str, Any]:
 
 def rule(*, length: int, steps: int) -> dict[str, Any]:
     """mlx_lm's layer with our gated delta rule in place of its loop, and nothing else."""
-    with device.memory_limits():
-        return measure(mixer(), _with_our_rule(), length, steps)
+    with _freed_memory_kept():
+        return measure(mixer(), _with(gated_delta_update=gated_delta_update), length, steps)
 
 
 def ours(*, length: int, steps: int) -> dict[str, Any]:
-    """mlx_lm's layer with our gated delta rule and our convolution."""
+    """mlx_lm's layer with our gated delta rule, convolution and SiLU."""
     made = mixer()
     made.conv1d.__class__ = CausalConv1d
+    with _freed_memory_kept():
+        layers = types.SimpleNamespace(**{**vars(nn), "silu": silu})
+        return measure(made, _with(gated_delta_update=gated_delta_update, nn=layers), length, steps)
+
+
+@contextmanager
+def _freed_memory_kept() -> Iterator[None]:
+    """As in our trainer, but without its waiting for each operation near the peak: a mixer alone is all peak."""
     with device.memory_limits():
-        return measure(made, _with_our_rule(), length, steps)
+        mx.set_memory_limit(1 << 40)
+        yield
 
 
-def _with_our_rule() -> Callable[..., mx.array]:
+def _with(**ours: Any) -> Callable[..., mx.array]:
+    """The layer's own code, with other objects behind some of its names."""
     call = GatedDeltaNet.__call__
-    names = {**call.__globals__, "gated_delta_update": gated_delta_update}
-    return types.FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
+    return types.FunctionType(
+        call.__code__, {**call.__globals__, **ours}, call.__name__, call.__defaults__, call.__closure__
+    )
 
 
 def measure(layer: GatedDeltaNet, call: Callable[..., mx.array], length: int, steps: int) -> dict[str, Any]:
@@ -76,7 +89,5 @@ def measure(layer: GatedDeltaNet, call: Callable[..., mx.array], length: int, st
         seconds.append(time.perf_counter() - start)
         result = [mx.linalg.norm(array).item() for array in (outputs[0], gradients[0])]
         del outputs, gradients
-        if call is not GatedDeltaNet.__call__:  # as our trainer does after every step
-            device.hold_back()
     peak = mx.get_peak_memory()
     return {"seconds": seconds[2:], "peak_bytes": peak, "added_bytes": peak - before, "result": result}

@@ -95,7 +95,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **COMMON, "model_type": "granitemoehybrid", "num_hidden_layers": 3,
         "layer_types": ["mamba", "attention", "mamba"], "position_embedding_type": "nope", "logits_scaling": 4.0,
         "attention_multiplier": 0.25, "embedding_multiplier": 12.0, "residual_multiplier": 0.5, "mlp_bias": False,
-        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64, "mamba_n_heads": 4,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64, "mamba_n_heads": 8,
         "mamba_d_head": 16, "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_n_groups": 1, "mamba_conv_bias": True,
         "mamba_proj_bias": False, "tie_word_embeddings": True,
     },
