@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
 from mlx_lora.device import HELD_BACK
-from mlx_lora.models.trunk.lean import SCORES_BYTES
+from mlx_lora.models.trunk.attention import SCORES_BYTES
 from mlx_lora.quant.matmul import BLOCK_BYTES
 from mlx_lora.train.costs import Costs
 from mlx_lora.train.loss import LEAST_ROWS, TILE_BYTES, TILE_BYTES_GPU

@@ -284,14 +284,6 @@ def test_a_convolution_and_its_gradients_stop_at_borders(bias: bool, packed: boo
     check(measure(lambda conv, x: recurrence.convolved(conv, x, segments)), wanted)
 
 
-def test_silu_and_its_gradient() -> None:
-    mx.random.seed(0)
-    x, weight = mx.random.normal((3, 50)) * 6, mx.random.normal((3, 50))
-    assert distance(recurrence.silu(x), nn.silu(x)) <= 1e-6
-    found, wanted = (mx.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (recurrence.silu, nn.silu))
-    assert distance(found, wanted) <= 1e-6
-
-
 def test_a_convolution_that_mixes_channels_is_refused() -> None:
     with pytest.raises(ValueError, match="depthwise"):
         recurrence.convolved(nn.Conv1d(6, 6, 4), mx.ones((1, 5, 6)), mx.ones((1, 2), dtype=mx.int32))

@@ -4,7 +4,7 @@ Each function has the signature of mlx-lm's, and keeps its inputs and a state ev
 where mlx-lm's loop keeps copies of the state for every position.
 """
 
-from mlx_lora.models.recurrence.convolution import CausalConv1d, convolved, is_short, silu
+from mlx_lora.models.recurrence.convolution import CausalConv1d, convolved, is_short
 from mlx_lora.models.recurrence.gated_delta import gated_delta_update
 from mlx_lora.models.recurrence.linear_attention import recurrent_gla
 from mlx_lora.models.recurrence.resets import current_segments, resetting
@@ -18,6 +18,5 @@ __all__ = [
     "is_short",
     "recurrent_gla",
     "resetting",
-    "silu",
     "ssm_update",
 ]

@@ -43,29 +43,6 @@ def convolved(conv: nn.Conv1d, x: mx.array, segments: mx.array | None = None) ->
     return y + conv.bias if "bias" in conv else y
 
 
-@mx.custom_function  # type: ignore[untyped-decorator]
-def silu(x: mx.array) -> mx.array:
-    """x sigmoid(x), keeping x alone: what a convolution's result goes through, several times slower in MLX on a CPU."""
-    return _silu(x)  # type: ignore[no-any-return]
-
-
-@silu.vjp  # type: ignore[untyped-decorator]
-def _silu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-    (x,) = mx.depends([x], [cotangent])  # or a compiled graph would keep what it has computed before
-    return _by_silu(x, cotangent)  # type: ignore[no-any-return]
-
-
-@mx.compile  # type: ignore[untyped-decorator]
-def _silu(x: mx.array) -> mx.array:
-    return x * device.sigmoid(x)
-
-
-@mx.compile  # type: ignore[untyped-decorator]
-def _by_silu(x: mx.array, cotangent: mx.array) -> mx.array:
-    switch = device.sigmoid(x)
-    return cotangent * switch * (1 + x * (1 - switch))
-
-
 @lru_cache
 def _tapped(taps: int) -> Callable[..., mx.array]:
     """The sum over taps; its gradient by x is one too, where that of a slice is as large as what it is cut from."""

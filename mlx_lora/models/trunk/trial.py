@@ -176,6 +176,27 @@ def outcomes(calls: list[Call]) -> list[tuple[Call, list[mx.array]]]:
     return [(call, outcome(call, call.layer)) for call in kinds(calls)]
 
 
+def borrows(call: Call, model: nn.Module) -> bool:
+    """Whether what a layer makes depends on trained arrays that aren't its own."""
+    own = {id(array) for _, array in tree_flatten(call.layer.trainable_parameters())}
+    others = [(name, array) for name, array in tree_flatten(model.trainable_parameters()) if id(array) not in own]
+    if not others:
+        return False
+
+    def run(*arrays: mx.array) -> mx.array:
+        model.update(tree_unflatten([(name, array) for (name, _), array in zip(others, arrays, strict=True)]))
+        taken, called_with = flattened((call.arguments, call.named))
+        arguments, named = called_with(taken)  # copies of what the layer may change
+        made, _ = flattened(call.layer(*arguments, **named))
+        return sum((mx.cos(array.astype(mx.float32)).sum() for array in made), start=mx.array(0.0))
+
+    try:
+        gradients = mx.grad(run, argnums=tuple(range(len(others))))(*(array for _, array in others))
+    finally:
+        model.update(tree_unflatten(others))
+    return bool(mx.stack([(gradient != 0).any() for gradient in gradients]).any().item())
+
+
 def outcome(call: Call, function: Function) -> list[mx.array]:
     """What `function` makes of a call's arguments, and the gradients of that by all it takes and trains; lazily.
 

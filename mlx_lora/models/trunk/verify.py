@@ -33,6 +33,7 @@ from mlx_lora.models.trunk.trial import (
     Call,
     Function,
     Trial,
+    borrows,
     kinds,
     noting,
     outcome,
@@ -242,6 +243,8 @@ def _lean_differs(compared: Compared, without: frozenset[str]) -> str | None:
 def _not_recomputed(trunk: Trunk, compared: Compared, without: frozenset[str]) -> str | None:
     if compared[0][0].layer is trunk.module:
         return "the model runs their parts itself"
+    if any(borrows(call, trunk.model) for call, _ in compared if not call.frozen):
+        return "they compute with what is trained in others"
 
     def changed(call: Call, stack: ExitStack) -> Function:
         stack.enter_context(lean([call.layer], without=without))

@@ -22,7 +22,7 @@ def measure(inputs: Inputs, quick: bool) -> dict[str, Any]:
         sides: dict[str, Side] = {
             "mlx_lm": ("mixer.theirs", {"length": length, "steps": 3}),
             "our rule": ("mixer.rule", {"length": length, "steps": 5}),
-            "our rule, convolution and SiLU": ("mixer.ours", {"length": length, "steps": 5}),
+            "as trained here": ("mixer.ours", {"length": length, "steps": 5}),
         }
         found[str(length)] = with_ratios(alternate(sides, runs=1 if quick else 3))
     return found

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.models.qwen3_5 import GatedDeltaNet, TextModelArgs
 
 from mlx_lora import device
-from mlx_lora.models.recurrence import CausalConv1d, gated_delta_update, silu
+from mlx_lora.models.recurrence import gated_delta_update
+from mlx_lora.models.trunk.lean import lean
 
 HIDDEN, HEADS, SIZE = 1024, 16, 128
 
@@ -48,12 +48,10 @@ def rule(*, length: int, steps: int) -> dict[str, Any]:
 
 
 def ours(*, length: int, steps: int) -> dict[str, Any]:
-    """mlx_lm's layer with our gated delta rule, convolution and SiLU."""
+    """mlx_lm's layer as it is trained here: with our rule, convolution and activations."""
     made = mixer()
-    made.conv1d.__class__ = CausalConv1d
-    with _freed_memory_kept():
-        layers = types.SimpleNamespace(**{**vars(nn), "silu": silu})
-        return measure(made, _with(gated_delta_update=gated_delta_update, nn=layers), length, steps)
+    with _freed_memory_kept(), lean([made]):
+        return measure(made, type(made).__call__, length, steps)
 
 
 @contextmanager

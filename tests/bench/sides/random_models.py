@@ -54,6 +54,29 @@ def llama_7b(layers: int = 32) -> nn.Module:
     return model
 
 
+def qwen3_5(vocabulary: int, layers: int = 24) -> nn.Module:
+    """Qwen3.5-0.8B's shape with packed random weights and fewer words: three of four layers keep a state."""
+    from mlx_lm.models.qwen3_5 import Model, ModelArgs
+
+    from mlx_lora.models.load import LoadedModel, ready
+
+    mx.random.seed(0)
+    text = {
+        "model_type": "qwen3_5_text", "hidden_size": 1024, "num_hidden_layers": layers, "intermediate_size": 3584,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256, "rms_norm_eps": 1e-6,
+        "vocab_size": vocabulary, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 16, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "full_attention_interval": 4,
+        "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]},
+    }  # fmt: skip
+    model = Model(ModelArgs.from_dict({"model_type": "qwen3_5", "text_config": text}))
+    nn.quantize(model, group_size=GROUP, bits=BITS)
+    model.set_dtype(mx.float16)
+    ready(LoadedModel(model, None, {}, Path(), mx.float16))
+    mx.clear_cache()
+    return model
+
+
 def _pack_linears(layer: nn.Module) -> None:
     for block in (layer.self_attn, layer.mlp):
         for name, linear in list(block.children().items()):

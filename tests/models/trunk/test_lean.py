@@ -18,9 +18,12 @@ from mlx_lm.models import activations, base
 from mlx_lora import device
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
+from mlx_lora.models.trunk import attention
 from mlx_lora.models.trunk import lean as lean_module
+from mlx_lora.models.trunk.activations import precise_swiglu, silu, swiglu
+from mlx_lora.models.trunk.attention import scaled_dot_product_attention
 from mlx_lora.models.trunk.layers import layers_of
-from mlx_lora.models.trunk.lean import lean, scaled_dot_product_attention, swiglu
+from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.recompute import recomputed
 from mlx_lora.models.trunk.segments import caches
 from tests.adapters.zoo import MODELS, VOCABULARY, network
@@ -87,8 +90,8 @@ def assert_same(ours: tuple[np.ndarray, Gradients], theirs: tuple[np.ndarray, Gr
 def test_outputs_and_gradients_are_the_same(name: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(name)
     expected = outputs_and_gradients(model, packed=packed)
-    for scores_bytes in (lean_module.SCORES_BYTES, 4 * 2 * 4 * 5 * 14):  # all queries at once; five at a time
-        monkeypatch.setattr(lean_module, "SCORES_BYTES", scores_bytes)
+    for scores_bytes in (attention.SCORES_BYTES, 4 * 2 * 4 * 5 * 14):  # all queries at once; five at a time
+        monkeypatch.setattr(attention, "SCORES_BYTES", scores_bytes)
         with lean(layers_of(model)):
             changed = [type(module) for layer in layers_of(model) for module in layer.modules()]
             assert any(cls.__name__.startswith("Lean") for cls in changed) != (name in UNTOUCHED)
@@ -112,7 +115,7 @@ def test_a_module_that_layers_share_is_changed_once_and_comes_back() -> None:
 def test_compiled_and_recomputed_layers_are_lean_too(name: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(name)
     expected = outputs_and_gradients(model, packed=packed)
-    monkeypatch.setattr(lean_module, "SCORES_BYTES", 4 * 2 * 4 * 5 * 14)
+    monkeypatch.setattr(attention, "SCORES_BYTES", 4 * 2 * 4 * 5 * 14)
     layers = layers_of(model)
     classes = [type(module) for module in model.modules()]
     for outer, inner in ((lean, recomputed), (recomputed, lean), (lean, None)):
@@ -255,7 +258,7 @@ def test_attention_equals_mlx_lm_and_float64(
     exact = numpy_attention(*arrays, scale, made)
     np.testing.assert_allclose(expected, exact, rtol=1e-4, atol=1e-5)
     for queries in (LENGTH, 4, 1):
-        monkeypatch.setattr(lean_module, "SCORES_BYTES", 4 * LINES * HEADS * keys * queries)
+        monkeypatch.setattr(attention, "SCORES_BYTES", 4 * LINES * HEADS * keys * queries)
 
         def ours(q: mx.array, k: mx.array, v: mx.array, added: mx.array | None = None) -> mx.array:
             return scaled_dot_product_attention(q, k, v, None, scale, made if added is None else added)
@@ -273,7 +276,7 @@ def test_fewer_bytes_are_more_parts_and_a_part_is_at_least_a_query(monkeypatch: 
     monkeypatch.setattr(device, "softmax", lambda scores: seen.append(scores.shape) or softmax(scores))  # type: ignore[func-returns-value]
     q, k, v = (mx.random.normal((2, heads, 10, 8)) for heads in (4, 2, 2))
     for scores_bytes, queries in ((1 << 20, 10), (4 * 2 * 4 * 10 * 4, 4), (ONE_QUERY, 1)):
-        monkeypatch.setattr(lean_module, "SCORES_BYTES", scores_bytes)
+        monkeypatch.setattr(attention, "SCORES_BYTES", scores_bytes)
         seen.clear()
         mx.eval(scaled_dot_product_attention(q, k, v, None, 1.0, "causal"))
         lengths = [shape[-2] for shape in seen]
@@ -321,6 +324,23 @@ def test_swiglu_and_its_gradients_equal_mlx_lms_also_for_extreme_gates() -> None
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_other_activations_and_their_gradients_equal_mlx_lms(dtype: mx.Dtype) -> None:
+    gate = mx.array([-1e4, -200, -20, -1, 0, 1, 20, 200, 1e4]).astype(dtype)
+    h, x, cotangent = (mx.random.normal(gate.shape, key=mx.random.key(index)).astype(dtype) for index in (1, 2, 3))
+    for ours, theirs, inputs in (
+        (silu, nn.silu, [gate]),
+        (lambda *a: precise_swiglu(h, *a), lambda *a: activations.precise_swiglu(h, *a), [gate, x]),
+    ):
+        (out,), gradients = mx.vjp(ours, inputs, [cotangent])
+        (expected,), their_gradients = mx.vjp(theirs, inputs, [cotangent])
+        for one, other in zip([out, *gradients], [expected, *their_gradients], strict=True):
+            assert one.dtype == other.dtype == dtype and mx.all(mx.isfinite(one)).item()
+            one, other = one.astype(mx.float32), other.astype(mx.float32)
+            tolerance = 1e-5 if dtype == mx.float32 else 2e-2
+            np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
 # ---- memory
 
 
@@ -363,7 +383,7 @@ def test_less_is_kept_for_the_backward_pass(compiled: bool) -> None:
 def test_memory_of_attention_grows_with_the_length_and_not_its_square(
     masked: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lean_module, "SCORES_BYTES", 1 << 18)
+    monkeypatch.setattr(attention, "SCORES_BYTES", 1 << 18)
     peaks = []
     for length in (256, 1024):
         q, k, v = (mx.random.normal((1, heads, length, 16), key=mx.random.key(heads)) for heads in (4, 2, 2))
