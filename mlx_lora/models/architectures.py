@@ -52,6 +52,10 @@ READ_WHEN_TIED = {"llama4_text", "minicpm", "seed_oss"}
 SPLITTING = {"FusedLinear", "FusedQuantizedLinear"}
 
 
+# Mixers that carry a state along the row in a loop of mlx_lm's own while they train, by their class.
+OWN_LOOPS = {"MambaBlock", "JambaMambaMixer", "Rwkv7TimeMixing", "RecurrentBlock"}
+
+
 def mixes_tokens(path: str, layer: str, modules: Modules) -> bool:
     """Whether the linear at `path`, inside the transformer block whose path begins with `layer`, is part of a mixer."""
     blocks = list(_inside(path, layer))

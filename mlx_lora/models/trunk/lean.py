@@ -46,7 +46,7 @@ def lean(layers: list[nn.Module], *, without: frozenset[str] = frozenset()) -> I
     """
     modules = {id(module): module for layer in layers for module in layer.modules()}  # some are shared
     classes = {key: cls for key, module in modules.items() if (cls := _lean_class_of(module, without))}
-    running = [layer for layer in layers if any(keeps_state(module) for module in layer.modules())]
+    running = [layer for layer in layers if any(parts_of(module) & RUNNING for module in layer.modules())]
     classes |= {
         id(layer): _resetting_class(classes.get(id(layer), type(layer)))  # type: ignore[arg-type]
         for layer in running
@@ -68,9 +68,11 @@ def _lean_class_of(module: nn.Module, without: frozenset[str]) -> type[nn.Module
     return _lean_class(type(module), without)  # type: ignore[arg-type]
 
 
-def keeps_state(module: nn.Module) -> bool:
-    """Whether a module carries something from position to position that isn't attention's."""
-    return type(module) is nn.Conv1d or not RUNNING.isdisjoint(_replaced(type(module)))  # type: ignore[arg-type]
+def parts_of(module: nn.Module) -> frozenset[str]:
+    """The PARTS that a module runs in."""
+    if type(module) is nn.Conv1d:
+        return frozenset({"convolution"} if is_short(module) else ())
+    return _replaced(type(module))  # type: ignore[arg-type]
 
 
 @lru_cache

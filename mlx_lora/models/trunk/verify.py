@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_lora.errors import ModelError
-from mlx_lora.models.architectures import TRUNKS
+from mlx_lora.models.architectures import OWN_LOOPS, TRUNKS
 from mlx_lora.models.trunk import lean as lean_module
 from mlx_lora.models.trunk.last import columns_of, columns_of_layer
 from mlx_lora.models.trunk.layers import layers_of
@@ -158,6 +158,10 @@ def verify(trunk: Trunk, *, recompute: bool, columns: bool) -> Verified:
             verified.columns = False
             verified.notes.append(f"the last layer isn't cut for {name}: {reason}")
         trunk.trial = None
+    if any(type(module).__name__ in OWN_LOOPS for module in trunk.model.modules()):
+        verified.notes.append(
+            f"{name} runs its state position by position, as mlx-lm has it: slow, and large in memory"
+        )
     return verified
 
 
