@@ -95,7 +95,8 @@ class Stepper:
             with arrays_kept(model):
                 return loss_sum(arrays)
 
-        self._accumulate = self._compiled(accumulate, inputs=state, outputs=state)
+        drawn = [mx.random.state]  # all that a micro-batch changes
+        self._accumulate = self._compiled(accumulate, inputs=state, outputs=drawn)
         self._apply = mx.compile(apply, inputs=state, outputs=state)
         self._evaluate = self._compiled(evaluate, inputs=[model.state], outputs=[])
 

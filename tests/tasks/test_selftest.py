@@ -19,7 +19,7 @@ from mlx_lora import device, paths
 from mlx_lora.adapters.lora import LoRALinear
 from mlx_lora.config import Train
 from mlx_lora.models.load import LoadedModel, ready
-from mlx_lora.models.trunk import lean
+from mlx_lora.models.trunk import activations as lean
 from mlx_lora.quant import matmul
 from mlx_lora.serve import engine
 from mlx_lora.tasks import checks

@@ -22,10 +22,9 @@ def arrays_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, items, attributes in before:
-            for name, value in list(module.items()):
-                if isinstance(value, mx.array) and value is not items.get(name):
-                    module.pop(name)
+            for name in [name for name in module if name not in items]:
+                module.pop(name)
             for name, value in items.items():
-                if isinstance(value, mx.array) and name not in module:
-                    module[name] = value
+                if isinstance(value, mx.array) and module.get(name) is not value:
+                    module[name] = value  # in its place: a compiled step knows arrays by their order
             vars(module).update(attributes)

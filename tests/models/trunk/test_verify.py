@@ -146,6 +146,7 @@ def test_arrays_are_kept_whatever_a_pass_does_to_them() -> None:
         linear.weight, linear.kept = mx.ones((2, 2)), mx.ones(2)
         raise ZeroDivisionError
     assert linear.weight is weight and linear.kept is None
+    assert list(linear) == ["weight", "bias"], "a compiled step knows arrays by their order"
 
 
 def test_what_layers_carry_is_flattened_and_comes_back() -> None:
