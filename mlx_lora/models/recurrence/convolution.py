@@ -50,6 +50,11 @@ def _tapped(taps: int) -> Callable[..., mx.array]:
     def inside(x: mx.array, here: slice, segments: mx.array, around: mx.array) -> mx.array:
         return mx.where((around[:, here] == segments)[..., None], x[:, here], 0)
 
+    def added(parts: list[mx.array], weight: mx.array) -> mx.array:
+        """The sum over taps, in float32 as MLX's convolution makes it, and in the parts' dtype at the end."""
+        products = (part.astype(mx.float32) * weight[:, tap] for tap, part in enumerate(parts))
+        return reduce(add, products).astype(parts[0].dtype)  # type: ignore[no-any-return]
+
     def widened(segments: mx.array) -> mx.array:
         return mx.pad(segments, [(0, 0), (taps - 1, 0)], mode="edge")
 
@@ -61,7 +66,7 @@ def _tapped(taps: int) -> Callable[..., mx.array]:
         borders = [(packed[0], widened(packed[0]))] if packed else []
         found = windows(x.shape[1] - taps + 1)
         seen = [inside(x, here, *borders[0]) if borders else x[:, here] for here in found]
-        return reduce(add, (part * weight[:, tap] for tap, part in enumerate(seen)))
+        return added(seen, weight)
 
     @tapped.vjp  # type: ignore[untyped-decorator]
     def tapped_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
@@ -76,7 +81,7 @@ def _tapped(taps: int) -> Callable[..., mx.array]:
         else:
             parts = [wide[:, here] for here in after]
             found = [x[:, here] for here in windows(cotangent.shape[1])]
-        by_x = reduce(add, (part * weight[:, tap] for tap, part in enumerate(parts)))
+        by_x = added(parts, weight)
         by_weight = mx.stack([(part * cotangent).sum(axis=(0, 1)) for part in found], axis=1)
         return (by_x, by_weight, *(mx.zeros_like(array) for array in packed))
 

@@ -200,7 +200,8 @@ def borrows(call: Call, model: nn.Module) -> bool:
 def outcome(call: Call, function: Function) -> list[mx.array]:
     """What `function` makes of a call's arguments, and the gradients of that by all it takes and trains; lazily.
 
-    The gradients are those of a sum that no two outputs enter alike.
+    The gradients are those of a sum that no two outputs enter alike. What enters is float32 also where the model is in
+    half precision, whose rounding a recurrence can make large, and which sends tokens to other experts.
     """
     layer = call.layer
     trained = [] if call.frozen else tree_flatten(layer.trainable_parameters())
@@ -215,7 +216,7 @@ def outcome(call: Call, function: Function) -> list[mx.array]:
         made, _ = flattened(function(*arguments, **named))
         return [array for array in made if mx.issubdtype(array.dtype, mx.floating)]
 
-    primals = [leaves[index] for index in moving] + [array for _, array in trained]
+    primals = [leaves[index].astype(mx.float32) for index in moving] + [array for _, array in trained]
     outputs = run(*primals)
     if not primals:
         return outputs

@@ -267,7 +267,7 @@ def _layers_differ(part: str, compared: Compared, changed: Callable[[Call, ExitS
                 mx.eval(found)
         except Exception as error:
             return f"{type(call.layer).__name__} can't be run so: {error} ({type(error).__name__})"
-        if not _hold(part, list(zip(found, expected, strict=True))):
+        if not _hold(part, list(zip(found, expected, strict=True)), of=call.layer):
             return f"values or gradients of {type(call.layer).__name__} differ"
     return None
 
@@ -287,7 +287,7 @@ def _not_cut(trunk: Trunk, trial: Trial, without: frozenset[str]) -> str | None:
                 return "its columns alone are other states"
             cut = outcome(call, lambda *a, **n: columns_of_layer(last, Call(last, a, n, None).by_name(), columns))
             whole = outcome(call, lambda *a, **n: _at(last(*a, **n), columns))
-            if not _hold("last layer", list(zip(cut, whole, strict=True))):
+            if not _hold("last layer", list(zip(cut, whole, strict=True)), of=last):
                 return "its columns alone have other gradients"
     except ModelError as error:
         return error.message
@@ -371,11 +371,15 @@ def _by_place(call: Call) -> dict[Any, Any]:
     return {**dict(enumerate(call.arguments)), **call.named}
 
 
-def _hold(part: str, pairs: Sequence[tuple[mx.array, mx.array]], *, times: float = 1.0) -> bool:
-    """Whether the first array of each pair equals the second within the part's tolerance."""
+def _hold(
+    part: str, pairs: Sequence[tuple[mx.array, mx.array]], *, times: float = 1.0, of: nn.Module | None = None
+) -> bool:
+    """Whether the first array of each pair equals the second within the part's tolerance, that of half precision where
+    some of them are, or the arrays of the layer that they are `of`."""
     if any(ours.shape != theirs.shape for ours, theirs in pairs):
         return False
-    half = any(theirs.dtype in (mx.float16, mx.bfloat16) for _, theirs in pairs)
+    arrays = [theirs for _, theirs in pairs] + [array for _, array in tree_flatten(of.parameters() if of else {})]
+    half = any(array.dtype in (mx.float16, mx.bfloat16) for array in arrays)
     tolerance = TOLERANCES[part][half] * times
     norms = mx.stack([mx.linalg.norm(theirs.astype(mx.float32)) for _, theirs in pairs])
     away = [mx.linalg.norm(ours.astype(mx.float32) - theirs.astype(mx.float32)) for ours, theirs in pairs]
