@@ -1,4 +1,7 @@
-"""Gated activations and SiLU that keep their inputs for the backward pass, and compute the rest again."""
+"""Gated activations and SiLU that keep their inputs for the backward pass, and compute the rest again.
+
+What is computed on single elements is compiled, also where the step around it isn't: a sigmoid is many operations.
+"""
 
 from __future__ import annotations
 
@@ -28,45 +31,59 @@ def silu(x: mx.array) -> mx.array:
 
 @mx.custom_function  # type: ignore[untyped-decorator]
 def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    return gate * device.sigmoid(gate) * x
+    return _gated(gate, x)  # type: ignore[no-any-return]
 
 
 @_swiglu.vjp  # type: ignore[untyped-decorator]
 def _swiglu_vjp(primals: Pair, cotangent: mx.array, _: Any) -> Pair:
-    gate, x = mx.depends(list(primals), [cotangent])
-    return _by_swiglu(gate, x, cotangent)
+    return _by_gated(*_after(primals, cotangent), cotangent)  # type: ignore[no-any-return]
 
 
 @mx.custom_function  # type: ignore[untyped-decorator]
 def _precise_swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    gate = gate.astype(mx.float32)
-    return gate * device.sigmoid(gate) * x.astype(mx.float32)
+    return _gated(gate.astype(mx.float32), x.astype(mx.float32))  # type: ignore[no-any-return]
 
 
 @_precise_swiglu.vjp  # type: ignore[untyped-decorator]
 def _precise_swiglu_vjp(primals: Pair, cotangent: mx.array, _: Any) -> Pair:
-    gate, x = (primal.astype(mx.float32) for primal in mx.depends(list(primals), [cotangent]))
-    by_gate, by_x = _by_swiglu(gate, x, cotangent)
+    gate, x = (primal.astype(mx.float32) for primal in _after(primals, cotangent))
+    by_gate, by_x = _by_gated(gate, x, cotangent)
     return by_gate.astype(primals[0].dtype), by_x.astype(primals[1].dtype)
 
 
-def _by_swiglu(gate: mx.array, x: mx.array, cotangent: mx.array) -> Pair:
-    """Gradients by gate and x.
+@mx.custom_function  # type: ignore[untyped-decorator]
+def _silu(x: mx.array) -> mx.array:
+    return _switched(x)  # type: ignore[no-any-return]
 
-    Both have to depend on the cotangent, or a compiled graph would keep what the forward pass has computed.
-    """
+
+@_silu.vjp  # type: ignore[untyped-decorator]
+def _silu_vjp(x: mx.array, cotangent: mx.array, _: Any) -> mx.array:
+    return _by_switched(*_after([x], cotangent), cotangent)  # type: ignore[no-any-return]
+
+
+def _after(primals: Any, cotangent: mx.array) -> list[mx.array]:
+    """The inputs, once the cotangent is there: else a compiled graph would keep what the forward pass has computed."""
+    return list(mx.depends(list(primals), [cotangent]))
+
+
+@mx.compile  # type: ignore[untyped-decorator]
+def _gated(gate: mx.array, x: mx.array) -> mx.array:
+    return gate * device.sigmoid(gate) * x
+
+
+@mx.compile  # type: ignore[untyped-decorator]
+def _by_gated(gate: mx.array, x: mx.array, cotangent: mx.array) -> Pair:
     switch = device.sigmoid(gate)
     passed = gate * switch
     return cotangent * x * (switch + passed * (1 - switch)), cotangent * passed
 
 
-@mx.custom_function  # type: ignore[untyped-decorator]
-def _silu(x: mx.array) -> mx.array:
+@mx.compile  # type: ignore[untyped-decorator]
+def _switched(x: mx.array) -> mx.array:
     return x * device.sigmoid(x)
 
 
-@_silu.vjp  # type: ignore[untyped-decorator]
-def _silu_vjp(x: mx.array, cotangent: mx.array, _: Any) -> mx.array:
-    (x,) = mx.depends([x], [cotangent])
+@mx.compile  # type: ignore[untyped-decorator]
+def _by_switched(x: mx.array, cotangent: mx.array) -> mx.array:
     switch = device.sigmoid(x)
     return cotangent * switch * (1 + x * (1 - switch))

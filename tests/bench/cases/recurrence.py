@@ -15,11 +15,13 @@ LENGTHS = (128, 512)
 # Positions and gradient checkpointing of the whole model.
 RUNS = ((1024, "on"), (2048, "on"), (2048, "off"))
 SAME = 1e-4
+HEADER = ["positions", "", "s", "times faster", "MB added", "times less", "peak MB", "times less"]
 
 
 def measure(inputs: Inputs, quick: bool) -> dict[str, Any]:
     """Figures of the mixer by length and side, and of the whole model by length and checkpointing."""
     found: dict[str, Any] = {}
+    rule: dict[str, Any] = {}
     for length in LENGTHS[:1] if quick else LENGTHS:
         print(f" {length} positions", flush=True)
         sides: dict[str, Side] = {
@@ -28,7 +30,12 @@ def measure(inputs: Inputs, quick: bool) -> dict[str, Any]:
             "as trained here": ("mixer.ours", {"length": length, "steps": 5}),
         }
         found[str(length)] = with_ratios(alternate(sides, runs=1 if quick else 3))
-    return {"mixer": found, "model": whole_model(quick)}
+        of_rule: dict[str, Side] = {
+            "mlx_lm": ("mixer.loop", {"length": length, "steps": 3}),
+            "ours": ("mixer.chunks", {"length": length, "steps": 5}),
+        }
+        rule[str(length)] = with_ratios(alternate(of_rule, runs=1 if quick else 3))
+    return {"rule": rule, "mixer": found, "model": whole_model(quick)}
 
 
 def whole_model(quick: bool) -> list[dict[str, Any]]:
@@ -54,14 +61,7 @@ def with_ratios(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def tables(figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[Any]]]]:
-    rows = [
-        [length if side == "mlx_lm" else "", side, run["seconds"], run.get("speedup"), run["added_bytes"] / 1e6,
-         run.get("less_added"), run["peak_bytes"] / 1e6, run.get("less_peak")]
-        for length, sides in figures["mixer"].items()
-        for side, run in sides.items()
-    ]  # fmt: skip
-    title = "A gated delta mixer of Qwen3.5-0.8B's shape in float32, forward and backward, one row."
-    header = ["positions", "", "s", "times faster", "MB added", "times less", "peak MB", "times less"]
+    shape = "of Qwen3.5-0.8B's shape in float32, forward and backward, one row."
     runs = figures["model"]
     whole = [
         [str(run["length"]), run["checkpoint"], run["seconds"][0], run["peak_bytes"] / 1e9, run["base_bytes"] / 1e9]
@@ -69,6 +69,16 @@ def tables(figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[Any]
     ]
     of_model = f"Steps of Qwen3.5-0.8B's shape, {runs[0]['layers']} layers at 4 bits, 8,192 words, the default adapter."
     return [
-        (title, header, rows),
+        (f"The gated delta rule by itself, {shape}", HEADER, _compared(figures["rule"])),
+        (f"A whole gated delta mixer {shape}", HEADER, _compared(figures["mixer"])),
         (of_model, ["positions", "checkpointing", "s/step", "peak GB", "of it the model"], whole),
     ]
+
+
+def _compared(lengths: dict[str, Any]) -> list[list[Any]]:
+    return [
+        [length if side == "mlx_lm" else "", side, run["seconds"], run.get("speedup"), run["added_bytes"] / 1e6,
+         run.get("less_added"), run["peak_bytes"] / 1e6, run.get("less_peak")]
+        for length, sides in lengths.items()
+        for side, run in sides.items()
+    ]  # fmt: skip

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.gated_delta import gated_delta_update as theirs_of_mlx_lm
+from mlx_lm.models.gated_delta import normalize_qk
 from mlx_lm.models.qwen3_5 import GatedDeltaNet, TextModelArgs
 
 from mlx_lora import device
@@ -54,6 +56,35 @@ def ours(*, length: int, steps: int) -> dict[str, Any]:
         return measure(made, type(made).__call__, length, steps)
 
 
+def loop(*, length: int, steps: int) -> dict[str, Any]:
+    """mlx_lm's loop over positions by itself: no projections, no convolution, no norm around it."""
+    return _of_the_rule(theirs_of_mlx_lm, length, steps)
+
+
+def chunks(*, length: int, steps: int) -> dict[str, Any]:
+    """Our rule by itself."""
+    with _freed_memory_kept():
+        return _of_the_rule(gated_delta_update, length, steps)
+
+
+def _of_the_rule(update: Callable[..., Any], length: int, steps: int) -> dict[str, Any]:
+    """Forward and backward by q, k, v and both gates, which a projection of the input stands for."""
+    mx.random.seed(0)
+    shapes = [(1, length, HEADS, SIZE)] * 3 + [(1, length, HEADS)] * 2
+    q, k, v, a, b = (mx.random.normal(shape) for shape in shapes)
+    q, k = normalize_qk(q, k, inv_scale=SIZE**-0.5, eps=1e-6)
+    gates = mx.random.uniform(-1, 1, (2, HEADS))
+    mx.eval(q, k, v, a, b, gates)
+
+    def run(x: mx.array) -> mx.array:
+        """One array in, so that both are measured as a mixer is."""
+        values = x.reshape(1, length, HEADS, SIZE)
+        y, _ = update(q * values, k * values, values, a * values[..., 0], b, *gates, use_kernel=False)
+        return y.reshape(1, length, HEADS * SIZE)
+
+    return measure(None, lambda _, x: run(x), length, steps, width=HEADS * SIZE)
+
+
 @contextmanager
 def _freed_memory_kept() -> Iterator[None]:
     """As in our trainer, but without its waiting for each operation near the peak: a mixer alone is all peak."""
@@ -70,11 +101,13 @@ def _with(**ours: Any) -> Callable[..., mx.array]:
     )
 
 
-def measure(layer: GatedDeltaNet, call: Callable[..., mx.array], length: int, steps: int) -> dict[str, Any]:
+def measure(
+    layer: GatedDeltaNet | None, call: Callable[..., mx.array], length: int, steps: int, *, width: int = HIDDEN
+) -> dict[str, Any]:
     """`seconds` of every step after the first two, `peak_bytes` of all arrays, `added_bytes` of them beyond weights and
     input, and `result`, which two sides must agree on."""
     mx.random.seed(1)
-    x, cotangent = mx.random.normal((2, 1, length, HIDDEN))
+    x, cotangent = mx.random.normal((2, 1, length, width))
     mx.eval(x, cotangent)
     before = mx.get_active_memory()
     seconds, result = [], []
