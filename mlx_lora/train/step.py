@@ -103,28 +103,37 @@ class Stepper:
     def _compiled(self, plain: Callable[..., Any], **captured: Any) -> Callable[..., Any]:
         """`plain` compiled; or as it is, with a note, where the model does what can't be compiled.
 
-        Such a model looks at numbers while it runs, as one that chooses its experts on the host. The first call tells.
+        Such a model looks at numbers while it runs, as one that chooses its experts on the host. The first call of a
+        shape tells.
         """
         compiled, model, memory, notes = mx.compile(plain, **captured), self._model, self._memory, self.notes
-        proven: list[Callable[..., Any]] = []
+        proven: set[Any] = set()  # shapes, and "plain" once it runs uncompiled
 
-        def first(*arguments: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            shapes = tuple((name, array.shape) for name, array in sorted(arguments[-1].items()))
+            if "plain" in proven:
+                return plain(*arguments)
+            if shapes in proven:
+                return compiled(*arguments)
             key, remembered = mx.random.state[0] + 0, tree_map(lambda array: array, memory)
             try:
                 with arrays_kept(model):
                     result = compiled(*arguments)
                     mx.eval(result)
-                proven.append(compiled)
+                proven.add(shapes)
+                return result
             except Exception as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                if isinstance(error, MemoryError) or "malloc" in reason or "memory" in reason:
+                    raise
                 _reseed(key)
                 _refill(memory, remembered)
                 result = plain(*arguments)  # which raises again what isn't about compiling
-                proven.append(plain)
-                note = f"this model can't be compiled, and runs uncompiled, slower: {str(error).splitlines()[0]}"
-                notes.setdefault(note, False)
-            return result
+                proven.add("plain")
+                notes.setdefault(f"this model can't be compiled, and runs uncompiled, slower: {reason}", False)
+                return result
 
-        return lambda *arguments: (proven[0] if proven else first)(*arguments)
+        return call
 
     def dispatch(self, batches: Iterable[Arrays], tokens: int, *, stop: bool = False) -> Pending:
         """Start one step over micro-batches, of which there may be none here when other processes have some.

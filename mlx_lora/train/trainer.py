@@ -35,7 +35,7 @@ from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.recompute import recomputed
 from mlx_lora.models.trunk.trunk import Trunk
-from mlx_lora.models.trunk.verify import Verified, packing_refused, verify
+from mlx_lora.models.trunk.verify import Verified, packing_refused, take_apart, verify
 from mlx_lora.train import memory, optim, prefix
 from mlx_lora.train.checkpoint import Progress
 from mlx_lora.train.choice import Plan
@@ -79,7 +79,7 @@ def train(
     model.eval()
     with ExitStack() as stack:
         stack.enter_context(device.memory_limits())
-        run = _Run(trunk or Trunk(model), rows, valid, settings, seed, packing, processes or Processes(), plan)
+        run = _Run(trunk or take_apart(model), rows, valid, settings, seed, packing, processes or Processes(), plan)
         stack.callback(model.eval)
         if resume is not None:
             run.progress = Progress.read(resume.progress)
@@ -193,14 +193,13 @@ class _Run:
         if not self.trunk.apart:
             yield Note("the output head can't be taken apart from this model: it computes logits at every position")
         yield from self._choose()
-        # what stays of a cut last layer while the loss is computed is more than gradient checkpointing plans for
-        recomputes = bool(self.progress.recomputes)
-        verified = self._verified(recompute=recomputes, columns=not recomputes)
+        verified = self._verified(recompute=bool(self.progress.recomputes))
         yield from map(Note, verified.notes)
-        self.cut_last = verified.columns
-        yield from self._keep_prefix(scratch, stack)
+        # what stays of a cut last layer while the loss is computed is more than gradient checkpointing plans for
+        self.cut_last = verified.columns and not verified.recompute
         layers, first = layers_of(self.model), lowest_trainable(self.model)
-        stack.enter_context(lean(layers, without=verified.without))
+        stack.enter_context(lean(layers, without=verified.without))  # also what resets states where packed rows begin
+        yield from self._keep_prefix(scratch, stack)
         if verified.recompute:
             stack.enter_context(recomputed(layers[first if isinstance(first, int) else 0 :]))
         loss = Loss(self.trunk, start=self.prefix.start if self.prefix else 0)
@@ -209,10 +208,10 @@ class _Run:
         self.dispatched = self.progress.step
         self._start = self._mark = self._saved = time.perf_counter()
 
-    def _verified(self, *, recompute: bool, columns: bool) -> Verified:
+    def _verified(self, *, recompute: bool) -> Verified:
         """What holds for this model. Raises TrainingError where it can't be trained, or not on packed rows."""
         try:
-            verified = verify(self.trunk, recompute=recompute, columns=columns)
+            verified = verify(self.trunk, recompute=recompute, columns=True)
         except ModelError as error:
             raise TrainingError(error.message) from error
         length = self._longest_line() if self.packing else 0

@@ -15,6 +15,7 @@ from mlx_lora.config import Adapter, Train
 from mlx_lora.data.batch import by_length, collate, epoch_steps
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.trunk.layers import layers_of
+from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train import prefix
 from mlx_lora.train.events import Evaluated, Finished, Note, Step
@@ -131,12 +132,13 @@ def test_frozen_layers_run_once_a_row_and_adapted_ones_every_time(
 
 
 def test_what_was_asked_for_is_refused_with_a_reason() -> None:
+    whole = adapted()
     cases: list[tuple[nn.Module, dict[str, Any], str]] = [
         (adapted(layers="all"), {}, "the first layer is adapted"),
         (adapted(layers=[0, 3]), {}, "the first layer is adapted"),
         (adapted("llama untied", targets=["embed_tokens", "q_proj"]), {}, "embed_tokens is trained, which is outside"),
         (adapted("llama untied", targets=["lm_head", "q_proj"]), {}, "lm_head is trained, which is outside"),
-        (adapted(), {"trunk": None}, "can't be taken apart"),
+        (whole, {"trunk": Trunk(whole, vocabulary=zoo.VOCABULARY)}, "can't be taken apart"),
     ]
     for model, settings, reason in cases:
         with pytest.raises(TrainingError, match=f"train.cache_prefix can't be used: .*{reason}") as refused:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import mlx.core as mx
 import mlx.nn as nn
 
 
@@ -25,6 +24,7 @@ def arrays_kept(model: nn.Module) -> Iterator[None]:
             for name in [name for name in module if name not in items]:
                 module.pop(name)
             for name, value in items.items():
-                if isinstance(value, mx.array) and module.get(name) is not value:
+                if module.get(name) is not value:
                     module[name] = value  # in its place: a compiled step knows arrays by their order
+            vars(module).clear()
             vars(module).update(attributes)

@@ -59,9 +59,11 @@ def objects_in(tree: Any) -> list[Any]:
 def carried_by(value: Any) -> dict[str, Any] | None:
     """The attributes in which an object carries arrays from layer to layer, or None where it carries none.
 
-    Objects and caches of mlx-lm's models may do so in any attribute; a class here names those that do in CARRIED.
+    Objects and caches of mlx-lm's models may do so in any attribute; caches of ours name those that do in CARRIED.
     """
-    if names := getattr(type(value), "CARRIED", ()):
+    if isinstance(value, mx.array | nn.Module):
+        return None
+    if names := getattr(value, "CARRIED", ()):
         return {name: getattr(value, name) for name in names}
-    of_a_model = type(value).__module__.startswith("mlx_lm.models.") and not isinstance(value, nn.Module)
+    of_a_model = type(value).__module__.startswith("mlx_lm.models.")
     return dict(vars(value)) if of_a_model and hasattr(value, "__dict__") else None

@@ -22,8 +22,8 @@ from mlx_lora.models.trunk.dropout import Dropout
 def recomputed(layers: list[nn.Module]) -> Iterator[None]:
     """Recompute the inside of each of `layers` in the backward pass while the block runs."""
     classes = [type(layer) for layer in layers]
-    for layer in layers:
-        layer.__class__ = _checkpointed(type(layer))
+    for layer, original in zip(layers, classes, strict=True):  # one that is listed twice is computed again once
+        layer.__class__ = _checkpointed(original)
     try:
         yield
     finally:

@@ -36,7 +36,10 @@ Function = Callable[..., Any]
 
 @dataclass
 class Call:
-    """How a trunk called one of its layers, and what came back; no gradient is asked of a `frozen` one."""
+    """How a trunk called one of its layers, and what came back.
+
+    A `frozen` one lies below the lowest layer with something to train: no gradient is ever asked of it.
+    """
 
     layer: nn.Module
     arguments: tuple[Any, ...]
@@ -53,7 +56,7 @@ class Call:
 def training(model: nn.Module) -> Iterator[None]:
     """Training mode, in which mlx-lm's kernels without a gradient aren't used, but without dropout.
 
-    Behind the block the model has the arrays that it had.
+    Behind the block the model has the arrays that it had, and all of it the mode that it had as a whole.
     """
     before = model.training
     model.train()
@@ -123,7 +126,7 @@ def noting(layers: Sequence[nn.Module], calls: dict[int, Call]) -> Iterator[None
     """While the block runs, note how each of these modules is called first, by the module's id."""
     classes = [type(layer) for layer in layers]
 
-    def noting(original: type[nn.Module]) -> type[nn.Module]:
+    def noting_class(original: type[nn.Module]) -> type[nn.Module]:
         def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
             kept = _copied(arguments), _copied(named)
             output = original.__call__(self, *arguments, **named)
@@ -132,7 +135,7 @@ def noting(layers: Sequence[nn.Module], calls: dict[int, Call]) -> Iterator[None
 
         return type(f"Noting{original.__name__}", (original,), {"__call__": call})
 
-    made = {cls: noting(cls) for cls in set(classes) if any("__call__" in vars(base) for base in cls.__mro__)}
+    made = {cls: noting_class(cls) for cls in set(classes) if any("__call__" in vars(base) for base in cls.__mro__)}
     try:
         for layer, cls in zip(layers, classes, strict=True):
             layer.__class__ = made.get(cls, cls)  # type: ignore[assignment]
@@ -166,32 +169,28 @@ def kinds(calls: list[Call]) -> list[Call]:
         arrays, _ = flattened((call.arguments, call.named))
         others = [value for value in [*call.arguments, *call.named.values()] if isinstance(value, str | int | None)]
         modules = tuple((path, settings(module)) for path, module in call.layer.named_modules())
-        return modules, tuple((array.ndim, str(array.dtype)) for array in arrays), str(others)
+        return call.frozen, modules, tuple((array.ndim, str(array.dtype)) for array in arrays), str(others)
 
     return list({kind(call): call for call in reversed(calls)}.values())
 
 
-def outcomes(calls: list[Call]) -> list[tuple[Call, list[mx.array]]]:
-    """One call of each kind of layer with what the layer itself makes of it, in values and gradients."""
-    return [(call, outcome(call, call.layer)) for call in kinds(calls)]
-
-
 def borrows(call: Call, model: nn.Module) -> bool:
-    """Whether what a layer makes depends on trained arrays that aren't its own."""
+    """Whether what a layer makes depends on trained arrays that aren't its own: each is shifted as a whole."""
     own = {id(array) for _, array in tree_flatten(call.layer.trainable_parameters())}
     others = [(name, array) for name, array in tree_flatten(model.trainable_parameters()) if id(array) not in own]
     if not others:
         return False
 
-    def run(*arrays: mx.array) -> mx.array:
-        model.update(tree_unflatten([(name, array) for (name, _), array in zip(others, arrays, strict=True)]))
+    def run(*shifts: mx.array) -> mx.array:
+        moved = [(name, array + shift) for (name, array), shift in zip(others, shifts, strict=True)]
+        model.update(tree_unflatten(moved))
         taken, called_with = flattened((call.arguments, call.named))
         arguments, named = called_with(taken)  # copies of what the layer may change
         made, _ = flattened(call.layer(*arguments, **named))
         return sum((mx.cos(array.astype(mx.float32)).sum() for array in made), start=mx.array(0.0))
 
     try:
-        gradients = mx.grad(run, argnums=tuple(range(len(others))))(*(array for _, array in others))
+        gradients = mx.grad(run, argnums=tuple(range(len(others))))(*(mx.zeros((), array.dtype) for _, array in others))
     finally:
         model.update(tree_unflatten(others))
     return bool(mx.stack([(gradient != 0).any() for gradient in gradients]).any().item())
@@ -206,6 +205,7 @@ def outcome(call: Call, function: Function) -> list[mx.array]:
     layer = call.layer
     trained = [] if call.frozen else tree_flatten(layer.trainable_parameters())
     leaves, called_with = flattened((call.arguments, call.named))
+    leaves = [leaf.astype(mx.float32) if mx.issubdtype(leaf.dtype, mx.floating) else leaf for leaf in leaves]
     moving = [index for index, leaf in enumerate(leaves) if not call.frozen and mx.issubdtype(leaf.dtype, mx.floating)]
 
     def run(*arrays: mx.array) -> list[mx.array]:
@@ -216,7 +216,7 @@ def outcome(call: Call, function: Function) -> list[mx.array]:
         made, _ = flattened(function(*arguments, **named))
         return [array for array in made if mx.issubdtype(array.dtype, mx.floating)]
 
-    primals = [leaves[index].astype(mx.float32) for index in moving] + [array for _, array in trained]
+    primals = [leaves[index] for index in moving] + [array for _, array in trained]
     outputs = run(*primals)
     if not primals:
         return outputs

@@ -23,6 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.models.trunk import last
+from mlx_lora.models.trunk.arrays import arrays_kept
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.segments import caches, row_caches
 from mlx_lora.models.trunk.standins import Box, Held, trunk_with
@@ -72,15 +73,16 @@ class Trunk:
 
     def run_with(self, x: mx.array, cache: Any, start: int = 0, columns: mx.array | None = None) -> mx.array:
         """`run` with the caller's own caches, one for each layer, or None for none."""
-        if not self.apart:
-            return self.model(x) if cache is None else self.model(x, cache=cache)
-        if columns is not None:
-            return last.columns_of(self, x, columns, start, cache)
-        return self.above(x, start, cache) if start else self.module(x, cache=cache)
+        with arrays_kept(self.model):
+            if not self.apart:
+                return self.model(x) if cache is None else self.model(x, cache=cache)
+            if columns is not None:
+                return last.columns_of(self, x, columns, start, cache)
+            return self.above(x, start, cache) if start else self.module(x, cache=cache)
 
     def _caches(self, segments: mx.array | None) -> list[Any] | None:
         if segments is not None:
-            return caches(self.model, segments)
+            return caches(self.model, segments, carried=self.hands_keys_on)
         return row_caches(self.model) if self.hands_keys_on else None
 
     def head(self, hidden: mx.array) -> mx.array:
@@ -95,7 +97,8 @@ class Trunk:
         """Hidden states entering `layer`, (B, T, d), without gradients."""
         layers = layers_of(self.model)
         boxes = [Box(above) for above in layers[layer:]]
-        trunk_with(self.module, self.model, [*layers[:layer], *boxes])(tokens, cache=self._caches(segments))
+        with arrays_kept(self.model):
+            trunk_with(self.module, self.model, [*layers[:layer], *boxes])(tokens, cache=self._caches(segments))
         return boxes[0].entered
 
     def above(self, hidden: mx.array, start: int, cache: Any = None, *, final: Any = None) -> mx.array:

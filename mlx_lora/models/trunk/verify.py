@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_lora.errors import ModelError
+from mlx_lora.errors import MlxLoraError, ModelError
 from mlx_lora.models.architectures import OWN_LOOPS, TRUNKS
 from mlx_lora.models.trunk import lean as lean_module
 from mlx_lora.models.trunk.last import columns_of, columns_of_layer
@@ -145,7 +145,7 @@ def verify(trunk: Trunk, *, recompute: bool, columns: bool) -> Verified:
     """
     verified, name = Verified(recompute=recompute, columns=columns and trunk.apart), _name(trunk.model)
     with training(trunk.model):
-        trial = tried(trunk)
+        trial, trunk.trial = tried(trunk), None
         compared = _differentiable(trial, name)
         verified.without = _without(compared)
         if verified.without:
@@ -157,7 +157,6 @@ def verify(trunk: Trunk, *, recompute: bool, columns: bool) -> Verified:
         if verified.columns and (reason := _not_cut(trunk, trial, verified.without)):
             verified.columns = False
             verified.notes.append(f"the last layer isn't cut for {name}: {reason}")
-        trunk.trial = None
     if any(type(module).__name__ in OWN_LOOPS for module in trunk.model.modules()):
         verified.notes.append(
             f"{name} runs its state position by position, as mlx-lm has it: slow, and large in memory"
@@ -202,7 +201,7 @@ def packing_refused(trunk: Trunk, *, length: int = WIDTH, without: frozenset[str
         try:
             if _isolated(trunk, layers, first):
                 return None
-        except ModelError as error:
+        except MlxLoraError as error:
             return error.message
         except Exception as error:  # an architecture that wants more of a cache than a mask, or takes none
             return f"it can't be run on packed rows: {error} ({type(error).__name__})"
@@ -224,7 +223,7 @@ def _differentiable(trial: Trial, name: str) -> Compared:
             mx.eval(compared[-1][1])
         except Exception as error:
             layer = type(call.layer).__name__
-            raise ModelError(f"{name} can't be trained here: its {layer} has no gradient ({error})") from None
+            raise ModelError(f"{name} can't be trained here: its {layer} has no gradient ({error})") from error
     return compared
 
 
@@ -306,7 +305,7 @@ def _isolated(trunk: Trunk, layers: list[nn.Module], first: int) -> bool:
     tokens = (mx.arange(lines.size) * 7 % 31 + 1).reshape(lines.shape)
     together, apart = dict[int, Call](), dict[int, Call]()
     with noting(layers, together):
-        packed = trunk.run_with(tokens, caches(trunk.model, lines, first=first))
+        packed = trunk.run_with(tokens, caches(trunk.model, lines, first=first, carried=trunk.hands_keys_on))
     with noting(layers, apart):  # padding behind a row reaches nothing in it
         alone = trunk.run(_gathered(tokens, rows))
     times = max(1.0, first / EXACT_POSITIONS)
@@ -315,7 +314,7 @@ def _isolated(trunk: Trunk, layers: list[nn.Module], first: int) -> bool:
         return False
     for call in kinds([together[id(layer)] for layer in layers if id(layer) in together]):
         if isinstance(call.output, mx.array) and call.output.shape[:2] == lines.shape:
-            if not _hold("packing", _packed_outcomes(call, apart[id(call.layer)], rows), times=times):
+            if not _hold("packing", _packed_outcomes(call, apart[id(call.layer)], rows), times=times, of=call.layer):
                 return False
     return True
 
@@ -356,7 +355,7 @@ def _packed_outcomes(together: Call, apart: Call, rows: mx.array) -> list[tuple[
             return (output * mx.cos(mx.arange(output.size)).reshape(output.shape)).sum()
 
         try:
-            value, (of_x, of_trained) = mx.value_and_grad(summed, argnums=(0, 1))(x, trained)
+            value, (of_x, of_trained) = mx.value_and_grad(summed, argnums=(0, 1))(x.astype(mx.float32), trained)
         finally:
             call.layer.update(trained)
         return [value[None], of_x, *(array for _, array in tree_flatten(of_trained))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.errors import ModelError, TrainingError
-from mlx_lora.models.trunk import attention, trial, verify
+from mlx_lora.models import recurrence
+from mlx_lora.models.trunk import attention, lean, trial, verify
 from mlx_lora.models.trunk.arrays import arrays_kept
 from mlx_lora.models.trunk.carried import flattened, objects_in
 from mlx_lora.models.trunk.layers import layers_of
@@ -88,6 +90,46 @@ def test_one_layer_of_each_kind_is_compared(monkeypatch: pytest.MonkeyPatch) -> 
     hybrid = build("qwen3_5", mixed.CONFIGS["qwen3_5"])
     attach(hybrid, Adapter(rank=2))
     assert len(kinds(trial.tried(take_apart(hybrid)).calls)) == 2
+
+
+def test_frozen_layers_do_not_stand_for_those_above_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter on attention alone: the recurrence above it isn't adapted, and its gradient is needed all the same."""
+    config = copy.deepcopy(mixed.CONFIGS["qwen3_5"])
+    config["text_config"] |= {"num_hidden_layers": 8, "full_attention_interval": 4}
+
+    def dropping(q: mx.array, *others: Any, **named: Any) -> Any:
+        return recurrence.gated_delta_update(mx.stop_gradient(q), *others, **named)
+
+    functions = [
+        (part, name, theirs, dropping if name == "gated_delta_update" else ours)
+        for part, name, theirs, ours in lean.FUNCTIONS
+    ]
+    monkeypatch.setattr(lean, "FUNCTIONS", functions)
+    lean._lean_class.cache_clear()
+    model = build("qwen3_5", config)
+    for wrapper in attach(model, Adapter(rank=2, targets=["q_proj"])).values():
+        wrapper.lora_b = 0.1 * mx.random.normal(wrapper.lora_b.shape, key=mx.random.key(1))
+    found = verified(model)
+    lean._lean_class.cache_clear()
+    assert found.without == {"recurrence"}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "llama"])
+def test_a_kept_prefix_of_packed_rows_changes_nothing(name: str) -> None:
+    """States are reset where packed rows begin also below the adapter, whose states are computed once and kept."""
+    losses = []
+    for kept in ("off", "on"):
+        model = adapted(name, layers=1)
+        settings = Train(iters=4, batch_size=3, learning_rate=0.01, warmup=0.0, cache_prefix=kept)
+        events = train(model, rows() + rows(), [], settings, trunk=take_apart(model), packing=True)
+        losses.append([event.loss for event in events if isinstance(event, Step)])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_without_a_trunk_the_model_is_taken_apart() -> None:
+    model = adapted("llama")
+    (step,) = (event for event in train(model, rows(), [], Train(iters=1)) if isinstance(event, Step))
+    assert np.isfinite(step.loss)
 
 
 def test_a_trial_of_another_adapter_is_run_again() -> None:
