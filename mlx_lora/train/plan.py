@@ -39,10 +39,13 @@ class Coefficients:
     blocks: float
     updates: float
     ahead: float
+    squares: float
+    mixed: float
 
 
 COEFFICIENTS = Coefficients(
-    tiles=5.824, states=4.818, scores=5.616, hidden=3.779, inner=4.659, blocks=1.46, updates=2.765, ahead=0.518
+    tiles=5.824, states=4.818, scores=5.616, hidden=3.779, inner=4.659, blocks=1.46, updates=2.765, ahead=0.518,
+    squares=2.7, mixed=1.8,
 )
 
 
@@ -119,7 +122,12 @@ def _backward(costs: Costs, micro: Micro, recompute: bool, using: Coefficients) 
         again = costs.kept_by(layer, micro.lines, micro.width) if recompute and adapted else 0
         gone = size * layer.late if adapted and not recompute else 0
         scores = min(SCORES_BYTES, 4 * micro.lines * layer.heads * micro.width**2)
-        yield again - gone + using.scores * scores + using.hidden * size * costs.hidden
+        passes = using.squares + recompute  # a layer that is computed again makes the scores once more
+        squares = passes * size * layer.masked * micro.width
+        yield again - gone + using.scores * scores + using.hidden * size * costs.hidden + squares
+        if layer.scans:
+            mixer = max(using.mixed * size * layer.mixed, costs.span_bytes(layer, micro.lines, micro.width))
+            yield again - gone + mixer
         blocks = min(BLOCK_BYTES, 4 * layer.weight) if costs.bits and not costs.gpu else 0
         directions = 3 if recompute else 1  # measured: products of the pass that is made again overlap
         yield again + using.inner * size * layer.inner + using.blocks * directions * blocks
