@@ -18,11 +18,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.models.recurrence import chunks
+from mlx_lora import device
+from mlx_lora.models.recurrence import chunks, is_short
 from mlx_lora.models.trunk.layers import layers_of
-from mlx_lora.models.trunk.lean import FUNCTIONS, is_short
-from mlx_lora.models.trunk.segments import make_prompt_cache
+from mlx_lora.models.trunk.lean import FUNCTIONS
 from mlx_lora.models.trunk.trial import training
+
+with device.file_limits_kept():
+    from mlx_lm.models.cache import make_prompt_cache
 
 # More than one, and more than a short convolution reads: some layers serve single positions in another way.
 TOKENS = 8
@@ -48,9 +51,12 @@ class Scan:
 
 @dataclass
 class Handed:
-    """Of one layer: whether it `attends` by the function of mlx-lm's; its `scans`; `masked`, for each attention with a mask of numbers, which is a square of its heads, the
-    (heads, numbers a position of queries, keys and values); `convolved`, the channels of short convolutions; and
-    `looped`, the numbers of a state that mlx-lm's own loop carries from position to position."""
+    """Of one layer.
+
+    `attends`: it calls mlx-lm's attention. `scans` are its recurrences. `masked` are its attentions with a mask of
+    numbers, each a square of its heads: (heads, numbers a position of queries, keys and values). `convolved` are the
+    channels of short convolutions, and `looped` the numbers of a state that a loop of mlx-lm's own carries along.
+    """
 
     attends: bool = False
     scans: list[Scan] = field(default_factory=list)
@@ -124,9 +130,7 @@ def _looped(cache: Any, layer: nn.Module) -> int:
     if not isinstance(states, list):
         return 0
     windows = {
-        (1, conv.weight.shape[1] - 1, conv.weight.shape[0])
-        for conv in layer.modules()
-        if isinstance(conv, nn.Conv1d)
+        (1, conv.weight.shape[1] - 1, conv.weight.shape[0]) for conv in layer.modules() if isinstance(conv, nn.Conv1d)
     }
     return sum(state.size for state in states if isinstance(state, mx.array) and state.shape not in windows)
 

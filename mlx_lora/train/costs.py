@@ -32,7 +32,9 @@ from mlx_lora.train.adalora import rule_for
 # Arrays of its inner width that an activation keeps, and of its scores that attention keeps, where they aren't lean.
 ACTIVATION, SCORES = 4, 3
 # Arrays that stay of a short convolution's channels, of a recurrence's output, and of a state that is looped over.
-CONVOLVED, GATED, LOOPED = 2, 2, 4
+CONVOLVED, GATED, LOOPED = 2, 2, 3
+# Where a loop cuts its inputs into positions, the gradient of each is as large as all: this part of them is alive.
+SLICED = 2
 HEADS = ("n_heads", "num_heads", "num_attention_heads", "n_head")
 CHOSEN = ("top_k", "num_experts_per_tok")
 
@@ -44,7 +46,8 @@ class Layer:
 
     `scores` is how many numbers a position and key attention keeps: none where it is lean, one for each head whose
     scores are handed to it as a mask, of which there are `masked`. `weight` is the size of the largest weight. `scans`
-    are its recurrences.
+    are its recurrences, `mixed` what goes into them, before and after the convolution, and `sliced` the numbers a
+    position and position that the backward pass of a loop of mlx-lm's holds.
     """
 
     kept: int
@@ -55,6 +58,7 @@ class Layer:
     weight: int
     masked: int = 0
     mixed: int = 0
+    sliced: int = 0
     scans: tuple[Scan, ...] = ()
 
 
@@ -182,6 +186,7 @@ def _layer(layer: nn.Module, hidden: int, notes: Handed) -> Layer:
         largest,
         masked=masked,
         mixed=mixed + notes.convolved + sum(scan.inputs for scan in notes.scans),
+        sliced=mixed // SLICED if notes.looped and not notes.attends else 0,
         scans=tuple(notes.scans),
     )
 

@@ -43,7 +43,7 @@ def run(name: str, inputs: Inputs, asked: argparse.Namespace) -> bool:
         print(fault, file=sys.stderr, flush=True)
         return False
     if asked.write or not asked.quick:
-        results.write(name, figures, quick=asked.quick)
+        results.write(name, figures, quick=asked.quick, renewed=bool(asked.only))
     print("\n".join(tables.markdown(*table) for table in case.tables(figures)))
     print(results.one_line(name, figures), flush=True)
     return True

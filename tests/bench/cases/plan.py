@@ -6,6 +6,7 @@ LLaMA-7B's shape is not run again: its peaks are those that `shape_7b` recorded.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from tests.bench import results
@@ -108,10 +109,11 @@ def _renewed(base: str) -> dict[str, Any]:
 
 
 def _further(base: str, configs: dict[str, Any]) -> list[dict[str, Any]]:
-    """One of FURTHER, on rows of 512 and of 2,048 positions."""
+    """One of FURTHER, on rows of 512 and of 2,048 positions, with where and when: the other runs may be older."""
     configs[base] = FURTHER[base]
-    kinds = ((512, "off"), (512, "on"), (2048, "off"), (2048, "on"))
-    return [_run(base, 4, length, checkpoint, configs) for length, checkpoint in kinds]
+    kinds = ((512, "off"), (2048, "off"), (2048, "on"))
+    where = {"cpu": results.machine()["cpu"], "date": datetime.now(UTC).date().isoformat()}
+    return [_run(base, 4, length, checkpoint, configs) | where for length, checkpoint in kinds]
 
 
 def fitted(runs: list[dict[str, Any]], configs: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +164,19 @@ def _recorded(configs: dict[str, Any]) -> list[dict[str, Any]]:
 
 def tables(figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[Any]]]]:
     """Predictions beside measurements, and QLoRA's sizes."""
+    plain = [run for run in figures["runs"] if run["base"] not in FURTHER]
+    title = "What `plan` predicts and what one row measures: the peak of a step, loss on every token."
+    found = [_predictions(title, plain)]
+    for base in FURTHER:
+        runs = [run for run in figures["runs"] if run["base"] == base]
+        if runs:
+            found.append(_predictions(f"The same of {base}, on {runs[0]['cpu']}, {runs[0]['date']}.", runs))
+    return [*found, _qlora(figures["qlora"])]
+
+
+def _predictions(title: str, runs: list[dict[str, Any]]) -> tuple[str, list[str], list[list[Any]]]:
     rows = []
-    for run in figures["runs"]:
+    for run in runs:
         base = f"{run['base']}, {'4-bit' if run['bits'] else 'float32'}, {run['targets']}, rank {run['rank']}"
         predicted, measured = run["predicted_bytes"], run["peak_bytes"]
         rows.append(
@@ -177,8 +190,7 @@ def tables(figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[Any]
             ]
         )
     header = ["base, adapter", "positions", "checkpointing", "predicted GB", "measured GB", "off by"]
-    title = "What `plan` predicts and what one row measures: the peak of a step, loss on every token."
-    return [(title, header, rows), _qlora(figures["qlora"])]
+    return title, header, rows
 
 
 def _qlora(figures: dict[str, Any]) -> tuple[str, list[str], list[list[Any]]]:
