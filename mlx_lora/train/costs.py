@@ -20,7 +20,9 @@ from mlx_lora.adapters.attach import Wrappers, attached
 from mlx_lora.adapters.base import EXPERTS, layer_shape
 from mlx_lora.adapters.targets import adaptable
 from mlx_lora.config import Train
-from mlx_lora.models.architectures import ATTENTION
+from mlx_lora.models.architectures import ATTENTION, mixes_tokens
+from mlx_lora.models.handed import Handed, Scan, handed
+from mlx_lora.models.recurrence.chunks import CHUNK
 from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.quant.quantize import model_bytes
@@ -29,6 +31,10 @@ from mlx_lora.train.adalora import rule_for
 
 # Arrays of its inner width that an activation keeps, and of its scores that attention keeps, where they aren't lean.
 ACTIVATION, SCORES = 4, 3
+# Arrays that stay of a short convolution's channels, of a recurrence's output, and of a state that is looped over.
+CONVOLVED, GATED, LOOPED = 2, 2, 3
+# Where a loop cuts its inputs into positions, the gradient of each is as large as all: this part of them is alive.
+SLICED = 2
 HEADS = ("n_heads", "num_heads", "num_attention_heads", "n_head")
 CHOSEN = ("top_k", "num_experts_per_tok")
 
@@ -38,8 +44,10 @@ class Layer:
     """Numbers a position: `kept` for the backward pass, `late` those of them that only what follows attention needs,
     `inner` the widest linear's output, `heads` of queries.
 
-    `scores` is how many numbers a position and key attention keeps: none where it is lean. `weight` is the size of the
-    largest weight.
+    `scores` is how many numbers a position and key attention keeps: none where it is lean, one for each head whose
+    scores are handed to it as a mask, of which there are `masked`. `weight` is the size of the largest weight. `scans`
+    are its recurrences, `mixed` what goes into them, before and after the convolution, and `sliced` the numbers a
+    position and position that the backward pass of a loop of mlx-lm's holds.
     """
 
     kept: int
@@ -48,6 +56,10 @@ class Layer:
     heads: int
     scores: int
     weight: int
+    masked: int = 0
+    mixed: int = 0
+    sliced: int = 0
+    scans: tuple[Scan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,16 @@ class Costs:
         return sum(self.kept_by(layer, lines, width) for layer in self.layers)
 
     def kept_by(self, layer: Layer, lines: int, width: int) -> int:
-        return self.size * lines * width * (layer.kept + layer.scores * width)
+        """What one layer keeps; of a recurrence also the states after every span, in float32."""
+        states = sum(4 * lines * scan.state * -(-width // scan.span(lines, gpu=self.gpu)) for scan in layer.scans)
+        return self.size * lines * width * (layer.kept + layer.scores * width) + states
+
+    def span_bytes(self, layer: Layer, lines: int, width: int) -> int:
+        """What the backward pass of one span of a layer holds, of its largest recurrence."""
+        held = [
+            lines * scan.chunk_bytes * -(-min(scan.span(lines, gpu=self.gpu), width) // CHUNK) for scan in layer.scans
+        ]
+        return max(held, default=0)
 
     def entering(self, lines: int, width: int) -> int:
         """Bytes of what enters each of the layers, which is what gradient checkpointing keeps."""
@@ -104,7 +125,7 @@ def costs(model: nn.Module, settings: Train, *, dtype: mx.Dtype, gpu: bool) -> C
     layers, lowest = layers_of(model), lowest_trainable(model)
     first = lowest if isinstance(lowest, int) else 0
     vocabulary, hidden = _embedding(model, layers)
-    found = tuple(_layer(layer, hidden) for layer in layers)
+    found = tuple(_layer(layer, hidden, notes) for layer, notes in zip(layers, handed(model), strict=True))
     work = [sum(_products(layer).values()) for layer in layers]
     return Costs(
         weights=model_bytes(model) - adapter,
@@ -130,30 +151,65 @@ def _embedding(model: nn.Module, layers: list[nn.Module]) -> tuple[int, int]:
     return rows, columns
 
 
-def _layer(layer: nn.Module, hidden: int) -> Layer:
+def _layer(layer: nn.Module, hidden: int, notes: Handed) -> Layer:
     linears, wrappers, lean_parts = adaptable(layer), attached(layer), _lean(layer)
+    modules, runs = dict(layer.named_modules()), bool(notes.scans or notes.looped)
     blocks = defaultdict(list)
     for path in linears:
         blocks[path.rpartition(".")[0]].append(path)
-    heads = _attribute(layer, HEADS) or max(hidden // 64, 1)
-    kept, late, scores, inner = _norms(layer, linears, hidden), 0, 0, 0
+    heads = 0 if runs and not notes.attends else _attribute(layer, HEADS) or max(hidden // 64, 1)
+    kept, late, scores, inner, mixing, mixed = _norms(layer, linears, hidden), 0, 0, 0, 0, 0
     for block, paths in blocks.items():
         outputs = {path: layer_shape(linears[path])[-2] * _times(layer, linears[path]) for path in paths}
         last = [path for path in paths if layer_shape(linears[path])[-2] == hidden][-1:]
         inside = sum(size for path, size in outputs.items() if path not in last)
-        inner = max(inner, *outputs.values())
-        here, lean_here = (
-            inside + _inputs(linears, wrappers, paths, last),
-            any(part.startswith(block) for part in lean_parts),
-        )
-        if ATTENTION.search(block):
-            scores += 0 if lean_here else SCORES * heads
+        here = inside + _inputs(linears, wrappers, paths, last)
+        lean_here = any(part.startswith(block) for part in lean_parts)
+        if ATTENTION.search(block) or (runs and mixes_tokens(paths[0], "", modules)):
+            scores += 0 if lean_here or runs else SCORES * heads
+            mixing = max(mixing, *outputs.values())
+            mixed += inside if runs else 0
         else:
             here += 0 if lean_here or not inside else ACTIVATION * max(outputs.values())
             late += here
+            inner = max(inner, *outputs.values())
         kept += here
+    routed = _routed(layer, linears, hidden)
+    masked = sum(count for count, _ in notes.masked)
     largest = max(math.prod(layer_shape(linear)[-2:]) for linear in linears.values())
-    return Layer(kept, late, inner, heads, scores, largest)
+    return Layer(
+        kept + _mixed(notes) + routed,
+        late + routed,
+        inner or mixing,
+        heads,
+        scores + masked,
+        largest,
+        masked=masked,
+        mixed=mixed + notes.convolved + sum(scan.inputs for scan in notes.scans),
+        sliced=mixed // SLICED if notes.looped and not notes.attends else 0,
+        scans=tuple(notes.scans),
+    )
+
+
+def _mixed(notes: Handed) -> int:
+    """What mixers keep beside the outputs of their projections.
+
+    Of a short convolution its output and two parts of the activation behind it; of a recurrence its inputs and output,
+    and two parts of the gated norm behind it; of attention with a mask of numbers queries, keys and values; of a loop
+    some copies of its state for each position.
+    """
+    scans = sum(scan.inputs + GATED * scan.output for scan in notes.scans)
+    return CONVOLVED * notes.convolved + scans + sum(size for _, size in notes.masked) + LOOPED * notes.looped
+
+
+def _routed(layer: nn.Module, linears: dict[str, nn.Module], hidden: int) -> int:
+    """What a layer of experts keeps for their weights: the probabilities of all, and the outputs of the chosen."""
+    last = {
+        path.rpartition(".")[0]: linear
+        for path, linear in linears.items()
+        if isinstance(linear, EXPERTS) and layer_shape(linear)[-2] == hidden
+    }
+    return sum(_times(layer, linear) * hidden + 2 * layer_shape(linear)[0] for linear in last.values())
 
 
 def _inputs(linears: dict[str, nn.Module], wrappers: Wrappers, paths: list[str], last: list[str]) -> int:

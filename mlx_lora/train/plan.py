@@ -27,8 +27,9 @@ from mlx_lora.train.loss import LEAST_ROWS, TILE_BYTES, TILE_BYTES_GPU
 @dataclass(frozen=True)
 class Coefficients:
     """How many are alive at once: `tiles` of logits, `states` of the hidden states with loss; in attention's backward
-    pass, parts of its `scores` and arrays of the `hidden` size; in that of what follows it, arrays of the `inner` size
-    and unpacked `blocks` of weights; `updates` of the adapter's arrays; and `ahead`, how much MLX's CPU backend runs
+    pass, parts of its `scores`, `squares` that it is handed as a mask, and arrays of the `hidden` size; in that of a
+    recurrence, arrays of all that is `mixed`; in that of what follows them, arrays of the `inner` size and unpacked
+    `blocks` of weights; `updates` of the adapter's arrays; and `ahead`, how much MLX's CPU backend runs
     ahead of itself, of what `device.hold_back` lets it."""
 
     tiles: float
@@ -39,10 +40,21 @@ class Coefficients:
     blocks: float
     updates: float
     ahead: float
+    squares: float
+    mixed: float
 
 
 COEFFICIENTS = Coefficients(
-    tiles=5.824, states=4.818, scores=5.616, hidden=3.779, inner=4.659, blocks=1.46, updates=2.765, ahead=0.518
+    tiles=5.824,
+    states=4.818,
+    scores=5.616,
+    hidden=3.779,
+    inner=4.659,
+    blocks=1.46,
+    updates=2.765,
+    ahead=0.518,
+    squares=3.4,
+    mixed=1.8,
 )
 
 
@@ -109,7 +121,7 @@ def _loss(costs: Costs, micro: Micro, using: Coefficients) -> float:
 
 
 def _backward(costs: Costs, micro: Micro, recompute: bool, using: Coefficients) -> Iterator[float]:
-    """Beside what all layers keep: temporaries of each layer's attention, and of what follows it.
+    """Beside what all layers keep: temporaries of each layer's attention or recurrence, and of what follows it.
 
     A layer that is computed again holds all that it keeps; of one that isn't, attention finds the rest gone.
     """
@@ -118,8 +130,14 @@ def _backward(costs: Costs, micro: Micro, recompute: bool, using: Coefficients) 
         adapted = place >= len(costs.below)
         again = costs.kept_by(layer, micro.lines, micro.width) if recompute and adapted else 0
         gone = size * layer.late if adapted and not recompute else 0
-        scores = min(SCORES_BYTES, 4 * micro.lines * layer.heads * micro.width**2)
-        yield again - gone + using.scores * scores + using.hidden * size * costs.hidden
+        scores = using.scores * min(SCORES_BYTES, 4 * micro.lines * layer.heads * micro.width**2)
+        if layer.masked:  # squares as a whole; a layer that is computed again makes them once more
+            scores = (using.squares + recompute) * size * layer.masked * micro.width
+        sliced = size * layer.sliced * micro.width
+        yield again - gone + scores + using.hidden * size * costs.hidden + sliced
+        if layer.scans:
+            mixer = max(using.mixed * size * layer.mixed, costs.span_bytes(layer, micro.lines, micro.width))
+            yield again - gone + mixer
         blocks = min(BLOCK_BYTES, 4 * layer.weight) if costs.bits and not costs.gpu else 0
         directions = 3 if recompute else 1  # measured: products of the pass that is made again overlap
         yield again + using.inner * size * layer.inner + using.blocks * directions * blocks

@@ -16,10 +16,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which to run, all by default: {', '.join(known)}")
     parser.add_argument("--quick", action="store_true", help="fewer steps and runs; not written to results")
     parser.add_argument("--write", action="store_true", help="write the results of a quick run too")
+    parser.add_argument("--only", metavar="BASE", help="of `plan`: measure this further base, keep the other figures")
     parser.add_argument("--tables", action="store_true", help="only draw the README's table and the plots")
     asked = parser.parse_args()
     if unknown := set(asked.names) - set(known):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    if asked.only and (asked.names != ["plan"] or asked.only not in results.case("plan").FURTHER):
+        parser.error(f"--only goes with plan and one of: {', '.join(results.case('plan').FURTHER)}")
     if asked.tables:
         tables.write()
         return
@@ -34,12 +37,13 @@ def run(name: str, inputs: Inputs, asked: argparse.Namespace) -> bool:
     print(f"== {name}", flush=True)
     case = results.case(name)
     try:
-        figures = case.measure(inputs, asked.quick)
+        options = {"only": asked.only} if asked.only else {}
+        figures = case.measure(inputs, asked.quick, **options)
     except Failed as fault:
         print(fault, file=sys.stderr, flush=True)
         return False
     if asked.write or not asked.quick:
-        results.write(name, figures, quick=asked.quick)
+        results.write(name, figures, quick=asked.quick, renewed=bool(asked.only))
     print("\n".join(tables.markdown(*table) for table in case.tables(figures)))
     print(results.one_line(name, figures), flush=True)
     return True

@@ -34,15 +34,19 @@ def case(name: str) -> Any:
     return importlib.import_module(f"{cases.__name__}.{name}")
 
 
-def write(name: str, figures: dict[str, Any], *, quick: bool) -> None:
-    """Record what a benchmark measured."""
-    record = {
-        "name": name,
-        "command": f"python -m tests.bench {name}{' --quick' if quick else ''}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "figures": figures,
-    }
+def write(name: str, figures: dict[str, Any], *, quick: bool, renewed: bool = False) -> None:
+    """Record what a benchmark measured; `renewed` figures are a part, and the record says how the others were made."""
+    record = (
+        read()[name] | {"figures": figures}
+        if renewed
+        else {
+            "name": name,
+            "command": f"python -m tests.bench {name}{' --quick' if quick else ''}",
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": machine(),
+            "figures": figures,
+        }
+    )
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 

@@ -8,10 +8,14 @@ import mlx.core as mx
 import pytest
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter, Recipe, Train
+from mlx_lora.models.handed import handed
+from mlx_lora.models.recurrence import chunks
 from mlx_lora.models.shapes import network
+from mlx_lora.tasks.plan import Machine, plan_shape
 from mlx_lora.train.costs import Costs, costs
 from tests.adapters.zoo import COMMON, MODELS
+from tests.models.tiny import mixed, plain
 
 WIDTH, INNER, HEADS, KEYS, RANK, LAYERS, VOCABULARY = 64, 128, 4, 32, 8, 6, 262
 LLAMA: dict[str, Any] = COMMON | {
@@ -92,3 +96,84 @@ def test_every_architecture_has_costs(name: str) -> None:
     assert (found.vocabulary, found.hidden) == (COMMON["vocab_size"], COMMON["hidden_size"])
     assert all(layer.kept > layer.late > 0 and layer.heads == 4 for layer in found.layers)
     assert all(bool(layer.scores) == (kind == "gemma2") for layer in found.layers)
+
+
+TINY = {**plain.CONFIGS, **mixed.CONFIGS}
+STATE = 4 * 16 * 16  # of every tiny recurrence but one: heads, and two widths of them
+# name -> numbers a position that go into a recurrence of the lowest layer
+SCANS = {
+    "qwen3_5": 2 * 32 + 64 + 2 * 4, "kimi_linear": 4 * 64 + 4, "mamba2": 64 + 2 * 32 + 4, "bailing_hybrid": 3 * 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCANS)
+@pytest.mark.parametrize("lines", [1, 64])
+def test_a_recurrence_keeps_a_state_for_every_span_and_what_goes_into_it(name: str, lines: int) -> None:
+    found = cost(TINY[name])
+    layer = found.layers[0]
+    (scan,) = layer.scans
+    assert (scan.inputs, scan.output, scan.state) == (SCANS[name], 64, STATE)
+    assert scan.span(lines, gpu=False) == chunks.span_length(scan.chunk_bytes * lines)
+    width = 3 * scan.span(lines, gpu=False)
+    states = found.kept_by(layer, lines, width) - 4 * lines * width * layer.kept
+    assert states == 3 * lines * 4 * STATE and not layer.scores and not layer.heads
+    assert layer.kept > scan.inputs + scan.output
+    assert (
+        found.span_bytes(layer, lines, width) == scan.span(lines, gpu=False) // chunks.CHUNK * lines * scan.chunk_bytes
+    )
+
+
+def test_attention_beside_recurrences_has_none() -> None:
+    kinds = [bool(layer.scans) for layer in cost(TINY["qwen3_5"]).layers]
+    assert kinds == [True, False] * 2
+
+
+@pytest.mark.parametrize(("name", "attentions"), [("deepseek_v3", 1), ("glm4_moe_lite", 1), ("longcat_flash", 2)])
+def test_latent_attention_keeps_a_square_for_every_head(name: str, attentions: int) -> None:
+    found = cost(TINY[name])
+    for layer in found.layers:
+        assert layer.masked == layer.scores == 4 * attentions
+        assert found.kept_by(layer, 2, 100) == 4 * 2 * 100 * (layer.kept + 4 * attentions * 100)
+
+
+def test_only_the_chosen_experts_are_kept_and_multiplied_and_all_are_trained() -> None:
+    experts, chosen, width, inner = 4, 2, 64, 64
+    dense, routed = cost(TINY["qwen3_moe"]).layers  # the first layer has no experts
+    outputs = chosen * (2 * inner + width) + experts  # gate, up and down, and the router's
+    assert routed.late == outputs + 2 * experts and routed.inner == chosen * max(inner, width)
+    everywhere = cost(TINY["qwen3_moe"], targets="all-linear", layers=1)
+    attention = 4 * RANK * width + 2 * RANK * (width + 2 * 16)
+    assert everywhere.adapter == 4 * (attention - 0 + experts * 3 * RANK * (width + inner))
+    assert everywhere.layers[0].scans == () and dense.late == 2 * 128
+    assert everywhere.work(recompute=True) - everywhere.work(recompute=False) == (
+        2 * width * width + 2 * width * 32 + chosen * 3 * width * inner + experts * width
+    )
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "rwkv7"])
+def test_a_loop_of_mlx_lms_keeps_its_state_for_every_position(name: str) -> None:
+    state = {"mamba": 128 * 16, "jamba": 128 * 16, "rwkv7": 4 * 16 * 16}[name]
+    layer = cost(TINY[name]).layers[0]
+    assert layer.kept > 3 * state and layer.sliced > 0 and not layer.scores
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "deepseek_v3", "kimi_k3", "dbrx"])
+def test_noting_leaves_a_model_as_it_was(name: str) -> None:
+    model = network(TINY[name], gpu=False)
+    before = [(module, type(module), dict(module)) for module in model.modules()]
+    active, random = mx.get_active_memory(), [key.tolist() for key in mx.random.state]
+    notes = handed(model)
+    assert len(notes) == len(model.layers) and any(note.attends for note in notes)
+    assert mx.get_active_memory() - active < 1 << 16, "weights were drawn"
+    assert [key.tolist() for key in mx.random.state] == random
+    for module, kind, items in before:
+        assert type(module) is kind and module.keys() == items.keys()
+        assert all(module[name] is value for name, value in items.items())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_configuration_has_a_plan(name: str) -> None:
+    recipe = Recipe(model="m", adapter=Adapter(rank=2))
+    for gpu in (False, True):
+        made = plan_shape(TINY[name], recipe, None, Machine(gpu, 1 << 34))
+        assert made.peak_memory_bytes > made.fixed > 0

@@ -14,6 +14,7 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data.encode import Row
 from mlx_lora.models.load import LoadedModel
+from mlx_lora.models.shapes import network
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train.costs import costs
 from mlx_lora.train.events import Step
@@ -79,10 +80,30 @@ def test_a_tiny_model_peaks_about_where_it_is_predicted(tiny: LoadedModel, check
     assert predict(found, Micro(4, 256, 1024), recompute=checkpoint == "on").total == pytest.approx(measured, rel=0.35)
 
 
+@pytest.mark.parametrize("checkpoint", ["off", "on"])
+@pytest.mark.parametrize("base", case.FURTHER)
+def test_states_squares_and_experts_peak_about_where_they_are_predicted(base: str, checkpoint: str) -> None:
+    gc.collect()
+    small = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512, "num_hidden_layers": 2}
+    states = {"linear_num_value_heads": 4, "linear_num_key_heads": 4, "full_attention_interval": 2}
+    config = case.FURTHER[base] | small | states
+    model = network(config, gpu=False)
+    mx.eval(model.parameters())
+    attach(model, Adapter())
+    rows = [Row(np.arange(513, dtype=np.int32) % 500 + 1, np.array([0.0] + [1.0] * 512, np.float32))]
+    settings = Train(iters=1, batch_size=1, grad_checkpoint=checkpoint)  # type: ignore[arg-type]
+    before = mx.get_active_memory()
+    steps = [event for event in train(model, rows, [], settings, trunk=take_apart(model)) if isinstance(event, Step)]
+    found = costs(model, settings, dtype=mx.float32, gpu=False)
+    measured = steps[-1].peak_memory - before - found.state - found.adapter
+    predicted = predict(found, Micro(1, 512, 512), recompute=checkpoint == "on").total - found.fixed
+    assert predicted == pytest.approx(measured, rel=0.35)
+
+
 def test_what_was_measured_is_predicted_within_a_tenth() -> None:
     runs = [{**run, "config": RECORD["configs"][run["base"]]} for run in RECORD["runs"]]
     lengths = {run["length"] for run in runs if run["base"] == "SmolLM2-135M"}
-    assert lengths == {128, 512, 2048} and len({run["base"] for run in runs}) == 5
+    assert lengths == {128, 512, 2048} and len({run["base"] for run in runs}) == 5 + len(case.FURTHER)
     found = ours_plan.predicted(runs=runs)["predicted"]
     assert found == [run["predicted_bytes"] for run in runs], "run: python -m tests.bench plan"
     assert max(abs(total / run["peak_bytes"] - 1) for total, run in zip(found, runs, strict=True)) < 0.1

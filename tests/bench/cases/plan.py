@@ -6,6 +6,7 @@ LLaMA-7B's shape is not run again: its peaks are those that `shape_7b` recorded.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from tests.bench import results
@@ -33,6 +34,31 @@ WIDE = LLAMA | {
     "num_key_value_heads": 16, "vocab_size": 2048, "tie_word_embeddings": True,
 }  # fmt: skip
 SHAPES = {"Qwen3's kind": QWEN3, "Gemma 3's kind": GEMMA3, "a wide Llama": WIDE}
+# Three of four layers have a state in place of attention.
+QWEN35 = {
+    "model_type": "qwen3_5", "hidden_size": 768, "num_hidden_layers": 4, "intermediate_size": 2048,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 128, "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4, "vocab_size": 32768, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+}  # fmt: skip
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3", "hidden_size": 512, "num_hidden_layers": 4, "intermediate_size": 1408,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "q_lora_rank": 256, "kv_lora_rank": 128,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 16,
+    "num_experts_per_tok": 4, "n_shared_experts": 1, "moe_intermediate_size": 256, "first_k_dense_replace": 1,
+    "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "vocab_size": 32768, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
+}  # fmt: skip
+QWEN3_MOE = {
+    "model_type": "qwen3_moe", "hidden_size": 512, "num_hidden_layers": 4, "intermediate_size": 1408,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+    "vocab_size": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 4096,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+}  # fmt: skip
+# They are measured at 4 bits.
+FURTHER = {"Qwen3.5's kind": QWEN35, "DeepSeek-V3's kind": DEEPSEEK_V3, "Qwen3-MoE's kind": QWEN3_MOE}
 # Layers, hidden, inner, heads: arXiv 2302.13971, table 2.
 SIZES = {
     "7B": (32, 4096, 11008, 32), "13B": (40, 5120, 13824, 40), "33B": (60, 6656, 17920, 52),
@@ -53,9 +79,14 @@ def llama(size: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(inputs: Inputs, quick: bool) -> dict[str, Any]:
-    """Every run with its prediction, the configurations, the fitted coefficients, and QLoRA's shapes."""
-    configs: dict[str, Any] = dict(SHAPES)
+def measure(inputs: Inputs, quick: bool, only: str | None = None) -> dict[str, Any]:
+    """Every run with its prediction, the configurations, the fitted coefficients, and QLoRA's shapes.
+
+    `only` names one of FURTHER: its runs are measured, the others and the coefficients are those on record.
+    """
+    if only is not None:
+        return _renewed(only)
+    configs: dict[str, Any] = SHAPES | FURTHER
     runs = []
     for length in LENGTHS[:1] if quick else LENGTHS:
         for bits in (4, None):
@@ -63,7 +94,26 @@ def measure(inputs: Inputs, quick: bool) -> dict[str, Any]:
                 runs.append(_run("SmolLM2-135M", bits, length, checkpoint, configs, inputs.model(bits)))
     runs += [] if quick else _others(inputs, configs)
     runs += _recorded(configs)
+    runs += [] if quick else [run for base in FURTHER for run in _further(base, configs)]
     return {"configs": configs, **fitted(runs, configs)}
+
+
+def _renewed(base: str) -> dict[str, Any]:
+    """The recorded figures with the runs of one of FURTHER measured anew."""
+    figures = results.read()["plan"]["figures"]
+    configs = figures["configs"]
+    measured = _further(base, configs)
+    found = side("ours_plan.predicted", runs=[{**run, "config": configs[base]} for run in measured])["predicted"]
+    new = [{**run, "predicted_bytes": total} for run, total in zip(measured, found, strict=True)]
+    return {**figures, "runs": [run for run in figures["runs"] if run["base"] != base] + new}
+
+
+def _further(base: str, configs: dict[str, Any]) -> list[dict[str, Any]]:
+    """One of FURTHER, on rows of 512 and of 2,048 positions, with where and when: the other runs may be older."""
+    configs[base] = FURTHER[base]
+    kinds = ((512, "off"), (2048, "off"), (2048, "on"))
+    where = {"cpu": results.machine()["cpu"], "date": datetime.now(UTC).date().isoformat()}
+    return [_run(base, 4, length, checkpoint, configs) | where for length, checkpoint in kinds]
 
 
 def fitted(runs: list[dict[str, Any]], configs: dict[str, Any]) -> dict[str, Any]:
@@ -114,8 +164,19 @@ def _recorded(configs: dict[str, Any]) -> list[dict[str, Any]]:
 
 def tables(figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[Any]]]]:
     """Predictions beside measurements, and QLoRA's sizes."""
+    plain = [run for run in figures["runs"] if run["base"] not in FURTHER]
+    title = "What `plan` predicts and what one row measures: the peak of a step, loss on every token."
+    found = [_predictions(title, plain)]
+    for base in FURTHER:
+        runs = [run for run in figures["runs"] if run["base"] == base]
+        if runs:
+            found.append(_predictions(f"The same of {base}, on {runs[0]['cpu']}, {runs[0]['date']}.", runs))
+    return [*found, _qlora(figures["qlora"])]
+
+
+def _predictions(title: str, runs: list[dict[str, Any]]) -> tuple[str, list[str], list[list[Any]]]:
     rows = []
-    for run in figures["runs"]:
+    for run in runs:
         base = f"{run['base']}, {'4-bit' if run['bits'] else 'float32'}, {run['targets']}, rank {run['rank']}"
         predicted, measured = run["predicted_bytes"], run["peak_bytes"]
         rows.append(
@@ -129,8 +190,7 @@ def tables(figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[Any]
             ]
         )
     header = ["base, adapter", "positions", "checkpointing", "predicted GB", "measured GB", "off by"]
-    title = "What `plan` predicts and what one row measures: the peak of a step, loss on every token."
-    return [(title, header, rows), _qlora(figures["qlora"])]
+    return title, header, rows
 
 
 def _qlora(figures: dict[str, Any]) -> tuple[str, list[str], list[list[Any]]]:
