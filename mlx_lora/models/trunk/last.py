@@ -72,7 +72,7 @@ def _own_call(layer: nn.Module) -> Any:
     """The forward pass of a layer as the model wrote it, whatever subclass the layer has been given here."""
     for cls in type(layer).__mro__:
         call = cls.__dict__.get("__call__")
-        if call is not None and cls.__module__.startswith("mlx_lora") is False:
+        if call is not None and not cls.__module__.startswith("mlx_lora."):
             return call
     raise ModelError("the last layer is never called")
 

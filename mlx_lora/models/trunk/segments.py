@@ -10,7 +10,7 @@ all of that is true of: `verify.py` runs the model and compares.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -131,7 +131,7 @@ def keeps_state(model: nn.Module) -> bool:
     return any(not hasattr(kind, "update_and_fetch") for kind in _leaves(make_prompt_cache(model)))
 
 
-def segments_of(arguments: Iterator[Any] | list[Any]) -> mx.array | None:
+def segments_of(arguments: Iterable[Any]) -> mx.array | None:
     """The segments of a packed line that a layer's arguments tell of, or None for rows alone."""
     for argument in arguments:
         if isinstance(argument, PackedCache | PackedState):
