@@ -10,13 +10,14 @@ import fcntl
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_lora import device, files, ui
+from mlx_lora import files, ui
 from mlx_lora.errors import MlxLoraError, NameTaken
 
 # The folders that come with the package.
@@ -34,7 +35,7 @@ def home() -> Path:
     root = _home()
     if not root.exists():
         root.mkdir(parents=True, mode=0o700, exist_ok=True)
-        device.exclude_from_backups(root)
+        exclude_from_backups(root)
     return root
 
 
@@ -186,3 +187,14 @@ def _replace(temporary: Path, target: Path) -> None:
 def directory_bytes(path: Path) -> int:
     """Bytes of all files below `path`."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def exclude_from_backups(path: Path) -> None:
+    """Keep a directory out of Time Machine, as far as macOS lets us: a backup is a copy that nobody thinks of.
+
+    `tmutil` marks the directory itself, so the mark stays when it is moved. Where there is no such tool, or it fails,
+    nothing happens.
+    """
+    if tool := shutil.which("tmutil"):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run([tool, "addexclusion", str(path)], capture_output=True, timeout=10, check=False)

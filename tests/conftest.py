@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from mlx_lora import device, offline
+from mlx_lora.machine import blas, offline
 
 offline.set_hub_variables()
 if "PYTEST_XDIST_WORKER" in os.environ:  # of several: threads that wait for each other would take their time
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-device.load_blas()
+blas.load_blas()
 # A shell that isn't interactive starts what it puts in the background deaf to Ctrl-C, and with it all it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

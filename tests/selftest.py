@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 
-from mlx_lora import device
+from mlx_lora.machine import blas
 
 if __name__ == "__main__":
-    device.load_blas()  # before anything that imports mlx
+    blas.load_blas()  # before anything that imports mlx
 
     from mlx_lora import paths
     from mlx_lora.tasks.checks import RECORD, record

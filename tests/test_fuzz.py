@@ -27,7 +27,8 @@ from mlx_lora.data.encode import Encoder
 from mlx_lora.data.read import find_splits, read
 from mlx_lora.errors import MlxLoraError
 from mlx_lora.models.gguf import import_gguf
-from mlx_lora.models.load import load, load_tokenizer, ready
+from mlx_lora.models.load import load, ready
+from mlx_lora.models.open import load_tokenizer
 from mlx_lora.recipe import load_recipe
 from mlx_lora.store import adapter as store
 from tests import fuzz

@@ -42,7 +42,7 @@ def test_a_link_that_leads_out_of_the_home_is_no_place_for_a_name(home: Path, tm
 
 def test_the_home_is_private_and_kept_out_of_backups(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     excluded: list[Path] = []
-    monkeypatch.setattr("mlx_lora.device.exclude_from_backups", excluded.append)
+    monkeypatch.setattr("mlx_lora.paths.exclude_from_backups", excluded.append)
     assert paths.home() == paths.home() == home
     assert excluded == [home], "once, when it is made"
     assert stat.S_IMODE(home.stat().st_mode) == 0o700

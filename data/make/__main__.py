@@ -7,9 +7,9 @@ base's weights depend on the machine's arithmetic in their last digits.
 import argparse
 from pathlib import Path
 
-from mlx_lora import device
+from mlx_lora.machine import blas
 
-device.load_blas()  # has to come before anything that imports mlx
+blas.load_blas()  # has to come before anything that imports mlx
 
 from .pretrain import make_base  # noqa: E402
 from .tasks import make_tasks  # noqa: E402

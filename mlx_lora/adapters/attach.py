@@ -16,7 +16,7 @@ from mlx_lora.adapters.base import AdapterLayer
 from mlx_lora.adapters.placement import place, serving
 from mlx_lora.adapters.targets import attached, bare_modules
 from mlx_lora.config import Adapter
-from mlx_lora.models.load import set_modules
+from mlx_lora.models.layers import set_modules
 
 Wrappers = dict[str, AdapterLayer]
 

@@ -30,7 +30,7 @@ import mlx.nn as nn
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError
 from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear
-from mlx_lora.models.load import plain_layer
+from mlx_lora.models.layers import plain_layer
 from mlx_lora.quant.nf4 import NF4SwitchLinear
 from mlx_lora.quant.quantize import dequantize_layer
 

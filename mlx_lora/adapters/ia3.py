@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_lora.adapters.base import EMBEDDINGS, EXPERTS, AdapterLayer, layer_shape
 from mlx_lora.config import Adapter
 from mlx_lora.models.architectures import ATTENTION
-from mlx_lora.models.load import plain_layer
+from mlx_lora.models.layers import plain_layer
 from mlx_lora.quant.matmul import like
 from mlx_lora.quant.quantize import dequantize_layer
 

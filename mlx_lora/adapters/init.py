@@ -27,7 +27,7 @@ import numpy as np
 
 from mlx_lora.adapters.base import layer_shape
 from mlx_lora.config import Adapter
-from mlx_lora.models.load import set_modules
+from mlx_lora.models.layers import set_modules
 from mlx_lora.quant.quantize import dequantize_layer
 
 FROM_WEIGHT = ("pissa", "olora")

@@ -14,9 +14,10 @@ from types import FrameType
 import typer
 from typer.exceptions import TyperException
 
-from mlx_lora import device, offline, ui
+from mlx_lora import ui
 from mlx_lora.cli import adapters, base, bench, chat, data, machine, plan, quickstart, study, train
 from mlx_lora.errors import MlxLoraError
+from mlx_lora.machine import blas, offline
 
 HELP = """Fine-tune language models on this machine, with files that never leave it.
 
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = [word for word in arguments if word != "--debug"]
     may_connect = words[:1] == ["pull"]
     offline.set_hub_variables(offline=not may_connect)
-    device.load_blas()
+    blas.load_blas()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish
             signal.signal(number, _terminate)

@@ -30,7 +30,7 @@ def check(
     from mlx_lora.data import check as checking
     from mlx_lora.data.encode import Encoder
     from mlx_lora.data.read import find_splits, read
-    from mlx_lora.models.load import load_tokenizer
+    from mlx_lora.models.open import load_tokenizer
 
     if show and model is None:
         raise typer.BadParameter("--show needs --model, whose tokenizer and chat template it shows")

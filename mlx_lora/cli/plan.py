@@ -13,7 +13,7 @@ from mlx_lora import ui
 from mlx_lora.cli.options import Base, Json, RecipeWords, Rows, progress
 
 if TYPE_CHECKING:
-    from mlx_lora.train.choice import Plan
+    from mlx_lora.train.budget.choose import Plan
 
 Device = StrEnum("Device", ["cpu", "gpu"])
 

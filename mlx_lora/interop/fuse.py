@@ -21,7 +21,9 @@ from mlx_lora.data.encode import Row
 from mlx_lora.errors import CannotFuse
 from mlx_lora.measure import Agreement, as_dict, compare, survival
 from mlx_lora.models.carry import Beside
-from mlx_lora.models.load import LoadedModel, dequantize_model, half, ready, save, set_modules
+from mlx_lora.models.layers import dequantize_model, half, set_modules
+from mlx_lora.models.load import LoadedModel, ready
+from mlx_lora.models.save import save
 from mlx_lora.quant.quantize import dequantize_layer, layer_settings, packed_layer, quantize
 from mlx_lora.store.adapter import StoredAdapter, wrappers_for
 

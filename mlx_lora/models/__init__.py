@@ -4,9 +4,9 @@ Imported through this package, mlx_lm can't lower the process's file limits. The
 re-exported here.
 """
 
-from mlx_lora import device
+from mlx_lora.machine import allocation
 
-with device.file_limits_kept():
+with allocation.file_limits_kept():
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 __all__ = ["QuantizedSwitchLinear", "SwitchLinear"]

@@ -18,13 +18,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora import device
+from mlx_lora.machine import allocation
 from mlx_lora.models.recurrence import chunks, is_short
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import FUNCTIONS
 from mlx_lora.models.trunk.trial import training
 
-with device.file_limits_kept():
+with allocation.file_limits_kept():
     from mlx_lm.models.cache import make_prompt_cache
 
 # More than one, and more than a short convolution reads: some layers serve single positions in another way.

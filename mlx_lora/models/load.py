@@ -1,53 +1,32 @@
-"""A local model directory, or the name of one, becomes a model, a tokenizer and a configuration.
-
-Nothing is ever fetched: a repo id that isn't on disk is an error that names `pull`. Nothing in a model directory is
-ever executed: configurations that ask for code, and weights that are pickles, are refused before they are opened. What
-is ignored (`auto_map`, an index that the files don't agree with) is noted in the log; the command line shows it.
-"""
+"""An opened model directory becomes a model on this device: weights as stored, or ready to compute."""
 
 from __future__ import annotations
 
 import logging
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
-from mlx_lora import device, files, paths
+from mlx_lora import files
 from mlx_lora.config import Quantize
-from mlx_lora.errors import ModelError, nearest
-from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear, carry, index
+from mlx_lora.errors import ModelError
+from mlx_lora.machine import allocation, device
+from mlx_lora.models import carry, index
+from mlx_lora.models.open import check_files, find_model, load_tokenizer, read_config, weight_files
 from mlx_lora.quant import nf4
 from mlx_lora.quant.matmul import use_fast_multiply
-from mlx_lora.quant.quantize import Quantized, dequantize_layer, named_arrays, pack, quantize
+from mlx_lora.quant.quantize import Quantized, named_arrays, pack, quantize
 
-with device.file_limits_kept():
+with allocation.file_limits_kept():
     import mlx_lm.utils as mlx_lm_utils
 
-# An owner and a name, as on a hub; `./models/x` and `~/x` are paths.
-REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-# Settings that make mlx_lm or transformers run code. `auto_map` only names some, for whoever asks to run it.
-RUNS_CODE = ("model_file", "_attn_implementation_internal")
-# A model is built before its weights are held against it, layer by layer: more than any model has would take for ever.
-COUNTS = re.compile(r"(.*_)?n(um)?_(.*_)?(layer|block|expert)s?")
-MOST_LAYERS = 2048
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
 # The parts of a config.json that describe a model inside a larger one.
 PARTS = ("text_config", "vision_config", "audio_config")
-# Files by these endings are opened by mlx_lm and transformers; the ones that hold a vocabulary may be large.
-READ_ENDINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
-
 log = logging.getLogger(__name__)
 
 
@@ -65,140 +44,6 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         self.dtype = device.activation_dtype(self.stored)
-
-
-def find_model(model: str) -> Path:
-    """The directory that `model` names: a path, a name under the home's models, or a repo the hub's cache holds.
-
-    Raises ModelError saying where it looked; never asks a hub.
-    """
-    path = paths.existing(model)
-    if path and path.is_dir():
-        return path
-    if path:
-        hint = f"mlx-lora import-gguf {model} DIR" if path.suffix == ".gguf" else "name the directory that holds it"
-        raise ModelError(f"{model} is a file, a model is a directory", hint=hint)
-    if paths.NAME.fullmatch(model) and paths.room("models", model).is_dir():
-        return paths.room("models", model)
-    if cached := _in_hub_cache(model):
-        return cached
-    names = model_names()
-    where = f"no directory {model!r}, and no model of that name in {paths.home() / 'models'}"
-    similar = nearest(model, names) if names else ""
-    raise ModelError(where + similar, hint=f"mlx-lora pull {model if REPO.fullmatch(model) else 'REPO'}")
-
-
-def model_names() -> list[str]:
-    """Names of the models in the home. Directories with other names are unfinished work, links may lead elsewhere."""
-    models = paths.home() / "models"
-    entries = [entry for entry in models.iterdir() if entry.is_dir()] if models.is_dir() else []
-    return sorted(entry.name for entry in entries if paths.NAME.fullmatch(entry.name) and files.inside(entry, models))
-
-
-def _in_hub_cache(repo: str) -> Path | None:
-    """The snapshot of a repo that Hugging Face's cache on this disk already holds."""
-    if not REPO.fullmatch(repo):
-        return None
-    from huggingface_hub import constants
-
-    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
-    complete = [config.parent for config in snapshots.glob("*/config.json")]
-    return max(complete, key=lambda folder: folder.stat().st_mtime) if complete else None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory. Raises ModelError where it is missing or broken, or would have code run.
-
-    So does a tokenizer that only code from the directory could make; code that is named but not needed is noted.
-    """
-    file = path / "config.json"
-    if not os.path.lexists(file):
-        raise ModelError(f"{path}: not a model directory, config.json is missing")
-    config = files.read_json(file, ModelError)
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{file}: has no model_type")
-    _refuse_code(file, config)
-    if (settings := path / "tokenizer_config.json").exists():
-        _refuse_code(settings, values := files.read_json(settings, ModelError))
-        _check_tokenizer_class(settings, values)
-    for part in files.mappings(config):
-        for key, value in part.items():
-            if isinstance(value, int | float) and value > MOST_LAYERS and COUNTS.fullmatch(key[:80]):
-                raise ModelError(f"{file}: {key} is {value}; the limit is {MOST_LAYERS}")
-    return config
-
-
-def _refuse_code(file: Path, config: Any) -> None:
-    """Raise ModelError where a configuration, or any part of it, would have code run."""
-    for part in files.mappings(config):
-        for key in RUNS_CODE:
-            if part.get(key) is not None:
-                raise ModelError(f"{file}: {key!r} asks to run code from the model directory; refused")
-    if any(part.get("auto_map") for part in files.mappings(config)):
-        log.info("%s names code that comes with the model (auto_map): ignored, it never runs", file)
-
-
-def _check_tokenizer_class(file: Path, settings: Any) -> None:
-    """Raise ModelError where `auto_map` makes the tokenizer and transformers has no class of that name."""
-    named = settings.get("auto_map") if isinstance(settings, dict) else None
-    named = named.get("AutoTokenizer") if isinstance(named, dict) else named
-    if not named:
-        return
-    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
-
-    of_code = [str(name).rpartition(".")[2] for name in (named if isinstance(named, list) else [named]) if name]
-    kind = str(settings.get("tokenizer_class") or (of_code or ["?"])[-1])
-    if any(tokenizer_class_from_name(name) is not None for name in (kind, kind.removesuffix("Fast"))):
-        return
-    there = (file.parent / "tokenizer.json").exists()
-    raise ModelError(
-        f"{file}: only code that comes with the model can make its tokenizer, {kind[:100]}; it never runs",
-        hint='to read tokenizer.json without it, set "tokenizer_class": "PreTrainedTokenizerFast" and remove auto_map'
-        if there
-        else "choose a conversion of the model that has tokenizer.json and a tokenizer_class of transformers",
-    )
-
-
-def check_architecture(config: dict[str, Any]) -> tuple[type[nn.Module], Any]:
-    """mlx_lm's classes of a model and of its arguments. Raises ModelError where it has none for this config.json."""
-    try:
-        return mlx_lm_utils._get_classes(config)  # type: ignore[no-any-return]
-    except (ValueError, KeyError) as error:
-        raise ModelError(
-            f"config.json: architecture {config.get('model_type')!r} is not known to the installed mlx-lm ({error})",
-            hint="a newer mlx-lm may have it; Llama, Mistral, Qwen, Gemma and Phi models are safe choices",
-        ) from None
-
-
-def check_files(path: Path) -> None:
-    """Raise ModelError listing everything a model directory lacks or holds damaged, before anything is loaded."""
-    missing, weights = [], weight_files(path)
-    if not weights:
-        pickles = sorted(file.name for file in path.iterdir() if file.suffix in files.PICKLES)
-        also = f" ({', '.join(pickles[:3])} can run code and is never read)" if pickles else ""
-        missing.append(f"weights, model*.safetensors{also}")
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        missing.append("a tokenizer, tokenizer.json or tokenizer.model")
-    faults = [f"missing {' and '.join(missing)}"] if missing else []
-    faults += _faults_of_texts(path)
-    faults += [f"{file.name} can't be loaded: {found}" for file in weights if (found := files.safetensors_fault(file))]
-    if faults:
-        pointer = any(files.LFS_POINTER in fault for fault in faults)
-        hint = "`git lfs pull` in the clone it came from fetches the files themselves" if pointer else None
-        raise ModelError(f"{path}: " + "\n  ".join(faults), hint=hint)
-
-
-def _faults_of_texts(path: Path) -> list[str]:
-    """What is wrong with the files beside the weights that mlx_lm and transformers open by themselves."""
-    entries = sorted([*path.iterdir(), *path.glob("additional_chat_templates/*")])
-    read = [file for file in entries if file.suffix in READ_ENDINGS]
-    sizes = {file: files.LARGE if file.name in VOCABULARIES else files.SMALL for file in read}
-    return [f"{file.name} {found}" for file, most in sizes.items() if (found := files.fault(file, most=most))]
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model directory, in the order of their names."""
-    return sorted(path.glob("model*.safetensors"))
 
 
 def load(model: str | Path, *, quantization: Quantize | None = None) -> LoadedModel:
@@ -255,21 +100,6 @@ def _load_network(path: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[s
     return network, read | {"quantization": settings, "quantization_config": settings}
 
 
-def load_tokenizer(model: str | Path) -> Any:
-    """The tokenizer of a model directory or name, with its chat template and every end token, without any weights."""
-    path = find_model(str(model))
-    read_config(path)
-    if faults := _faults_of_texts(path):
-        raise ModelError(f"{path}: " + "\n  ".join(faults))
-    with files.refusing(ModelError, f"{path}: its tokenizer can't be loaded"):
-        ends = mlx_lm_utils.load_config(path).get("eos_token_id")
-        ends = [ends] if isinstance(ends, int) else ends
-        if not isinstance(ends, list | None) or any(not isinstance(end, int) for end in ends or []):
-            raise ModelError(f"{path}: eos_token_id is neither a number nor a list of numbers")
-        never = {"trust_remote_code": False}  # left open, transformers asks at the terminal whether to run the code
-        return mlx_lm_utils.load_tokenizer(path, never, eos_token_ids=ends)
-
-
 def ready(loaded: LoadedModel) -> LoadedModel:
     """Cast to the dtype this device computes in, choose its multiply, and freeze: a base never trains."""
     if not device.on_gpu():
@@ -290,79 +120,3 @@ def _stored_dtype(model: nn.Module) -> mx.Dtype:
         if mx.issubdtype(array.dtype, mx.floating) and id(array) not in scales:  # those of nf4 are always float32
             sizes[array.dtype] = sizes.get(array.dtype, 0) + array.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else mx.float32
-
-
-def half(dtype: mx.Dtype) -> mx.Dtype:
-    """`dtype` if it is half precision, else float16."""
-    return dtype if dtype in (mx.float16, mx.bfloat16) else mx.float16
-
-
-def dequantize_model(loaded: LoadedModel, dtype: mx.Dtype = mx.float16) -> None:
-    """Take every packed layer back to a plain one in `dtype`, in place."""
-    replaced = {
-        path: plain_layer(module, dequantize_layer(module, dtype))
-        for path, module in loaded.model.named_modules()
-        if "scales" in module
-    }
-    set_modules(loaded.model, replaced)
-    for key in ("quantization", "quantization_config"):
-        loaded.config.pop(key, None)
-
-
-def plain_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
-    """An unquantized layer of the same kind as `layer` around `weight`.
-
-    Raises ModelError for a layer that is no Linear, Embedding or SwitchLinear, packed or not.
-    """
-    if isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
-        plain: nn.Module = nn.Embedding(1, 1)
-    elif isinstance(layer, SwitchLinear | QuantizedSwitchLinear | nf4.NF4SwitchLinear):
-        plain = SwitchLinear(1, 1, 1, bias=False)
-    elif isinstance(layer, nn.Linear | nn.QuantizedLinear):
-        plain = nn.Linear(1, 1, bias=False)
-    else:
-        raise ModelError(f"a layer of type {type(layer).__name__} can't be unpacked here")
-    plain["weight"] = weight
-    if "bias" in layer:
-        plain["bias"] = layer["bias"]
-    return plain
-
-
-def set_modules(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
-    """Put modules at dotted paths; an empty mapping changes nothing."""
-    if replaced:
-        model.update_modules(tree_unflatten(list(replaced.items())))
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What `save` wrote: bytes of the directory, and what went along with the text model."""
-
-    bytes: int
-    beside: carry.Beside
-
-
-def save(loaded: LoadedModel, out: Path, *, force: bool = False) -> Saved:
-    """Write a model directory that mlx_lm loads as it is, unless in nf4. Appears whole, or not.
-
-    What the model's own directory holds beside the text model (vision, audio, processors) goes along unchanged.
-    """
-    beside = carry.beside(loaded.path, weight_files(loaded.path), loaded.model)
-    config = dict(loaded.config)
-    if packed := carry.quantization(beside, read_config(loaded.path), config.get("quantization"), loaded.model):
-        config["quantization"] = packed
-    if config.get("vision_config") and not beside.tensors:
-        log.info("%s: its vision part is not known here, what is written is the text model alone", loaded.path)
-    needs = sum(array.nbytes for _, array in named_arrays(loaded.model)) + beside.bytes
-    with paths.written_whole(out, force=force, needs=needs) as folder:
-        mlx_lm_utils.save_model(folder, loaded.model)
-        carry.write(beside, folder)
-        mlx_lm_utils.save_config(config, folder / "config.json", keep_vision_config=bool(beside.tensors))
-        for file in tokenizer_files(loaded.path):
-            shutil.copyfile(file, folder / file.name)
-    return Saved(paths.directory_bytes(out), beside)
-
-
-def tokenizer_files(path: Path) -> Iterator[Path]:
-    """The files of a model directory that belong to its tokenizer."""
-    return (path / name for name in TOKENIZER_FILES if (path / name).is_file())

@@ -16,7 +16,8 @@ from typing import Any
 from mlx_lora import paths
 from mlx_lora.errors import MlxLoraError, ModelError, NameTaken
 from mlx_lora.models.carry import PROCESSOR_FILES
-from mlx_lora.models.load import TOKENIZER_FILES, check_architecture, check_files, read_config
+from mlx_lora.models.open import check_architecture, check_files, read_config
+from mlx_lora.models.save import TOKENIZER_FILES
 
 WEIGHTS = "model*.safetensors"
 SETTINGS = ["config.json", "tokenizer_config.json"]

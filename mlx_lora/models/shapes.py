@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from mlx_lora import files
 from mlx_lora.errors import ModelError
-from mlx_lora.models.load import check_architecture, read_config, weight_files
+from mlx_lora.models.open import check_architecture, read_config, weight_files
 from mlx_lora.quant.matmul import use_fast_multiply
 from mlx_lora.quant.quantize import pack
 

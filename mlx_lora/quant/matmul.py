@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_lora import device
+from mlx_lora.machine import device
 
 # Below this many rows the packed weight is cheaper to read once than to unpack (measured on two cores).
 FEW_ROWS = 3

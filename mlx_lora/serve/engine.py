@@ -14,15 +14,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import device
 from mlx_lora.adapters.attach import Wrappers, put
 from mlx_lora.adapters.prompt import Prompt
 from mlx_lora.data.encode import common
 from mlx_lora.data.virtual import Virtual
 from mlx_lora.errors import AdapterError, MlxLoraError, nearest
+from mlx_lora.machine import allocation
 from mlx_lora.models.load import LoadedModel
 
-with device.file_limits_kept():
+with allocation.file_limits_kept():
     from mlx_lm.generate import BatchGenerator, generate_step
     from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
     from mlx_lm.sample_utils import make_sampler
@@ -105,7 +105,7 @@ class Engine:
             mx.array(rest), self.loaded.model, max_tokens=max_tokens, sampler=sampler, prompt_cache=layers
         )
         try:
-            with device.memory_limits():
+            with allocation.memory_limits():
                 for token, _ in steps:
                     self.cache.tokens.append(int(token))
                     if int(token) in self.ends:

@@ -20,7 +20,8 @@ import numpy as np
 from mlx_lora import files, paths
 from mlx_lora.errors import ModelError
 from mlx_lora.models import carry
-from mlx_lora.models.load import tokenizer_files, weight_files
+from mlx_lora.models.open import weight_files
+from mlx_lora.models.save import tokenizer_files
 from mlx_lora.quant.quantize import named_arrays
 
 # MLX's dtype names, as safetensors writes them.

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from mlx_lora import files, methods, paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import AdapterError, NameTaken, nearest
-from mlx_lora.models.load import LoadedModel, check_files, find_model, load_stored, read_config, ready
+from mlx_lora.models.load import LoadedModel, load_stored, ready
+from mlx_lora.models.open import check_files, find_model, read_config
 from mlx_lora.store import adapter as adapters
 from mlx_lora.store import fingerprint
 from mlx_lora.store.adapter import Base, StoredAdapter

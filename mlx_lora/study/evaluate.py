@@ -19,7 +19,7 @@ from mlx_lora.data.read import HINT, find_splits, read
 from mlx_lora.errors import DataError, Problem
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.serve.engine import Engine
-from mlx_lora.train.loss import Loss, as_arrays
+from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 
 BATCH = 8
 # What a measurement of a model reads: test rows are for judging adapters.

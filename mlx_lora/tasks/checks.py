@@ -20,15 +20,18 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_lora import device, paths
+from mlx_lora import paths
 from mlx_lora.adapters.attach import Wrappers, build, put
 from mlx_lora.config import Adapter, Data, Quantize, Train
 from mlx_lora.data.batch import Batch, collate
 from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import prepare
 from mlx_lora.interop.fuse import merge
+from mlx_lora.machine import device
 from mlx_lora.methods import MODES
-from mlx_lora.models.load import LoadedModel, load_stored, load_tokenizer, ready, set_modules
+from mlx_lora.models.layers import set_modules
+from mlx_lora.models.load import LoadedModel, load_stored, ready
+from mlx_lora.models.open import load_tokenizer
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.verify import take_apart
@@ -37,7 +40,7 @@ from mlx_lora.serve.engine import Engine
 from mlx_lora.store import fingerprint
 from mlx_lora.tasks.reference import EMBEDDING, Llama, Weights, dequantized, slope
 from mlx_lora.train.events import Step
-from mlx_lora.train.loss import Loss, as_arrays
+from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 from mlx_lora.train.trainer import train
 
 RECORD = "selftest.json"

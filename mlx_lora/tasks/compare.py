@@ -23,7 +23,8 @@ import mlx.core as mx
 from mlx_lora import paths
 from mlx_lora.data.read import find_splits, read, sha256
 from mlx_lora.errors import DataError, MlxLoraError, NameTaken, Problem, RecipeError
-from mlx_lora.models.load import find_model, load_stored, ready
+from mlx_lora.models.load import load_stored, ready
+from mlx_lora.models.open import find_model
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import adapter as store
 from mlx_lora.store import fingerprint, registry

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from mlx_lora import __version__, device, paths
-from mlx_lora.models.load import model_names
+from mlx_lora import __version__, paths
+from mlx_lora.machine import blas, facts
+from mlx_lora.models.open import model_names
 from mlx_lora.store import registry
 
 PACKAGES = ("mlx", "mlx-lm", "transformers", "numpy")
@@ -28,7 +29,7 @@ def examine() -> Examination:
 
     `home` is its path and its bytes: of models, of adapters, of runs, and of everything.
     """
-    machine = device.describe()
+    machine = facts.describe()
     home = paths.home()
     disk = shutil.disk_usage(home)
     examination = Examination(
@@ -58,7 +59,7 @@ def versions() -> dict[str, str]:
 def _warnings(machine: dict[str, Any], free: int) -> list[str]:
     found = []
     if machine["openblas"] is False:
-        found.append(f"OpenBLAS is not loaded, training is about 70 times slower: {device.BLAS_HINT}")
+        found.append(f"OpenBLAS is not loaded, training is about 70 times slower: {blas.BLAS_HINT}")
     if not machine["compiled_kernels"]:
         found.append("no C++ compiler, MLX's CPU backend can't fuse kernels: apt-get install g++")
     if machine["available_bytes"] < 2 << 30:

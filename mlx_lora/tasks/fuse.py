@@ -11,7 +11,8 @@ from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.errors import NameTaken
 from mlx_lora.interop.fuse import Fused, fuse
 from mlx_lora.measure import rows_of_tokens
-from mlx_lora.models.load import LoadedModel, find_model
+from mlx_lora.models.load import LoadedModel
+from mlx_lora.models.open import find_model
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import device, files, paths
+from mlx_lora import files, paths
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Recipe
 from mlx_lora.data.batch import padded
@@ -21,12 +21,13 @@ from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, prepare, silent
 from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import ModelError, RecipeError
-from mlx_lora.models.load import find_model, load_tokenizer
+from mlx_lora.machine import device, limits
+from mlx_lora.models.open import find_model, load_tokenizer
 from mlx_lora.models.shapes import describe, network, stored_dtype
 from mlx_lora.recipe import load_recipe
-from mlx_lora.train import history, memory
-from mlx_lora.train.choice import Lengths, Plan, plan
-from mlx_lora.train.costs import Costs, costs
+from mlx_lora.train.budget import learn
+from mlx_lora.train.budget.choose import Lengths, Plan, plan
+from mlx_lora.train.budget.costs import Costs, costs
 
 # No row is suggested to be cut below this many tokens.
 SHORTEST = 128
@@ -52,7 +53,7 @@ def plan_recipe(
     if not recipe.model:
         raise RecipeError("the recipe doesn't say which model", hint="--model MODEL sets it")
     config = describe(find_model(recipe.model))
-    limit = memory.limit_bytes(memory_gb=memory_gb, setting=recipe.train.memory_limit_gb)
+    limit = limits.limit_bytes(memory_gb=memory_gb, setting=recipe.train.memory_limit_gb)
     machine = Machine(device.on_gpu() if gpu is None else gpu, limit)
     rows = read_lengths(recipe, progress)
     made = plan_shape(config, recipe, rows, machine)
@@ -75,7 +76,7 @@ def costs_of(config: dict[str, Any], recipe: Recipe, *, gpu: bool) -> Costs:
 
 def _plan(cost: Costs, recipe: Recipe, rows: Lengths | None, limit: int) -> Plan:
     known = rows or guessed(recipe)
-    made = plan(cost, known, recipe.train, limit, packing=recipe.data.packing, shown=history.shown)
+    made = plan(cost, known, recipe.train, limit, packing=recipe.data.packing, shown=learn.shown)
     return replace(made, seconds=_seconds(recipe, rows, made))
 
 

@@ -11,7 +11,10 @@ from mlx_lora.config import Data, Quantize
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.errors import NameTaken
 from mlx_lora.measure import as_dict, compare
-from mlx_lora.models.load import dequantize_model, find_model, half, load, load_stored, save
+from mlx_lora.models.layers import dequantize_model, half
+from mlx_lora.models.load import load, load_stored
+from mlx_lora.models.open import find_model
+from mlx_lora.models.save import save
 from mlx_lora.quant.quantize import is_quantized, quantize
 from mlx_lora.study.evaluate import VALID_FIRST, questions
 

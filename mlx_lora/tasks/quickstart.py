@@ -15,7 +15,8 @@ from mlx_lora import paths
 from mlx_lora.config import Data, Quantize, Recipe
 from mlx_lora.errors import TrainingError
 from mlx_lora.interop.fuse import fuse
-from mlx_lora.models.load import load_stored, save
+from mlx_lora.models.load import load_stored
+from mlx_lora.models.save import save
 from mlx_lora.recipe import load_recipe
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry

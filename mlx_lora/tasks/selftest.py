@@ -14,7 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import __version__, device
+from mlx_lora import __version__
+from mlx_lora.machine import device, facts
 from mlx_lora.tasks.checks import CPU, PARTS, Check, Place, Subject, computing_on
 from mlx_lora.tasks.doctor import versions
 
@@ -91,4 +92,4 @@ def places() -> list[Place]:
 
 
 def _facts() -> dict[str, Any]:
-    return {"version": __version__, "system": platform.platform(), **device.describe(), "packages": versions()}
+    return {"version": __version__, "system": platform.platform(), **facts.describe(), "packages": versions()}

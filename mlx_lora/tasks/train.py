@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_lora import device, paths, ui
+from mlx_lora import paths, ui
 from mlx_lora.adapters.attach import Wrappers
 from mlx_lora.adapters.placement import Placement, place
 from mlx_lora.config import Recipe
@@ -20,8 +20,10 @@ from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
 from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import ModelError, NameTaken, RecipeError, TrainingError
+from mlx_lora.machine import device, limits
 from mlx_lora.methods import LORA_ONLY, LOW_RANK, parts
-from mlx_lora.models.load import LoadedModel, find_model, load_stored, load_tokenizer, ready
+from mlx_lora.models.load import LoadedModel, load_stored, ready
+from mlx_lora.models.open import find_model, load_tokenizer
 from mlx_lora.models.shapes import describe as describe_model
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.verify import take_apart
@@ -31,8 +33,9 @@ from mlx_lora.tasks.begin import begin, check_init
 from mlx_lora.tasks.notes import notes
 from mlx_lora.tasks.plan import Machine, lengths_of, plan_shape, suggest
 from mlx_lora.tasks.run import RunFolder
-from mlx_lora.train import checkpoint, history, memory
-from mlx_lora.train.choice import Plan
+from mlx_lora.train import checkpoint
+from mlx_lora.train.budget import learn
+from mlx_lora.train.budget.choose import Plan
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Event, Finished
 from mlx_lora.train.trainer import train
@@ -178,7 +181,7 @@ def _read(recipe: Recipe, hear: Listener) -> tuple[Prepared, Plan | None]:
 def plan_rows(recipe: Recipe, rows: Sequence[Row]) -> Plan:
     """The plan of a recipe on its rows. Raises TrainingError, saying what would fit, where it doesn't fit here."""
     config, lengths = describe_model(find_model(str(recipe.model))), lengths_of(rows)
-    machine = Machine(device.on_gpu(), memory.limit_bytes(setting=recipe.train.memory_limit_gb))
+    machine = Machine(device.on_gpu(), limits.limit_bytes(setting=recipe.train.memory_limit_gb))
     made = plan_shape(config, recipe, lengths, machine)
     if made.fits:
         return made
@@ -198,7 +201,7 @@ def _learn(plan: Plan, finished: Finished, prepared: Prepared) -> None:
     if finished.iters < ENOUGH_STEPS or varying < ENOUGH_BYTES or not (as_planned and trained_most):
         return
     with suppress(OSError):  # the adapter is stored: nothing was lost
-        history.remember(plan, finished.peak_memory_bytes, finished.seconds / finished.computed_tokens)
+        learn.remember(plan, finished.peak_memory_bytes, finished.seconds / finished.computed_tokens)
 
 
 def check(recipe: Recipe, *, force: bool) -> str:

@@ -21,7 +21,7 @@ from mlx_lora.models.trunk.arrays import arrays_kept
 from mlx_lora.train import optim
 from mlx_lora.train.adalora import rule_for
 from mlx_lora.train.distributed import Processes
-from mlx_lora.train.loss import Arrays, Loss
+from mlx_lora.train.objectives.likelihood import Arrays, Loss
 
 # Compiled graphs are kept by shape; beyond this many the old ones are dropped, since each holds megabytes.
 MOST_SHAPES = 64

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_lora import device, ui
+from mlx_lora import ui
 from mlx_lora.config import Train
 from mlx_lora.data.ahead import ahead
 from mlx_lora.data.batch import (
@@ -31,17 +31,18 @@ from mlx_lora.data.batch import (
 )
 from mlx_lora.data.encode import Row
 from mlx_lora.errors import ModelError, TrainingError
+from mlx_lora.machine import allocation, device, limits
 from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.recompute import recomputed
 from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import Verified, packing_refused, take_apart, verify
-from mlx_lora.train import memory, optim, prefix
+from mlx_lora.train import optim, prefix
+from mlx_lora.train.budget.choose import Plan
 from mlx_lora.train.checkpoint import Progress
-from mlx_lora.train.choice import Plan
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Interrupted, Note, Saved, Step
-from mlx_lora.train.loss import Arrays, Loss, as_arrays
+from mlx_lora.train.objectives.likelihood import Arrays, Loss, as_arrays
 from mlx_lora.train.step import Pending, Stepper
 
 MOST_SKIPPED = 3
@@ -78,7 +79,7 @@ def train(
         raise TrainingError("there are no rows, or rows without a token to learn", hint="leave such rows out")
     model.eval()
     with ExitStack() as stack:
-        stack.enter_context(device.memory_limits())
+        stack.enter_context(allocation.memory_limits())
         run = _Run(trunk or take_apart(model), rows, valid, settings, seed, packing, processes or Processes(), plan)
         stack.callback(model.eval)
         if resume is not None:
@@ -314,11 +315,11 @@ class _Run:
         rate = float(self.rate(mx.array(done.step - done.skipped)).item())
         loss, tokens, finite = float(pending.loss.item()), int(pending.tokens.item()), bool(pending.finite.item())
         began, self._mark = self._mark, time.perf_counter()
-        device.hold_back()
+        allocation.hold_back()
         done.count(loss, tokens, finite=finite)
         self.stop_asked |= pending.stop.item() > 0
         if self.plan and self.processes.size == 1:
-            self.exceeded = memory.exceeded(self.plan.limit_bytes) or ""
+            self.exceeded = limits.exceeded(self.plan.limit_bytes) or ""
         yield Step(
             step=done.step,
             steps=self.steps,
@@ -341,7 +342,7 @@ class _Run:
                 return None
             total = total + self.stepper.evaluate(self.arrays("valid", batch))
             mx.eval(total)
-            device.hold_back()
+            allocation.hold_back()
             tokens += batch.trained
         total, counted = self.processes.sum((total, mx.array(float(tokens))))
         self._mark = time.perf_counter()

@@ -22,7 +22,7 @@ from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.recompute import recomputed
 from mlx_lora.models.trunk.verify import packing_refused, take_apart
-from mlx_lora.train.loss import Loss, as_arrays
+from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 from tests.adapters import zoo
 from tests.train.test_trainer import make_rows
 

@@ -18,7 +18,7 @@ from mlx_lora.data.virtual import Virtual, virtual_of
 from mlx_lora.errors import AdapterError, CannotFuse, DataError
 from mlx_lora.models import shapes
 from mlx_lora.models.trunk.verify import take_apart
-from mlx_lora.train.loss import Loss, as_arrays
+from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 from tests.adapters import zoo
 from tests.train.test_trainer import make_rows
 

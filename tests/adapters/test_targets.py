@@ -21,7 +21,7 @@ from mlx_lora.errors import AdapterError
 from mlx_lora.models import architectures
 from mlx_lora.store.adapter import Manifest, read, save, wrappers_for
 from mlx_lora.tasks.notes import named, notes
-from mlx_lora.train.costs import costs
+from mlx_lora.train.budget.costs import costs
 from tests.adapters.zoo import network
 from tests.models.tiny import mixed, plain
 from tests.models.tiny.build import build as tiny_model

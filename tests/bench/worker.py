@@ -36,9 +36,9 @@ def main() -> None:
     name, options = sys.argv[1], json.loads(sys.argv[2])
     module, _, function = name.partition(".")
     if module != "torch_peft":
-        from mlx_lora import device
+        from mlx_lora.machine import blas
 
-        device.load_blas()
+        blas.load_blas()
         hide("torch")
     found = getattr(importlib.import_module(f"tests.bench.sides.{module}"), function or "run")(**options)
     if "seconds" in found:

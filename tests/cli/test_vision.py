@@ -17,7 +17,8 @@ from mlx_lora import files
 from mlx_lora.adapters.attach import put
 from mlx_lora.errors import ModelError
 from mlx_lora.models.architectures import BESIDE_TEXT
-from mlx_lora.models.load import load, weight_files
+from mlx_lora.models.load import load
+from mlx_lora.models.open import weight_files
 from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
 from tests.cli.conftest import Ran

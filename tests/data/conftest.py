@@ -13,7 +13,7 @@ import pytest
 from mlx_lora.config import Data
 from mlx_lora.data.encode import Encoder
 from mlx_lora.data.sources import FORMATS, detect
-from mlx_lora.models.load import load_tokenizer
+from mlx_lora.models.open import load_tokenizer
 from tests.conftest import TEMPLATE, write_tokenizer
 
 TEMPLATES = {

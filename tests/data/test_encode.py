@@ -14,7 +14,7 @@ import pytest
 from mlx_lora.config import Data
 from mlx_lora.data.encode import Encoded, Encoder
 from mlx_lora.data.read import read
-from mlx_lora.models.load import load_tokenizer
+from mlx_lora.models.open import load_tokenizer
 from tests.data.conftest import ANSWER, CALLED, ROWS, TALK, TOOLS, example, message, shown
 
 END = "<|end|>"

@@ -12,7 +12,7 @@ import pytest
 from mlx_lora import paths
 from mlx_lora.config import Data
 from mlx_lora.data.check import check
-from mlx_lora.models.load import load_tokenizer
+from mlx_lora.models.open import load_tokenizer
 
 BASE = paths.bundled("data", "base")
 TASKS = {"notes": "messages", "mail": "alpaca", "sql": "completions"}

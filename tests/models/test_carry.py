@@ -16,7 +16,10 @@ from mlx_lora import files
 from mlx_lora.errors import ModelError
 from mlx_lora.models import carry
 from mlx_lora.models.architectures import BESIDE_TEXT, BESIDE_TEXT_RENAMED
-from mlx_lora.models.load import dequantize_model, load, load_stored, save, weight_files
+from mlx_lora.models.layers import dequantize_model
+from mlx_lora.models.load import load, load_stored
+from mlx_lora.models.open import weight_files
+from mlx_lora.models.save import save
 from mlx_lora.quant.quantize import quantize
 from mlx_lora.store import fingerprint
 from tests.conftest import VOCABULARY, write_model, write_tokenizer

@@ -26,7 +26,7 @@ from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.recompute import recomputed
 from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import Verified, packing_refused, take_apart, verify, verify_start
-from mlx_lora.train.loss import Loss, as_arrays, negative_log_likelihood
+from mlx_lora.train.objectives.likelihood import Loss, as_arrays, negative_log_likelihood
 from tests.models.tiny import mixed, plain
 from tests.models.tiny.build import build
 

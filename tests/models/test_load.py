@@ -23,7 +23,10 @@ from mlx.utils import tree_flatten
 from mlx_lora import paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError, NameTaken
-from mlx_lora.models.load import dequantize_model, find_model, load, load_stored, load_tokenizer, plain_layer, save
+from mlx_lora.models.layers import dequantize_model, plain_layer
+from mlx_lora.models.load import load, load_stored
+from mlx_lora.models.open import find_model, load_tokenizer
+from mlx_lora.models.save import save
 from mlx_lora.quant.matmul import DequantizingLinear
 from mlx_lora.quant.quantize import is_quantized, quantize
 from tests.adapters.zoo import network

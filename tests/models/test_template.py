@@ -16,7 +16,7 @@ from mlx_lora.data.encode import Encoder
 from mlx_lora.data.example import Example
 from mlx_lora.errors import ModelError
 from mlx_lora.models import template
-from mlx_lora.models.load import load_tokenizer
+from mlx_lora.models.open import load_tokenizer
 from tests.conftest import write_tokenizer
 from tests.data.conftest import ANSWER, TALK, TEMPLATES, TOOLS
 

@@ -19,7 +19,9 @@ from mlx_lora.errors import ModelError
 from mlx_lora.interop.fuse import merge
 from mlx_lora.methods import MODES
 from mlx_lora.models import SwitchLinear
-from mlx_lora.models.load import load, load_stored, plain_layer, save, set_modules
+from mlx_lora.models.layers import plain_layer, set_modules
+from mlx_lora.models.load import load, load_stored
+from mlx_lora.models.save import save
 from mlx_lora.models.shapes import describe
 from mlx_lora.models.shapes import network as shapes_of
 from mlx_lora.quant import matmul, nf4

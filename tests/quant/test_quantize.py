@@ -14,7 +14,8 @@ import pytest
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError
 from mlx_lora.methods import MODES
-from mlx_lora.models.load import load, load_stored, save
+from mlx_lora.models.load import load, load_stored
+from mlx_lora.models.save import save
 from mlx_lora.quant.quantize import dequantize_layer, is_quantized, layer_settings, parameter_count, quantize
 from tests.adapters.zoo import network
 from tests.conftest import write_model

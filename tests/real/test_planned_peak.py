@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_lora.models.load import load_tokenizer
+from mlx_lora.models.open import load_tokenizer
 from tests.real.conftest import Shell
 
 pytestmark = pytest.mark.real

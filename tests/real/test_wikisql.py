@@ -20,7 +20,7 @@ from mlx_lora.data.read import read
 from mlx_lora.models.load import LoadedModel, load
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.store import adapter as store
-from mlx_lora.train.loss import Loss, as_arrays
+from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 from tests.real.conftest import Shell
 
 pytestmark = pytest.mark.real

@@ -18,7 +18,7 @@ from mlx_lora.serve.answer import prompt_tokens
 from mlx_lora.serve.chat import Chat
 from mlx_lora.serve.engine import Engine
 from mlx_lora.study.evaluate import evaluate, questions
-from mlx_lora.train.loss import Loss, as_arrays
+from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 from tests.serve.test_engine import greedy
 
 COUNT = 3

@@ -13,7 +13,8 @@ import pytest
 from mlx_lora import files
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError
-from mlx_lora.models.load import load_stored, save
+from mlx_lora.models.load import load_stored
+from mlx_lora.models.save import save
 from mlx_lora.store import fingerprint
 from tests.conftest import TEMPLATE, write_model, write_tokenizer
 

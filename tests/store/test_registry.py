@@ -16,7 +16,7 @@ from mlx_lora.adapters.attach import attach, put
 from mlx_lora.config import Adapter, Quantize
 from mlx_lora.errors import AdapterError, MlxLoraError, ModelError, NameTaken
 from mlx_lora.models.load import load_stored, ready
-from mlx_lora.models.load import save as save_model
+from mlx_lora.models.save import save as save_model
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import MANIFEST, Manifest, StoredAdapter, read, save, wrappers_for
 from tests.conftest import write_model

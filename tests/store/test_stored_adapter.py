@@ -20,7 +20,7 @@ from mlx_lora.adapters.attach import attach, attached, put
 from mlx_lora.config import Adapter, Quantize
 from mlx_lora.errors import AdapterError, NameTaken
 from mlx_lora.models.load import LoadedModel, load, load_stored
-from mlx_lora.models.load import save as save_model
+from mlx_lora.models.save import save as save_model
 from mlx_lora.quant.quantize import quantize
 from mlx_lora.store.adapter import CONFIG, MANIFEST, WEIGHTS, Manifest, read, read_manifest, save, wrappers_for
 from tests.adapters.zoo import network

@@ -16,7 +16,7 @@ from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.serve.answer import prompt_tokens
 from mlx_lora.serve.engine import Engine
 from mlx_lora.study.evaluate import evaluate, questions
-from mlx_lora.train.loss import Loss, as_arrays
+from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 
 PROMPTS = ("one", "a second", "and three", "4")
 

@@ -13,7 +13,7 @@ from mlx_lora.config import Recipe
 from mlx_lora.errors import DataError, ModelError, RecipeError
 from mlx_lora.recipe import load_recipe
 from mlx_lora.tasks.plan import Machine, guessed, plan_recipe, plan_shape, suggest
-from mlx_lora.train import history
+from mlx_lora.train.budget import learn
 from tests.conftest import questions
 from tests.models.test_shapes import LLAMA_65B
 
@@ -105,7 +105,7 @@ def test_time_is_told_by_an_earlier_run(tiny_path: Path, write_rows: Callable[..
     asked = recipe(tiny_path, f"data.path={file}", "data.valid_fraction=0", "train.epochs=3")
     first = plan_recipe(asked)
     assert first.seconds is None
-    history.remember(first, first.peak_memory_bytes, 1e-3)
+    learn.remember(first, first.peak_memory_bytes, 1e-3)
     positions = 24 * 24  # every row has 17 to 25 tokens
     assert plan_recipe(asked).seconds == pytest.approx(1e-3 * 3 * positions)
     without = recipe(tiny_path, "data.max_seq_length=65", "train.iters=10")

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlx_lora import device, paths
+from mlx_lora import paths
 from mlx_lora.adapters.lora import LoRALinear
 from mlx_lora.config import Train
+from mlx_lora.machine import device, elementary
 from mlx_lora.models.load import LoadedModel, ready
 from mlx_lora.models.trunk import activations as lean
 from mlx_lora.quant import matmul
@@ -26,7 +27,8 @@ from mlx_lora.tasks import checks
 from mlx_lora.tasks import selftest as tasks
 from mlx_lora.tasks.checks import CPU, PARTS, Check, Place, Subject, computing_on, record
 from mlx_lora.tasks.selftest import Report, selftest
-from mlx_lora.train import loss, optim
+from mlx_lora.train import optim
+from mlx_lora.train.objectives import likelihood
 
 Alteration = Callable[[pytest.MonkeyPatch], None]
 
@@ -116,11 +118,11 @@ def swiglu_vjp_without_its_second_term(patch: pytest.MonkeyPatch) -> None:
 
 
 def tile_without_its_one_hot(patch: pytest.MonkeyPatch) -> None:
-    rewritten(patch, loss, "_tile", lambda parts: [parts[0], parts[1] * 1.01, *parts[2:]])
+    rewritten(patch, likelihood, "_tile", lambda parts: [parts[0], parts[1] * 1.01, *parts[2:]])
 
 
 def tile_with_another_sum(patch: pytest.MonkeyPatch) -> None:
-    rewritten(patch, loss, "_tile", lambda parts: [parts[0] + 0.1, *parts[1:]])
+    rewritten(patch, likelihood, "_tile", lambda parts: [parts[0] + 0.1, *parts[1:]])
 
 
 def adamw_without_bias_correction(patch: pytest.MonkeyPatch) -> None:
@@ -149,7 +151,7 @@ ALTERATIONS: list[tuple[str, str, Alteration]] = [
     ("adapters", "fuse", lambda patch: rewritten(patch, LoRALinear, "delta", lambda delta: delta * 1.01)),
     ("adapters", "swap there and back", swap_that_leaves_the_last_adapter),
     ("gradients", "loss", gelu_for_silu),
-    ("gradients", "loss", lambda patch: rewritten(patch, device, "softmax", lambda shares: shares * 1.01)),
+    ("gradients", "loss", lambda patch: rewritten(patch, elementary, "softmax", lambda shares: shares * 1.01)),
     ("gradients", "loss", tile_with_another_sum),
     ("gradients", "gradient by gate_proj", swiglu_vjp_without_its_second_term),
     ("gradients", "gradient by embed_tokens", tile_without_its_one_hot),

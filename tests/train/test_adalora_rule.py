@@ -18,7 +18,7 @@ from mlx_lora.train import step
 from mlx_lora.train.adalora import Allocation, rule_for
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Checkpoint, Saved
-from mlx_lora.train.loss import Loss, as_arrays
+from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 from tests.train.test_trainer import arrays_of, make_rows, of, run
 
 RANK = 4

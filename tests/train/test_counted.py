@@ -19,10 +19,11 @@ from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Row
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.verify import Verified, take_apart
-from mlx_lora.train import loss, step, trainer
+from mlx_lora.train import step, trainer
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Finished
-from mlx_lora.train.loss import Loss, as_arrays
+from mlx_lora.train.objectives import likelihood
+from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 from mlx_lora.train.trainer import train
 from tests.adapters import zoo
 from tests.train.test_trainer import make_rows, of
@@ -113,13 +114,13 @@ def test_little_more_than_the_trained_tokens_enters_the_head_and_little_is_padde
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     entered: list[int] = []
-    original: Callable[..., Any] = loss._tile
+    original: Callable[..., Any] = likelihood._tile
 
     def counted(head: Any, hidden: mx.array, *others: Any) -> Any:
         entered.append(hidden.shape[0])
         return original(head, hidden, *others)
 
-    monkeypatch.setattr(loss, "_tile", counted)
+    monkeypatch.setattr(likelihood, "_tile", counted)
     monkeypatch.setattr(mx, "compile", lambda function, **_: function)
     rows = like_wikisql(200)
     finished = run(network(monkeypatch, 1, 1), rows, epochs=1)

@@ -12,8 +12,8 @@ from mlx_lora.adapters.attach import attach, detach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.models.load import load
 from mlx_lora.models.trunk.verify import take_apart
-from mlx_lora.train.choice import Lengths, Plan, plan
-from mlx_lora.train.costs import costs
+from mlx_lora.train.budget.choose import Lengths, Plan, plan
+from mlx_lora.train.budget.costs import costs
 from mlx_lora.train.events import Finished, Saved, Step
 from mlx_lora.train.trainer import train
 from tests.conftest import write_model

@@ -20,7 +20,7 @@ from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train.events import Evaluated, Finished, Step
-from mlx_lora.train.loss import Arrays, Loss, as_arrays
+from mlx_lora.train.objectives.likelihood import Arrays, Loss, as_arrays
 from mlx_lora.train.trainer import train
 from tests.adapters import zoo
 from tests.train.test_trainer import arrays_of, make_rows, of

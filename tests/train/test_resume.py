@@ -19,8 +19,8 @@ from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train import checkpoint
-from mlx_lora.train.choice import Lengths, Plan, plan
-from mlx_lora.train.costs import costs
+from mlx_lora.train.budget.choose import Lengths, Plan, plan
+from mlx_lora.train.budget.costs import costs
 from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Note, Saved, Step
 from mlx_lora.train.trainer import train
 from tests.train.test_trainer import make_rows, of

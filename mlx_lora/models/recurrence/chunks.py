@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_lora import device
+from mlx_lora.machine import device
 from mlx_lora.models.recurrence.triangular import joined
 
 # Positions of a chunk. On a CPU, 32 took a quarter less time than 64 and half of 128's; a GPU wants larger products.

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora import device
+from mlx_lora.machine import device
 from mlx_lora.models.recurrence.resets import current_segments
 
 

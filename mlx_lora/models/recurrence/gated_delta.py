@@ -19,13 +19,13 @@ from functools import lru_cache
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora import device
+from mlx_lora.machine import allocation
 from mlx_lora.models.recurrence import channels, chunks
 from mlx_lora.models.recurrence.resets import current_segments
 from mlx_lora.models.recurrence.scan import Arrays, Marks, Step, scan
 from mlx_lora.models.recurrence.triangular import unit_lower_inverse
 
-with device.file_limits_kept():
+with allocation.file_limits_kept():
     from mlx_lm.models import gated_delta as theirs
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_lora import device
+from mlx_lora.machine import allocation
 from mlx_lora.models.recurrence import chunks, decayed
 from mlx_lora.models.recurrence.resets import current_segments
 from mlx_lora.models.recurrence.scan import Arrays, Marks, scan
 
-with device.file_limits_kept():
+with allocation.file_limits_kept():
     from mlx_lm.models import bailing_hybrid as theirs
 
 

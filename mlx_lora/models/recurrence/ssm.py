@@ -10,12 +10,12 @@ from functools import lru_cache
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora import device
+from mlx_lora.machine import allocation
 from mlx_lora.models.recurrence import chunks, decayed
 from mlx_lora.models.recurrence.resets import current_segments
 from mlx_lora.models.recurrence.scan import Arrays, Marks, Step, scan
 
-with device.file_limits_kept():
+with allocation.file_limits_kept():
     from mlx_lm.models import ssm as theirs
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import device
+from mlx_lora.machine import elementary
 
 Pair = tuple[mx.array, mx.array]
 
@@ -68,22 +68,22 @@ def _after(primals: Any, cotangent: mx.array) -> list[mx.array]:
 
 @mx.compile  # type: ignore[untyped-decorator]
 def _gated(gate: mx.array, x: mx.array) -> mx.array:
-    return gate * device.sigmoid(gate) * x
+    return gate * elementary.sigmoid(gate) * x
 
 
 @mx.compile  # type: ignore[untyped-decorator]
 def _by_gated(gate: mx.array, x: mx.array, cotangent: mx.array) -> Pair:
-    switch = device.sigmoid(gate)
+    switch = elementary.sigmoid(gate)
     passed = gate * switch
     return cotangent * x * (switch + passed * (1 - switch)), cotangent * passed
 
 
 @mx.compile  # type: ignore[untyped-decorator]
 def _switched(x: mx.array) -> mx.array:
-    return x * device.sigmoid(x)
+    return x * elementary.sigmoid(x)
 
 
 @mx.compile  # type: ignore[untyped-decorator]
 def _by_switched(x: mx.array, cotangent: mx.array) -> mx.array:
-    switch = device.sigmoid(x)
+    switch = elementary.sigmoid(x)
     return cotangent * switch * (1 + x * (1 - switch))

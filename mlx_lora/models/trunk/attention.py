@@ -14,9 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import device
+from mlx_lora.machine import allocation, device, elementary
 
-with device.file_limits_kept():
+with allocation.file_limits_kept():
     from mlx_lm.models import base
 
 # Bytes of the scores of one part of the queries; a GPU wants more of them at a time.
@@ -61,7 +61,7 @@ def _probabilities(
         mask = _grouped(mask, scores)[..., here, :] if mask.shape[-2] > 1 else _grouped(mask, scores)
         boolean = mask.dtype == mx.bool_
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min) if boolean else scores + mask.astype(scores.dtype)
-    return device.softmax(scores)
+    return elementary.softmax(scores)
 
 
 @lru_cache

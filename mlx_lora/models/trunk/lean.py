@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_lora import device
+from mlx_lora.machine import allocation, device
 from mlx_lora.models.recurrence import (
     CausalConv1d,
     current_segments,
@@ -32,7 +32,7 @@ from mlx_lora.models.recurrence import (
 from mlx_lora.models.trunk import activations, attention
 from mlx_lora.models.trunk.segments import segments_of
 
-with device.file_limits_kept():
+with allocation.file_limits_kept():
     from mlx_lm.models import activations as theirs
     from mlx_lm.models import bailing_hybrid, bailing_moe_linear, base, gated_delta, ssm
 

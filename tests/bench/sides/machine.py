@@ -6,7 +6,7 @@ from typing import Any
 
 
 def run() -> dict[str, Any]:
-    from mlx_lora import device
+    from mlx_lora.machine import facts
 
-    facts = device.describe()
+    facts = facts.describe()
     return {key: facts[key] for key in ("device", "openblas", "compiled_kernels")}

@@ -17,7 +17,7 @@ from mlx_lm.models.gated_delta import gated_delta_update as theirs_of_mlx_lm
 from mlx_lm.models.gated_delta import normalize_qk
 from mlx_lm.models.qwen3_5 import GatedDeltaNet, TextModelArgs
 
-from mlx_lora import device
+from mlx_lora.machine import allocation
 from mlx_lora.models.recurrence import gated_delta_update
 from mlx_lora.models.trunk.lean import lean
 
@@ -88,7 +88,7 @@ def _of_the_rule(update: Callable[..., Any], length: int, steps: int) -> dict[st
 @contextmanager
 def _freed_memory_kept() -> Iterator[None]:
     """As in our trainer, but without its waiting for each operation near the peak: a mixer alone is all peak."""
-    with device.memory_limits():
+    with allocation.memory_limits():
         mx.set_memory_limit(1 << 40)
         yield
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import device
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
+from mlx_lora.machine import elementary
 from mlx_lora.models.load import load
 from mlx_lora.models.trunk import lean
 from mlx_lora.study.bench import Work, products, time_product, timed, vocabulary
@@ -52,7 +52,7 @@ def rest(config: dict[str, Any], rows: int, length: int, trained: int, words: in
     yield "SiLU and gate", _both(lambda x: lean.swiglu(x[0], x[1]), gated, depth)
     scores = mx.random.normal((rows, heads, length, length))
     # computed again in the backward pass
-    yield "softmax of attention", _forward(device.softmax, scores) * (depth + LAYERS)
+    yield "softmax of attention", _forward(elementary.softmax, scores) * (depth + LAYERS)
     weight = mx.ones((width,))
     hidden = mx.random.normal((rows, length, width))
     yield "norms", 2 * _both(lambda x: mx.fast.rms_norm(x, weight, 1e-5), hidden, depth)
@@ -60,7 +60,7 @@ def rest(config: dict[str, Any], rows: int, length: int, trained: int, words: in
         turned = mx.random.normal((rows, count, length, size))
         yield "rotary embedding", _both(_rope, turned, depth)
     logits = mx.random.normal((trained, words))
-    yield "softmax of the logits", _forward(device.softmax, logits)
+    yield "softmax of the logits", _forward(elementary.softmax, logits)
 
 
 def _rope(x: mx.array) -> mx.array:

@@ -9,14 +9,14 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_lora import device
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data.batch import padded
+from mlx_lora.machine import device
 from mlx_lora.models.load import load
 from mlx_lora.models.shapes import network, stored_dtype
-from mlx_lora.train.costs import Costs, costs
-from mlx_lora.train.plan import COEFFICIENTS, Coefficients, Micro, predict
+from mlx_lora.train.budget.costs import Costs, costs
+from mlx_lora.train.budget.predict import COEFFICIENTS, Coefficients, Micro, predict
 from tests.bench.sides import ours
 from tests.bench.sides import rows as plain
 

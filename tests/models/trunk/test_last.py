@@ -19,7 +19,7 @@ from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import take_apart, verify, verify_start
-from mlx_lora.train.loss import Loss, as_arrays
+from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 from tests.adapters import zoo
 
 SERVED = [name for name in zoo.MODELS if name != "gemma2 soft caps"]

@@ -15,9 +15,9 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import activations, base
 
-from mlx_lora import device
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
+from mlx_lora.machine import elementary
 from mlx_lora.models.trunk import attention
 from mlx_lora.models.trunk import lean as lean_module
 from mlx_lora.models.trunk.activations import precise_swiglu, silu, swiglu
@@ -272,8 +272,8 @@ def test_attention_equals_mlx_lm_and_float64(
 
 def test_fewer_bytes_are_more_parts_and_a_part_is_at_least_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    softmax = device.softmax
-    monkeypatch.setattr(device, "softmax", lambda scores: seen.append(scores.shape) or softmax(scores))  # type: ignore[func-returns-value]
+    softmax = elementary.softmax
+    monkeypatch.setattr(elementary, "softmax", lambda scores: seen.append(scores.shape) or softmax(scores))  # type: ignore[func-returns-value]
     q, k, v = (mx.random.normal((2, heads, 10, 8)) for heads in (4, 2, 2))
     for scores_bytes, queries in ((1 << 20, 10), (4 * 2 * 4 * 10 * 4, 4), (ONE_QUERY, 1)):
         monkeypatch.setattr(attention, "SCORES_BYTES", scores_bytes)

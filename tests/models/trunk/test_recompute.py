@@ -15,7 +15,7 @@ from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.recompute import recomputed
 from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import take_apart
-from mlx_lora.train.loss import Loss
+from mlx_lora.train.objectives.likelihood import Loss
 from tests.conftest import VOCABULARY
 
 ARRAYS = {

@@ -22,8 +22,8 @@ from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.quant.matmul import use_fast_multiply
-from mlx_lora.train import loss as losses
-from mlx_lora.train.loss import Arrays, Loss, as_arrays, negative_log_likelihood
+from mlx_lora.train.objectives import likelihood as losses
+from mlx_lora.train.objectives.likelihood import Arrays, Loss, as_arrays, negative_log_likelihood
 from tests.adapters.zoo import MODELS, VOCABULARY, network
 
 TURNS = [

@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora import device
 from mlx_lora.data.batch import Batch
+from mlx_lora.machine import device, elementary
 from mlx_lora.models.trunk.dropout import Dropout
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.trunk import Trunk
@@ -156,7 +156,7 @@ def _tile(
     top, chosen = rows.max(axis=-1, keepdims=True), mx.take_along_axis(rows, columns, axis=-1)
     # each of these arrays is read for the last time where the next one is made, which takes its memory
     (rows,) = mx.depends([rows], [top, chosen])
-    powers = device.exp_below_one(rows - top)
+    powers = elementary.exp_below_one(rows - top)
     total, power = powers.sum(axis=-1, keepdims=True), mx.take_along_axis(powers, columns, axis=-1)
     (powers,) = mx.depends([powers], [total, power])
     # d nll / d logits = softmax − one-hot

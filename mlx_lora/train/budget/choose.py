@@ -16,8 +16,8 @@ import numpy as np
 
 from mlx_lora.config import Train
 from mlx_lora.data.batch import MOST_POSITIONS, PACKED_POSITIONS, padded
-from mlx_lora.train.costs import Costs
-from mlx_lora.train.plan import Micro, Parts, predict
+from mlx_lora.train.budget.costs import Costs
+from mlx_lora.train.budget.predict import Micro, Parts, predict
 
 # Micro-batches are made smaller down to this before layers are computed again: with fewer positions a processor waits.
 GOOD_POSITIONS = 512

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from mlx_lora.config import Train
-from mlx_lora.train import history
-from mlx_lora.train.choice import Lengths, Plan, plan
-from tests.train.test_costs import cost
+from mlx_lora.train.budget import learn
+from mlx_lora.train.budget.choose import Lengths, Plan, plan
+from tests.train.budget.test_costs import cost
 
 
 def made(bits: int | None = None) -> Plan:
-    return plan(cost(bits=bits), Lengths([129] * 4, 128), Train(), 1 << 40, shown=history.shown)
+    return plan(cost(bits=bits), Lengths([129] * 4, 128), Train(), 1 << 40, shown=learn.shown)
 
 
 def test_without_runs_nothing_is_corrected(home: Path) -> None:
@@ -27,7 +27,7 @@ def test_the_next_prediction_moves_towards_what_was_measured() -> None:
     measured = first.fixed + int(1.4 * (first.peak_memory_bytes - first.fixed))
     distances = [measured - first.peak_memory_bytes]
     for _ in range(4):
-        history.remember(made(), measured, 1e-6)
+        learn.remember(made(), measured, 1e-6)
         distances.append(measured - made().peak_memory_bytes)
     assert all(0 <= later <= earlier / 1.9 for earlier, later in zip(distances, distances[1:], strict=False))
     assert made(bits=4).correction == 1.0, "another kind of run"
@@ -35,18 +35,18 @@ def test_the_next_prediction_moves_towards_what_was_measured() -> None:
 
 def test_the_pace_is_that_of_a_multiplication() -> None:
     plan = made()
-    history.remember(plan, plan.peak_memory_bytes, 2e-6)
+    learn.remember(plan, plan.peak_memory_bytes, 2e-6)
     assert made().pace == pytest.approx(2e-6 / plan.work)
-    history.remember(plan, plan.peak_memory_bytes)
+    learn.remember(plan, plan.peak_memory_bytes)
     assert made().pace == pytest.approx(2e-6 / plan.work), "a run that wasn't timed changes no pace"
-    history.remember(plan, plan.peak_memory_bytes, 4e-6)
+    learn.remember(plan, plan.peak_memory_bytes, 4e-6)
     assert made().pace == pytest.approx(3e-6 / plan.work)
 
 
 @pytest.mark.parametrize("measured", [0, 1 << 50])
 def test_no_run_is_believed_to_be_far_off(measured: int) -> None:
     for _ in range(9):
-        history.remember(made(), measured)
+        learn.remember(made(), measured)
     assert 0.5 <= made().correction <= 2.0
 
 
@@ -60,12 +60,12 @@ def test_a_damaged_file_is_as_good_as_none(home: Path, text: str) -> None:
     home.mkdir(exist_ok=True)
     (home / "plan.json").write_text(text)
     assert made().correction == 1.0 and made().pace is None
-    history.remember(made(), made().peak_memory_bytes)
+    learn.remember(made(), made().peak_memory_bytes)
     assert made().correction == pytest.approx(1.0, rel=1e-3)
 
 
 def test_the_file_is_private_and_holds_numbers_alone(home: Path) -> None:
-    history.remember(made(), 1 << 30, 1e-6)
+    learn.remember(made(), 1 << 30, 1e-6)
     file = home / "plan.json"
     assert file.stat().st_mode & 0o777 == 0o600 and [entry.name for entry in home.iterdir()] == ["plan.json"]
     (kind, entry), *others = json.loads(file.read_text()).items()

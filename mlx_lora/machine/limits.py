@@ -1,7 +1,7 @@
 """The memory of a machine: how much training may take of it, and when it has taken too much.
 
 Apple's GPU shares the machine's memory and recommends a part of it, beyond which the system swaps. A processor has
-what other programs leave. What a step will take is the business of `train.plan`.
+what other programs leave. What a step will take is the business of `train.budget.predict`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import mlx.core as mx
 import psutil
 
-from mlx_lora import device, ui
+from mlx_lora import ui
+from mlx_lora.machine import device
 
 # Of what is free, this share is for arrays: the interpreter, its libraries and the allocator's gaps take the rest.
 FOR_ARRAYS = 0.9

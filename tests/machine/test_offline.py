@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lora import offline
 from mlx_lora.errors import NetworkBlocked
+from mlx_lora.machine import offline
 
 AWAY = "192.0.2.1"  # reserved for documentation: nobody answers
 
@@ -103,7 +103,7 @@ def test_the_guard_ends_with_its_block_and_nests() -> None:
 
 def test_hub_variables_reach_the_hub_library_when_set_before_it() -> None:
     code = (
-        "from mlx_lora import offline; offline.set_hub_variables()\n"
+        "from mlx_lora.machine import offline; offline.set_hub_variables()\n"
         "from huggingface_hub import constants; print(constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_TELEMETRY)"
     )
     environment = {key: value for key, value in os.environ.items() if key not in offline.OFFLINE_VARIABLES}

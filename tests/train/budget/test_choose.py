@@ -9,9 +9,9 @@ import pytest
 
 from mlx_lora.config import Train
 from mlx_lora.data.batch import MOST_POSITIONS, epoch_steps, padded
-from mlx_lora.train.choice import GOOD_POSITIONS, Lengths, Plan, Shown, largest, plan
-from mlx_lora.train.plan import Micro, predict
-from tests.train.test_costs import cost
+from mlx_lora.train.budget.choose import GOOD_POSITIONS, Lengths, Plan, Shown, largest, plan
+from mlx_lora.train.budget.predict import Micro, predict
+from tests.train.budget.test_costs import cost
 
 COSTS = cost(targets="all-linear")
 ROWS = Lengths([257] * 32, 256)

@@ -16,14 +16,14 @@ from mlx_lora.data.encode import Row
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.shapes import network
 from mlx_lora.models.trunk.verify import take_apart
-from mlx_lora.train.costs import costs
+from mlx_lora.train.budget.costs import costs
+from mlx_lora.train.budget.predict import COEFFICIENTS, Micro, predict
 from mlx_lora.train.events import Step
-from mlx_lora.train.plan import COEFFICIENTS, Micro, predict
 from mlx_lora.train.trainer import train
 from tests.bench import results
 from tests.bench.cases import plan as case
 from tests.bench.sides import ours_plan
-from tests.train.test_costs import cost
+from tests.train.budget.test_costs import cost
 
 RECORD = json.loads((results.FOLDER / "plan.json").read_text())["figures"]
 MICRO = Micro(4, 128, 512)

@@ -13,7 +13,7 @@ from mlx_lora.models.handed import handed
 from mlx_lora.models.recurrence import chunks
 from mlx_lora.models.shapes import network
 from mlx_lora.tasks.plan import Machine, plan_shape
-from mlx_lora.train.costs import Costs, costs
+from mlx_lora.train.budget.costs import Costs, costs
 from tests.adapters.zoo import COMMON, MODELS
 from tests.models.tiny import mixed, plain
 

@@ -7,7 +7,7 @@
     backward    what the layers keep, and the temporaries of one of them
     update      some arrays for each array of the adapter
 
-What layers keep is read off them (`train.costs`). With gradient checkpointing each keeps its input, and one of them
+What layers keep is read off them (`costs`). With gradient checkpointing each keeps its input, and one of them
 the rest. How many temporaries are alive can't be read off: COEFFICIENTS are fitted to measured peaks by
 `python -m tests.bench plan`. It doesn't know what a machine has, nor what else could be chosen.
 """
@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
-from mlx_lora.device import HELD_BACK
+from mlx_lora.machine.allocation import HELD_BACK
 from mlx_lora.models.trunk.attention import SCORES_BYTES
 from mlx_lora.quant.matmul import BLOCK_BYTES
-from mlx_lora.train.costs import Costs
-from mlx_lora.train.loss import LEAST_ROWS, TILE_BYTES, TILE_BYTES_GPU
+from mlx_lora.train.budget.costs import Costs
+from mlx_lora.train.objectives.likelihood import LEAST_ROWS, TILE_BYTES, TILE_BYTES_GPU
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Coefficients:
     pass, parts of its `scores`, `squares` that it is handed as a mask, and arrays of the `hidden` size; in that of a
     recurrence, arrays of all that is `mixed`; in that of what follows them, arrays of the `inner` size and unpacked
     `blocks` of weights; `updates` of the adapter's arrays; and `ahead`, how much MLX's CPU backend runs
-    ahead of itself, of what `device.hold_back` lets it."""
+    ahead of itself, of what `allocation.hold_back` lets it."""
 
     tiles: float
     states: float

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mlx_lora import paths
-from mlx_lora.train.choice import Plan, Shown
+from mlx_lora.train.budget.choose import Plan, Shown
 
 # A run counts as much as all before it together; no run is believed to be this many times off.
 WEIGHT, MOST = 0.5, 2.0
