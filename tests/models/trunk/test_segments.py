@@ -17,9 +17,10 @@ from mlx_lora.config import Adapter
 from mlx_lora.errors import ModelError
 from mlx_lora.models.trunk import segments, verify
 from mlx_lora.models.trunk.layers import layers_of
+from mlx_lora.models.trunk.packing import packing_refused
 from mlx_lora.models.trunk.recompute import recomputed
 from mlx_lora.models.trunk.segments import caches
-from mlx_lora.models.trunk.verify import packing_refused, take_apart
+from mlx_lora.models.trunk.verify import take_apart
 from tests.adapters.zoo import MODELS, VOCABULARY, network
 
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
