@@ -2,7 +2,6 @@
 
 A few short rows run through the model packed, and each by itself. Hidden states have to agree, and for one layer of
 each kind the gradients of what enters it and of what it trains.
-
 """
 
 from __future__ import annotations

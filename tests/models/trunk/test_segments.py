@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
 from mlx_lora.errors import ModelError
-from mlx_lora.models.trunk import segments, verify
+from mlx_lora.models.trunk import packing, segments
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.packing import packing_refused
 from mlx_lora.models.trunk.recompute import recomputed
@@ -269,7 +269,7 @@ def test_a_model_that_ignores_or_rejects_the_mask_is_refused() -> None:
 def test_half_precision_is_measured_by_its_own_tolerance(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network("gemma3", dtype=dtype)
     assert packing_refused(take_apart(model)) is None
-    monkeypatch.setattr(verify, "caches", lambda *_, **__: None)
+    monkeypatch.setattr(packing, "caches", lambda *_, **__: None)
     assert packing_refused(take_apart(model)) is not None
 
 
