@@ -16,7 +16,8 @@ from mlx_lora import files
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError
 from mlx_lora.machine import allocation, device
-from mlx_lora.models import carry, index
+from mlx_lora.models import carry, index, token_ids
+from mlx_lora.models.config_faults import naming_settings
 from mlx_lora.models.open import check_files, find_model, load_tokenizer, read_config, weight_files
 from mlx_lora.quant import nf4
 from mlx_lora.quant.matmul import use_fast_multiply
@@ -64,14 +65,17 @@ def load_stored(
     check_files(path)
     if found := index.disagreement(path, weight_files(path)):
         log.info("%s: ignored, what counts is what the files hold", found)
-    with files.refusing(ModelError, f"{path}: can't be loaded"), index.naming_tensors(path):
+    settings = naming_settings(config, where=str(path / "config.json"))
+    with files.refusing(ModelError, f"{path}: can't be loaded"), settings, index.naming_tensors(path):
         network, config = _load_network(path, config)
         carry.tie_again(path, network)
         # mlx_lm writes settings of its own into these (as tie_word_embeddings), which other readers would believe.
         as_published = mlx_lm_utils.load_config(path)
         config |= {part: as_published[part] for part in PARTS if part in as_published}
-        network(mx.zeros((1, 2), mx.int32))  # never computed: a setting that doesn't fit shows while this is built
+        # never computed: a setting that doesn't fit shows while this is built
+        logits = network(mx.zeros((1, 2), mx.int32))
     tokenizer = load_tokenizer(path)
+    token_ids.remember_rows(tokenizer, logits.shape[-1])  # the embedding and the head have as many rows
     loaded = LoadedModel(network, tokenizer, config, path, _stored_dtype(network))
     if quantization is not None:
         loaded.quantized = quantize(loaded.model, quantization.complete(), on_layer=on_layer)
