@@ -11,7 +11,8 @@ to say which part is to blame.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.errors import NotFinite
 from mlx_lora.models.trunk.carried import flattened
-from mlx_lora.models.trunk.trial import Call, noting
+from mlx_lora.models.trunk.trial import Call, noting, trial_tokens
 
 # Stands for a token whose log-probability isn't finite; as an index of the step that is already on its way, MLX takes
 # it for the last row.
@@ -47,6 +48,17 @@ def marking(sampler: Sampler) -> Sampler:
 def all_finite(logits: mx.array) -> bool:
     """Whether `logits` (…, V) give probabilities: an infinite negative one does, NaN and infinity don't."""
     return bool(mx.isfinite(mx.logsumexp(logits.astype(mx.float32), axis=-1)).all().item())
+
+
+@contextmanager
+def explaining(model: nn.Module) -> Iterator[None]:
+    """Turn a RuntimeError, as of a decomposition of NaN, into NotFinite where the model's logits aren't finite."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if all_finite(model(trial_tokens())):
+            raise
+        raise error(model, trial_tokens()) from problem
 
 
 def error(model: nn.Module, tokens: mx.array) -> NotFinite:
