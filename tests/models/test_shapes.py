@@ -13,6 +13,7 @@ from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError
 from mlx_lora.models import load as loading
 from mlx_lora.models.load import LoadedModel, load, ready
+from mlx_lora.models.open import read_config
 from mlx_lora.models.save import save
 from mlx_lora.models.shapes import describe, network, stored_dtype
 from mlx_lora.quant.quantize import quantize
@@ -59,7 +60,7 @@ def test_a_packed_base_is_described_by_its_own_configuration(tmp_path: Path, tin
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_on_a_gpu_the_stored_dtype_stays(dtype: str, tmp_path: Path) -> None:
-    config = loading.read_config(write_model(tmp_path / "m")) | {"torch_dtype": dtype}
+    config = read_config(write_model(tmp_path / "m")) | {"torch_dtype": dtype}
     assert {array.dtype for _, array in tree_flatten(network(config, gpu=True).parameters())} == {stored_dtype(config)}
     assert {array.dtype for _, array in tree_flatten(network(config, gpu=False).parameters())} == {mx.float32}
 
