@@ -63,22 +63,21 @@ def _run(words: list[str], debug: bool) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    except MlxLoraError as fault:
-        if debug:
-            raise
-        ui.error(fault)
-        return 1
     except Exception as fault:
         if debug:
-            raise
-        ui.error(MlxLoraError(f"unexpected {type(fault).__name__}: {fault}", hint="--debug shows where"))
+            ui.traceback()
+        elif isinstance(fault, MlxLoraError):
+            ui.error(fault)
+        else:
+            ui.error(MlxLoraError(f"unexpected {type(fault).__name__}: {fault}", hint="--debug shows where"))
         return 1
 
 
 def _show_usage(fault: TyperException) -> None:
     message = getattr(fault, "format_message", lambda: "")().replace("Value error, ", "")
     if "Usage:" in message or not message:  # a group called without a command: its help
-        ui.note(message)
+        for line in message.splitlines():
+            ui.note(line)
     else:
         ui.error(MlxLoraError(message, hint="--help after the command shows what it takes"))
 
