@@ -19,7 +19,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room imports only rooms of a lower rank, or itself.
 RANKS = {
-    "errors": 0, "methods": 1, "paths": 1, "files": 1, "config": 1, "recipe": 1, "ui": 1, "machine": 1,
+    "errors": 0, "methods": 1, "paths": 1, "files": 1, "config_base": 1, "config_adapter": 1, "config": 1,
+    "settings": 1, "recipe": 1, "ui": 1, "machine": 1,
     "quant": 2, "models": 3, "adapters": 4, "data": 5, "measure": 6, "store": 6, "train": 7, "interop": 7, "serve": 7,
     "study": 8, "tasks": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip

@@ -24,6 +24,7 @@ from mlx_lora.cli.options import (
     data_settings,
     progress,
 )
+from mlx_lora.cli.settings import TrainCommand
 from mlx_lora.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(train)
+    app.command(cls=TrainCommand)(train)
     app.command("eval")(evaluate)
 
 
