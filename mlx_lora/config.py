@@ -250,7 +250,9 @@ class Train(Section):
 
     grad_checkpoint `auto` recomputes layers where a step's activations would not fit the free memory; cache_prefix
     `auto` keeps what enters the first adapted layer where that is a later one, there is room, and rows come again.
-    memory_limit_gb, in units of 10⁹ bytes, is the most that training may take, less than the machine has.
+    memory_limit_gb, in units of 10⁹ bytes, is the most that training may take, less than the machine has. save_every
+    `auto` writes a checkpoint by the clock, so that at most half a minute of training is lost; null writes one only
+    when the run is stopped.
     """
 
     epochs: Integer = Field(default=1, ge=1)
@@ -265,7 +267,7 @@ class Train(Section):
     max_grad_norm: Number | None = Field(default=1.0, gt=0)
     loraplus_ratio: Number | None = Field(default=None, gt=0)
     eval_every: Integer | None = Field(default=None, ge=1)
-    save_every: Integer | None = Field(default=None, ge=1)
+    save_every: Literal["auto"] | Annotated[Integer, Field(ge=1)] | None = "auto"
     patience: Integer | None = Field(default=None, ge=1)
     grad_checkpoint: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     cache_prefix: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"

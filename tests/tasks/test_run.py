@@ -23,7 +23,9 @@ from mlx_lora.config import Recipe
 from mlx_lora.errors import MlxLoraError, NameTaken, TrainingError
 from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
-from mlx_lora.tasks.train import Listener, Run, train_adapter
+from mlx_lora.store.lock import locked
+from mlx_lora.store.run import checkpoint_folders
+from mlx_lora.tasks.train import Listener, TrainedRun, train_adapter
 from mlx_lora.train import checkpoint
 from mlx_lora.train.events import Step
 
@@ -123,7 +125,7 @@ def check_what_is_there(before: bytes, after: bytes) -> None:
     assert registry.names() == ["mine"]
     assert weights() in (before, after)
     store.read(registry.find("mine"))
-    for folder in checkpoint.checkpoints(paths.room("runs", "mine")):
+    for folder in checkpoint_folders(paths.room("runs", "mine")):
         checkpoint._read(folder)
 
 
@@ -156,7 +158,7 @@ def inject(recipe: Recipe, home: Path, numbers: Iterator[int]) -> int:
 
 def finish(recipe: Recipe, expected: bytes) -> None:
     """Go on where a checkpoint was reached: the same bytes in the end."""
-    if checkpoint.checkpoints(paths.room("runs", "mine")):
+    if checkpoint_folders(paths.room("runs", "mine")):
         train_adapter(recipe, resume=True)
         assert weights() == expected
 
@@ -175,16 +177,16 @@ def test_a_run_that_died_goes_on_to_the_same_bytes(recipe: Recipe) -> None:
     whole = train_adapter(recipe.model_copy(update={"name": "whole"}))
     interrupted(recipe)
     folder = paths.room("runs", "mine")
-    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
+    assert [path.name for path in checkpoint_folders(folder)] == ["checkpoint-1", "checkpoint-2"]
     went_on = train_adapter(recipe, resume=True)
     assert weights() == weights("whole")
     kept = {"iters", "epochs", "train_loss", "valid_loss", "best_valid_loss", "trained_tokens", "computed_tokens"}
     assert all(went_on.as_dict()[key] == whole.as_dict()[key] for key in kept)
     assert [line["step"] for line in metrics(went_on) if line["event"] == "step"] == [1, 2, 3, 4]
-    assert not checkpoint.checkpoints(folder)
+    assert not checkpoint_folders(folder)
 
 
-def metrics(of: Run) -> list[dict[str, Any]]:
+def metrics(of: TrainedRun) -> list[dict[str, Any]]:
     lines = paths.room("runs", of.name).joinpath("metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -230,15 +232,13 @@ def test_an_unfinished_run_is_not_overwritten(recipe: Recipe) -> None:
     with pytest.raises(NameTaken, match="unfinished run") as error:
         train_adapter(recipe)
     assert "--resume" in str(error.value.hint)
-    with pytest.raises(TrainingError, match="no checkpoint to go on from"):
-        train_adapter(recipe.model_copy(update={"name": "other"}), resume=True)
 
 
 def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(recipe: Recipe, home: Path) -> None:
     code = """if True:
         import time
-        from mlx_lora.store.registry import held
-        with held("mine"):
+        from mlx_lora.store.lock import locked
+        with locked("mine"):
             print("held", flush=True)
             time.sleep(99)
     """
@@ -268,7 +268,7 @@ def test_what_a_killed_process_left_is_cleared_and_put_back(recipe: Recipe, home
         (leftover / "inner").mkdir(parents=True)
     other = home / "adapters" / ".mine.2.abcd1234"  # of another name
     other.mkdir()
-    with registry.held("mine"):
+    with locked("mine"):
         assert weights() == before and other.exists()
     assert not aside.exists() and not list((home / "runs" / "mine").glob(".*"))
     assert [path.name for path in (home / "adapters").glob(".*")] == [other.name]
