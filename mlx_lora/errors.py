@@ -55,7 +55,7 @@ class TrainingError(MlxLoraError):
 
 
 class PeerFailed(TrainingError):
-    """Another process of a run of several failed or is gone; the first process says why."""
+    """A process of a run of several failed before the first step, so all of them end; the first one says why."""
 
 
 class NetworkBlocked(MlxLoraError):

@@ -24,7 +24,7 @@ from mlx_lora.cli.options import (
     data_settings,
     progress,
 )
-from mlx_lora.errors import PeerFailed, TrainingError
+from mlx_lora.errors import MlxLoraError, PeerFailed, TrainingError
 
 if TYPE_CHECKING:
     from mlx_lora.tasks.train import Listener, TrainedRun
@@ -57,15 +57,17 @@ def train(
     if group.rank:
         ui.silence()  # the first process speaks for all
     try:
-        with ExitStack() as stack:
+        with ExitStack() as stack, group.connected():
             stop = StopSignal(stack)
             with group.agreed():
                 if resume and file is None and name is not None and model is None and data is None:
                     file = find(name) / RECIPE  # the run knows its own
                 recipe = load_recipe(file, words, settings=given)
             run = train_adapter(recipe, force=force, resume=resume, listener=listener(stack, stop), group=group)
-    except PeerFailed:
-        if group.rank:
+    except MlxLoraError as error:
+        if group.size > 1:  # the launcher terminates all processes once one has ended: each keeps its own exit code
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if group.rank and isinstance(error, PeerFailed):
             raise typer.Exit(code=1) from None
         raise
     if json:
@@ -77,24 +79,25 @@ def train(
 
 def _check_end(run: TrainedRun, stop: StopSignal) -> None:
     """Say what there is of a run that didn't finish, and how it goes on; end with its exit code."""
-    kept = f"checkpoint; the adapter {run.name!r} is still the one from before, and is replaced when the run finishes"
-    saved = f"what was learned up to step {run.finished.iters} is in its " + kept if run.kept_old else (
-        f"what was learned up to step {run.finished.iters} is saved"
-    )
-    if run.finished.stopped_by == "nonfinite":
+    step, stopped_by = run.finished.iters, run.finished.stopped_by
+    saved = f"what was learned up to step {step} is saved"
+    if run.kept_old:
+        saved = (
+            f"what was learned up to step {step} is kept in the run; the adapter {run.name!r} is still the one from "
+            "before, until the run has finished"
+        )
+    if stopped_by == "nonfinite":
         raise TrainingError(
-            f"the loss or the gradient was not finite three steps in a row, up to step {run.finished.iters}; "
-            + (f"the adapter {run.name!r} is still the one from before" if run.kept_old else "what was learned before is saved"),
+            f"the loss or the gradient was not finite three steps in a row; {saved}",
             hint="lower train.learning_rate, or check the data with `mlx-lora data check`",
         )
-    if run.finished.stopped_by == "memory":
+    if stopped_by == "memory":
         raise TrainingError(
             f"training took more memory than it may; {saved}",
             hint=f"close other programs and go on: mlx-lora train --name {run.name} --resume; see `mlx-lora plan`",
         )
-    if run.finished.stopped_by == "interrupted":
-        if run.kept_old:
-            ui.note(saved)
+    if stopped_by == "interrupted":
+        ui.note(saved)
         ui.note(f"mlx-lora train --name {run.name} --resume goes on")
         raise typer.Exit(code=stop.code)
 

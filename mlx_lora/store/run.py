@@ -138,6 +138,11 @@ class RunRecord(BaseModel):
         return self.finished.stopped_by if self.finished else None
 
     @property
+    def train_loss(self) -> float | None:
+        """The mean over the last steps, or the last step's where the run hasn't come to an end."""
+        return self.finished.train_loss if self.finished else self.steps[-1].loss if self.steps else None
+
+    @property
     def best_valid_loss(self) -> float | None:
         return min((line.loss for line in self.evaluations if line.step and line.loss is not None), default=None)
 
@@ -148,7 +153,7 @@ class RunRecord(BaseModel):
             "state": self.state,
             "step": self.step,
             "steps": self.planned_steps,
-            "train_loss": self.steps[-1].loss if self.steps else None,
+            "train_loss": self.train_loss,
             "best_valid_loss": self.best_valid_loss,
             "stopped_by": self.stopped_by,
             "started": self.started,
@@ -262,12 +267,6 @@ def _recipe(file: Path) -> Recipe | None:
         return None
 
 
-def changed_settings(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says differently from the defaults, by dotted key."""
-    defaults = flat(Recipe().model_dump(mode="json"))
-    return {key: value for key, value in flat(recipe.model_dump(mode="json")).items() if defaults.get(key) != value}
-
-
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested mapping by dotted keys."""
     found: dict[str, Any] = {}
@@ -289,23 +288,3 @@ def remove(name: str) -> int:
         freed = paths.directory_bytes(path)
         shutil.rmtree(path)
         return freed
-
-
-def losses(record: RunRecord, *, rows: int = 10) -> list[dict[str, Any]]:
-    """At most `rows` lines of a table: the mean training loss since the line before, and the validation loss there.
-
-    The lines are at the evaluations where there are some, else evenly spaced; the last step is always one.
-    """
-    measured = {line.step: line.loss for line in record.evaluations}
-    steps = sorted(measured) or [line.step for line in record.steps]
-    steps = sorted({*steps, record.step} - {0}) if record.steps else steps
-    shown = [steps[(index + 1) * len(steps) // min(rows, len(steps)) - 1] for index in range(min(rows, len(steps)))]
-    table, before = [], 0
-    if 0 in measured:
-        table.append({"step": 0, "train_loss": None, "valid_loss": measured[0]})
-    for step in shown:
-        since = [line.loss for line in record.steps if before < line.step <= step and line.loss is not None]
-        mean = sum(since) / len(since) if since else None
-        table.append({"step": step, "train_loss": mean, "valid_loss": measured.get(step)})
-        before = step
-    return table

@@ -14,6 +14,7 @@ from mlx_lora.config import Recipe
 from mlx_lora.errors import TrainingError
 from mlx_lora.store import run as runs
 from mlx_lora.store.run import RECIPE, RunRecord
+from mlx_lora.tasks.show_run import reason
 from mlx_lora.train import checkpoint
 
 LENGTH = ("recipe.train.epochs", "recipe.train.iters")
@@ -48,13 +49,13 @@ def _check_longer(record: RunRecord, recipe: Recipe) -> None:
     """Raise TrainingError unless a finished run is asked for more steps, and can do them."""
     old, finished = record.recipe, record.finished
     assert finished is not None
-    done = f"run {record.name!r} is finished: {finished.iters} steps, stopped by {finished.stopped_by}"
+    done = f"run {record.name!r} is finished after {finished.iters} steps: {reason(record)}"
     key, longer = _longer(recipe if old is None else old)
     again = f"mlx-lora train {record.path / RECIPE} --force {key}={longer}"
     from_start = f"{again} trains it anew for longer; the adapter that is there stays until that has finished"
     if finished.stopped_by in ("patience", "nonfinite"):
-        hint = "change the recipe and train with --force"
-        raise TrainingError(f"{done}, which more steps would not change", hint=hint)
+        hint = "more steps would not change that: change the recipe and train with --force"
+        raise TrainingError(done, hint=hint)
     if not record.checkpoints:
         raise TrainingError(done, hint=from_start)
     same = old is not None and (old.train.epochs, old.train.iters) == (recipe.train.epochs, recipe.train.iters)

@@ -19,7 +19,7 @@ from mlx_lora.data.batch import steps_per_epoch
 from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
 from mlx_lora.data.virtual import virtual_of
-from mlx_lora.errors import ModelError, NameTaken, PeerFailed, RecipeError, TrainingError
+from mlx_lora.errors import ModelError, NameTaken, RecipeError, TrainingError
 from mlx_lora.machine import device, limits
 from mlx_lora.methods import LORA_ONLY, LOW_RANK, parts
 from mlx_lora.models.load import LoadedModel, load_stored, ready
@@ -122,13 +122,6 @@ def train_adapter(
         except OSError as error:
             hint = "see to what it says; --resume goes on from the last checkpoint, if there is one"
             raise TrainingError(f"the run can't go on: {error}", hint=hint) from error
-        except RuntimeError as error:
-            if not group.lost(error):
-                raise
-            raise PeerFailed(
-                f"another process of this run has ended, and training can't go on without it ({error})",
-                hint="--resume goes on from the last checkpoint, with as many processes",
-            ) from error
 
 
 def _prepare(recipe: Recipe, name: str, listener: Listener, group: Processes) -> Setup:

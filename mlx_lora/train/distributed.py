@@ -98,7 +98,7 @@ class Processes:
     def agreed(self) -> Iterator[None]:
         """Run a block that may fail on some processes alone; if it did on any, all raise.
 
-        The first process raises the reason, its own error or another's; the others raise PeerFailed.
+        The first process raises its own error, or PeerFailed with another's; the others raise PeerFailed.
         """
         if self.size == 1:
             yield
@@ -117,9 +117,18 @@ class Processes:
         rank, message, hint = failed[0]
         raise PeerFailed(f"process {rank + 1} of {self.size}: {message}", hint=hint) from fault
 
-    def lost(self, error: BaseException) -> bool:
-        """Whether `error` says that another process can't be reached any more."""
-        return self.size > 1 and isinstance(error, RuntimeError) and bool(BACKEND_ERROR.match(str(error)))
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Run a block that sums with other processes. Raises TrainingError when one of them can't be reached."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not BACKEND_ERROR.match(str(error)):
+                raise
+            raise TrainingError(
+                f"another process of this run has ended, and training can't go on without it ({error})",
+                hint="--resume goes on from the last checkpoint, if there is one, with as many processes",
+            ) from error
 
 
 def processes() -> Processes:
