@@ -171,7 +171,7 @@ def checkpoint_folders(run: Path) -> list[Path]:
 def names() -> list[str]:
     """Names of the runs in the home; a link that leads out of it is none."""
     root = paths.home() / "runs"
-    found = [path for path in root.glob("*") if path.is_dir() and paths.NAME.fullmatch(path.name)]
+    found = [path for path in root.glob("*") if path.is_dir() and paths.is_name(path.name)]
     return sorted(path.name for path in found if files.inside(path, root))
 
 

@@ -23,7 +23,7 @@ from mlx_lora.errors import ModelError, NameTaken, RecipeError, TrainingError
 from mlx_lora.machine import device, limits
 from mlx_lora.methods import LORA_ONLY, LOW_RANK, parts
 from mlx_lora.models.load import LoadedModel, load_stored, ready
-from mlx_lora.models.open import find_model, load_tokenizer
+from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.shapes import describe as describe_model
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.verify import take_apart
@@ -126,17 +126,17 @@ def train_adapter(
 
 def _prepare(recipe: Recipe, name: str, listener: Listener, group: Processes) -> Setup:
     """Read, plan, load and attach, each step on all processes or on none."""
-    assert recipe.model is not None
     with group.agreed():
-        prepared, plan = _read(recipe, listener)
+        opened = open_model(str(recipe.model))
+        prepared, plan = _read(recipe, opened, listener)
     with group.agreed():
         listener.stage(f"loading {recipe.model}" + (" and quantizing it" if recipe.quantize else ""))
-        loaded = load_stored(recipe.model, quantization=recipe.quantize)
+        loaded = load_stored(opened, quantization=recipe.quantize)
         base = registry.describe_base(loaded)
         ready(loaded)
         if recipe.adapter.init in LORA_ONLY:
             listener.stage(f"beginning at {recipe.adapter.init}'s factors")
-        wrappers = begin(recipe, loaded, prepared.train)
+        wrappers = begin(recipe, opened, loaded, prepared.train)
         placement = place(loaded.model, recipe.adapter)
         listener.stage(summary(recipe, prepared, wrappers) + notes(loaded.model, placement, wrappers))
         manifest = manifest_of(recipe, loaded, prepared, wrappers, base, placement)
@@ -205,26 +205,25 @@ def _run(setup: Setup, resumed: Checkpoint | None, listener: Listener, group: Pr
     )
 
 
-def _read(recipe: Recipe, listener: Listener) -> tuple[Prepared, Plan | None]:
+def _read(recipe: Recipe, opened: OpenModel, listener: Listener) -> tuple[Prepared, Plan | None]:
     """The rows, and the plan for them where the model's memory can be planned; no weight is loaded for either."""
     listener.stage(f"reading {recipe.data.path}")
-    tokenizer = load_tokenizer(str(recipe.model))
     prepared = prepare(
-        str(recipe.data.path), recipe.data, tokenizer,
+        str(recipe.data.path), recipe.data, opened.tokenizer,
         seed=recipe.seed, progress=listener.progress, virtual=virtual_of(recipe.adapter),
     )  # fmt: skip
     if recipe.train.patience and not prepared.valid:
         raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
     try:
-        return prepared, plan_rows(recipe, prepared.train)
+        return prepared, plan_rows(recipe, opened, prepared.train)
     except ModelError as error:
         listener.stage(f"its memory can't be planned: {error.message}")
         return prepared, None
 
 
-def plan_rows(recipe: Recipe, rows: Sequence[Row]) -> Plan:
+def plan_rows(recipe: Recipe, model: OpenModel, rows: Sequence[Row]) -> Plan:
     """The plan of a recipe on its rows. Raises TrainingError, saying what would fit, where it doesn't fit here."""
-    config, lengths = describe_model(find_model(str(recipe.model))), lengths_of(rows)
+    config, lengths = describe_model(model), lengths_of(rows)
     machine = Machine(device.on_gpu(), limits.limit_bytes(setting=recipe.train.memory_limit_gb))
     made = plan_shape(config, recipe, lengths, machine)
     if made.fits:
@@ -262,7 +261,6 @@ def check(recipe: Recipe, *, force: bool) -> str:
     """The run's name, once everything that can be known without loading is in order."""
     name = required(recipe)
     check_init(recipe)
-    find_model(str(recipe.model))
     target, folder = paths.room("adapters", name), paths.room("runs", name)
     record = runs.read_folder_or_damaged(folder)
     unfinished = bool(record.checkpoints) and record.state != "finished"
