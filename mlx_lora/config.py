@@ -80,7 +80,9 @@ class Train(Section):
 
     grad_checkpoint `auto` recomputes layers where a step's activations would not fit the free memory; cache_prefix
     `auto` keeps what enters the first adapted layer where that is a later one, there is room, and rows come again.
-    memory_limit_gb, in units of 10⁹ bytes, is the most that training may take, less than the machine has.
+    memory_limit_gb, in units of 10⁹ bytes, is the most that training may take, less than the machine has. save_every
+    `auto` writes a checkpoint by the clock, so that at most half a minute of training is lost; null writes one only
+    when the run is stopped.
     """
 
     epochs: Integer = Field(default=1, ge=1, description="Passes over the training rows.")
@@ -105,8 +107,8 @@ class Train(Section):
     eval_every: Integer | None = Field(
         default=None, ge=1, description="Steps from one validation to the next; null is only the end."
     )
-    save_every: Integer | None = Field(
-        default=None, ge=1, description="Steps from one checkpoint to the next; null is by time."
+    save_every: Literal["auto"] | Annotated[Integer, Field(ge=1)] | None = Field(
+        default="auto", description="Steps between checkpoints; auto is by time, null only when the run is stopped."
     )
     patience: Integer | None = Field(default=None, ge=1, description="Validations without gain before training stops.")
     grad_checkpoint: Annotated[Literal["auto", "on", "off"], BeforeValidator(as_switch)] = Field(

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from mlx_lora import files, methods, paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import AdapterError, NameTaken, nearest
+from mlx_lora.store.lock import locked
 from mlx_lora.store.manifest import MANIFEST, Base, read_manifest
+from mlx_lora.store.run import CAN_GO_ON
 
 # What opens a base is imported where it is needed: MLX takes seconds, and a list of names doesn't need it.
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of `adapters list`; a method without a rank has 0."""
+    """One line of `adapters list`; a method without a rank has 0. `state` is finished, unfinished or damaged."""
 
     name: str
     method: str
@@ -35,6 +34,7 @@ class Entry:
     bytes: int
     valid_loss: float | None
     created: str
+    state: str
 
 
 def names() -> list[str]:
@@ -69,7 +69,7 @@ def _entry(name: str, path: Path) -> Entry:
     try:
         manifest = read_manifest(path)
     except AdapterError:  # `verify` says what is wrong; the others are still listed
-        return Entry(name, "damaged", 0, base=None, bytes=size, valid_loss=None, created="")
+        return Entry(name, "damaged", 0, base=None, bytes=size, valid_loss=None, created="", state="damaged")
     return Entry(
         name=name,
         method=manifest.method,
@@ -78,30 +78,8 @@ def _entry(name: str, path: Path) -> Entry:
         bytes=size,
         valid_loss=manifest.metrics.get("best_valid_loss"),
         created=manifest.created,
+        state="unfinished" if manifest.metrics.get("stopped_by") in CAN_GO_ON else "finished",
     )
-
-
-@contextmanager
-def held(name: str) -> Iterator[None]:
-    """Hold the adapter and the run called `name`, against other processes; a dead process holds nothing.
-
-    What a process that died while writing has left is cleared. Raises NameTaken where another process holds them.
-    """
-    folder = paths.home() / ".locks"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    lock = FileLock(folder / paths.check_name(name), timeout=0, mode=0o600)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise NameTaken(f"another process is training {name!r}", hint="wait for it, or --name another one") from None
-    try:
-        run = paths.room("runs", name)
-        unfinished = {run / leftover.name[1:-9] for leftover in run.glob(".*") if leftover.is_dir()}
-        for target in (paths.room("adapters", name), *unfinished):
-            paths.clear_leftovers(target)
-        yield
-    finally:
-        lock.release()
 
 
 def rename(old: str, new: str) -> Path:
@@ -111,7 +89,7 @@ def rename(old: str, new: str) -> Path:
     """
     if old == paths.check_name(new):
         return find_by_name(old)
-    with held(old), held(new):
+    with locked(old), locked(new):
         return _rename(old, new)
 
 
@@ -128,7 +106,7 @@ def _rename(old: str, new: str) -> Path:
 
 def remove(name: str) -> int:
     """Delete an adapter and its run; return the bytes freed. Raises NameTaken where it is in training."""
-    with held(name):
+    with locked(name):
         return _remove(name)
 
 
