@@ -15,7 +15,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_lora import ui
 from mlx_lora.config import Train
@@ -38,7 +37,7 @@ from mlx_lora.models.trunk.packing import packing_refused
 from mlx_lora.models.trunk.recompute import recomputed
 from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import Verified, take_apart, verify
-from mlx_lora.train import optim, prefix
+from mlx_lora.train import optim, preconditions, prefix
 from mlx_lora.train.budget.choose import Plan
 from mlx_lora.train.checkpoint import Progress, gathered
 from mlx_lora.train.distributed import Processes
@@ -71,16 +70,16 @@ def train(
     steps in a row that are not finite end the run, with what was learned before them. `scratch` is a folder for a file
     without a name, where a kept prefix doesn't fit memory. A `plan` says how to stay within a limit of memory; a step
     that takes more ends the run, saved, before the machine swaps. Raises TrainingError when there is nothing to train,
-    or when what was asked for can't be had for this model.
+    when what was asked for can't be had for this model, when a row has a token that its embedding has no row for, and
+    when its logits aren't finite before the first step.
     """
-    if not tree_flatten(model.trainable_parameters()):
-        raise TrainingError("nothing is trainable", hint="attach an adapter first")
-    if not rows or not all(row.trained for row in (*rows, *valid)):
-        raise TrainingError("there are no rows, or rows without a token to learn", hint="leave such rows out")
+    preconditions.check_rows(model, rows, valid)
     model.eval()
     with ExitStack() as stack:
         stack.enter_context(allocation.memory_limits())
-        run = _Run(trunk or take_apart(model), rows, valid, settings, seed, packing, processes or Processes(), plan)
+        trunk = trunk or take_apart(model)
+        preconditions.check_model(trunk, (*rows, *valid))
+        run = _Run(trunk, rows, valid, settings, seed, packing, processes or Processes(), plan)
         stack.callback(model.eval)
         if resume is not None:
             run.progress = Progress.read(resume.progress)
