@@ -81,8 +81,7 @@ class Train(Section):
     grad_checkpoint `auto` recomputes layers where a step's activations would not fit the free memory; cache_prefix
     `auto` keeps what enters the first adapted layer where that is a later one, there is room, and rows come again.
     memory_limit_gb, in units of 10⁹ bytes, is the most that training may take, less than the machine has. save_every
-    `auto` writes a checkpoint by the clock, so that at most half a minute of training is lost; null writes one only
-    when the run is stopped.
+    `auto` loses at most half a minute of training; null saves only when the run is stopped.
     """
 
     epochs: Integer = Field(default=1, ge=1, description="Passes over the training rows.")
