@@ -250,7 +250,8 @@ class Train(Section):
 
     grad_checkpoint `auto` recomputes layers where a step's activations would not fit the free memory; cache_prefix
     `auto` keeps what enters the first adapted layer where that is a later one, there is room, and rows come again.
-    memory_limit_gb, in units of 10⁹ bytes, is the most that training may take, less than the machine has.
+    memory_limit_gb, in GiB, is what training may take, more or less than the machine recommends; on_memory says what
+    happens where it isn't enough: refuse, or warn and train in the smallest way.
     """
 
     epochs: Integer = Field(default=1, ge=1)
@@ -270,6 +271,7 @@ class Train(Section):
     grad_checkpoint: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     cache_prefix: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     memory_limit_gb: Number | None = Field(default=None, gt=0)
+    on_memory: Literal["refuse", "warn"] = "refuse"
 
     @model_validator(mode="after")
     def _check(self) -> Train:

@@ -241,7 +241,10 @@ class _Run:
         lengths = {"train": self.lengths, "valid": [len(row) for row in self.valid]}
         first = {row: lines for step in self._plan(0) for lines in step for line in lines for row in line}
         home = {"train": lambda row: self._collate(first[row]) if row in first else None}
-        made = prefix.plan(self.trunk, lengths, scratch, home)
+        room = None
+        if self.plan:  # what the limit leaves; a file where that is too little
+            room = max(self.plan.limit_bytes - self.plan.peak_memory_bytes + self.plan.states_bytes, 0)
+        made = prefix.make(self.trunk, lengths, scratch, home, memory=room)
         if not isinstance(made, str):
             stack.callback(made.close)
             micro = next((micro for step in self._plan(0) for micro in step), None)
@@ -320,7 +323,8 @@ class _Run:
         done.count(loss, tokens, finite=finite)
         self.stop_asked |= pending.stop.item() > 0
         if self.plan and self.processes.size == 1:
-            self.exceeded = limits.exceeded(self.plan.limit_bytes) or ""
+            limit = None if self.plan.overruled else self.plan.limit_bytes
+            self.exceeded = limits.exceeded(limit, beside=self._beside) or ""
         yield Step(
             step=done.step,
             steps=self.steps,
@@ -329,7 +333,7 @@ class _Run:
             gradient_norm=float(pending.norm.item()),
             tokens=tokens,
             tokens_per_second=tokens / (self._mark - began),
-            peak_memory=mx.get_peak_memory(),
+            peak_memory=mx.get_peak_memory() + self._beside,
             skipped=not finite,
         )
 
@@ -367,8 +371,14 @@ class _Run:
         self._saved = time.perf_counter()
         progress = {**self.progress.as_dict(), "seconds": self._seconds()}
         if self.exceeded:  # it has to go on in another way
-            progress |= {"recomputes": None, "most_positions": None}
+            too_large = [self.progress.recomputes, self.progress.most_positions or MOST_POSITIONS]
+            progress |= {"recomputes": None, "most_positions": None, "too_large": too_large}
         return Checkpoint(self.progress.step, self.stepper.state(), progress)
+
+    @property
+    def _beside(self) -> int:
+        """Bytes of kept states in memory, which MLX doesn't count."""
+        return self.prefix.memory_bytes if self.prefix else 0
 
     def _seconds(self) -> float:
         return self.progress.seconds + time.perf_counter() - self._start
@@ -387,7 +397,7 @@ class _Run:
             padding_fraction=1 - real / computed if computed else 0.0,
             seconds=seconds,
             tokens_per_second=done.trained_tokens / seconds,
-            peak_memory_bytes=mx.get_peak_memory(),
+            peak_memory_bytes=mx.get_peak_memory() + self._beside,
             largest_micro_batch=self.largest,
             trainable_parameters=sum(array.size for array in self.stepper.adapter().values()),
             skipped_steps=done.skipped,
