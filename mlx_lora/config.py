@@ -248,10 +248,11 @@ class Data(Section):
 class Train(Section):
     """The loop. One optimizer step is batch_size × grad_accumulation rows, over all processes together.
 
-    grad_checkpoint `auto` recomputes layers where a step's activations would not fit the free memory; cache_prefix
-    `auto` keeps what enters the first adapted layer where that is a later one, there is room, and rows come again.
-    memory_limit_gb, in GiB, is what training may take, more or less than the machine recommends; on_memory says what
-    happens where it isn't enough: refuse, or warn and train in the smallest way.
+        grad_checkpoint `auto` recomputes layers where a step's activations would not fit the free memory; cache_prefix
+        `auto` keeps what enters the first adapted layer where that is a later one, there is room, and rows come again.
+        memory_limit_gb, in GiB, is what training may take, more or less than the machine recommends. on_memory says what
+    happens where it isn't enough: refuse, or warn and train in the smallest way. save_every `auto` writes a checkpoint
+    by the clock, so that at most half a minute of training is lost; null writes one only when the run is stopped.
     """
 
     epochs: Integer = Field(default=1, ge=1)
@@ -266,7 +267,7 @@ class Train(Section):
     max_grad_norm: Number | None = Field(default=1.0, gt=0)
     loraplus_ratio: Number | None = Field(default=None, gt=0)
     eval_every: Integer | None = Field(default=None, ge=1)
-    save_every: Integer | None = Field(default=None, ge=1)
+    save_every: Literal["auto"] | Annotated[Integer, Field(ge=1)] | None = "auto"
     patience: Integer | None = Field(default=None, ge=1)
     grad_checkpoint: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
     cache_prefix: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"

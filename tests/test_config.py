@@ -60,7 +60,7 @@ train:
   max_grad_norm: 1.0
   loraplus_ratio: null
   eval_every: null
-  save_every: null
+  save_every: auto
   patience: null
   grad_checkpoint: auto
   cache_prefix: auto
@@ -193,7 +193,10 @@ def test_an_unknown_key_is_answered_with_the_nearest(text: str, said: str) -> No
         ("adapter: {rank_pattern: {'*q': 4}}", "adapter.rank_pattern: '*q' is not a regular expression"),
         ("adapter: {alpha_pattern: {q_proj: 0}}", "adapter.alpha_pattern.q_proj: '0' is refused"),
         ("adapter: 5", "adapter: '5' is refused: a section is a mapping of keys to values"),
-        ("train: {save_every: true}", "train.save_every: 'True' is refused: input should be a number"),
+        (
+            "train: {save_every: true}",
+            "train.save_every: 'True' is refused: not known here; known: auto, or input should be a number",
+        ),
         ("adapter: {layers: true}", "adapter.layers: 'True' is refused"),
         ("train: {learning_rate: .inf}", "train.learning_rate: 'inf' is refused"),
         ("train: {learning_rate: .nan}", "train.learning_rate: 'nan' is refused"),

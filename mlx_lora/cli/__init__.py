@@ -15,7 +15,7 @@ import typer
 from typer.exceptions import TyperException
 
 from mlx_lora import ui
-from mlx_lora.cli import adapters, base, bench, chat, data, machine, plan, quickstart, study, train
+from mlx_lora.cli import adapters, base, bench, chat, data, machine, plan, quickstart, runs, study, train
 from mlx_lora.errors import MlxLoraError
 from mlx_lora.machine import blas, offline
 
@@ -27,6 +27,7 @@ app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_ma
 for room in (quickstart, machine, base, data, plan, train, chat, bench):
     room.register(app)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(runs.app, name="runs")
 app.add_typer(study.app, name="study")
 
 

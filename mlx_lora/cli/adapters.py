@@ -28,8 +28,10 @@ def list_adapters(json: Json = False) -> None:
     elif not entries:
         ui.note("no adapters yet; `mlx-lora quickstart` or `mlx-lora train` makes some")
     else:
-        rows = [(e.name, e.method, e.rank, e.base, ui.size(e.bytes), e.valid_loss, e.created[:16]) for e in entries]
-        ui.table(["name", "method", "rank", "base", "size", "valid loss", "created"], rows)
+        rows = [
+            (e.name, e.state, e.method, e.rank, e.base, ui.size(e.bytes), e.valid_loss, e.created[:16]) for e in entries
+        ]
+        ui.table(["name", "state", "method", "rank", "base", "size", "valid loss", "created"], rows)
 
 
 @app.command()

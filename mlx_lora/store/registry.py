@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from mlx_lora import files, methods, paths
 from mlx_lora.config import Quantize
@@ -20,11 +17,13 @@ from mlx_lora.models.open import Model, open_model
 from mlx_lora.store import adapter as adapters
 from mlx_lora.store import fingerprint
 from mlx_lora.store.adapter import Base, StoredAdapter
+from mlx_lora.store.lock import locked
+from mlx_lora.store.run import CAN_GO_ON
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of `adapters list`; a method without a rank has 0."""
+    """One line of `adapters list`; a method without a rank has 0. `state` is finished, unfinished or damaged."""
 
     name: str
     method: str
@@ -33,6 +32,7 @@ class Entry:
     bytes: int
     valid_loss: float | None
     created: str
+    state: str
 
 
 def names() -> list[str]:
@@ -67,7 +67,7 @@ def _entry(name: str, path: Path) -> Entry:
     try:
         manifest = adapters.read_manifest(path)
     except AdapterError:  # `verify` says what is wrong; the others are still listed
-        return Entry(name, "damaged", 0, base=None, bytes=size, valid_loss=None, created="")
+        return Entry(name, "damaged", 0, base=None, bytes=size, valid_loss=None, created="", state="damaged")
     return Entry(
         name=name,
         method=manifest.method,
@@ -76,30 +76,8 @@ def _entry(name: str, path: Path) -> Entry:
         bytes=size,
         valid_loss=manifest.metrics.get("best_valid_loss"),
         created=manifest.created,
+        state="unfinished" if manifest.metrics.get("stopped_by") in CAN_GO_ON else "finished",
     )
-
-
-@contextmanager
-def held(name: str) -> Iterator[None]:
-    """Hold the adapter and the run called `name`, against other processes; a dead process holds nothing.
-
-    What a process that died while writing has left is cleared. Raises NameTaken where another process holds them.
-    """
-    folder = paths.home() / ".locks"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    lock = FileLock(folder / paths.check_name(name), timeout=0, mode=0o600)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise NameTaken(f"another process is training {name!r}", hint="wait for it, or --name another one") from None
-    try:
-        run = paths.room("runs", name)
-        unfinished = {run / leftover.name[1:-9] for leftover in run.glob(".*") if leftover.is_dir()}
-        for target in (paths.room("adapters", name), *unfinished):
-            paths.clear_leftovers(target)
-        yield
-    finally:
-        lock.release()
 
 
 def rename(old: str, new: str) -> Path:
@@ -109,7 +87,7 @@ def rename(old: str, new: str) -> Path:
     """
     if old == paths.check_name(new):
         return find_by_name(old)
-    with held(old), held(new):
+    with locked(old), locked(new):
         return _rename(old, new)
 
 
@@ -126,7 +104,7 @@ def _rename(old: str, new: str) -> Path:
 
 def remove(name: str) -> int:
     """Delete an adapter and its run; return the bytes freed. Raises NameTaken where it is in training."""
-    with held(name):
+    with locked(name):
         return _remove(name)
 
 

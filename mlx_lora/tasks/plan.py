@@ -131,9 +131,7 @@ def costs_of(config: dict[str, Any], recipe: Recipe, *, gpu: bool) -> Costs:
         return costs(model, recipe.train, dtype=stored_dtype(config) if gpu else mx.float32, gpu=gpu)
 
 
-def _plan(
-    cost: Costs, recipe: Recipe, rows: Lengths | None, limit: int, smaller_than: Way | None = None
-) -> Plan:
+def _plan(cost: Costs, recipe: Recipe, rows: Lengths | None, limit: int, smaller_than: Way | None = None) -> Plan:
     made = plan(
         cost, rows or guessed(recipe), recipe.train, limit,
         packing=recipe.data.packing, experience=learn.experience, smaller_than=smaller_than,

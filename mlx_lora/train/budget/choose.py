@@ -55,9 +55,10 @@ class Plan:
     """What a run will hold at its peak, beside what it may, and how it has to be run for that.
 
     `recompute` is gradient checkpointing; micro-batches hold at most `most_positions`, or a single line, and `micro` is
-    the largest of them. `states_bytes` of kept hidden states are in memory, and in `parts` under overhead; they were
-    given room only after everything else. `overruled` says that the run goes on although it doesn't fit. `fixed` are the bytes that no choice changes, `work` the multiplications of a position, `pace`
-    the seconds of one where they are known, and `kind` tells runs apart that don't correct each other.
+    the largest of them. `states_bytes` of kept hidden states are in memory, and in `parts` under overhead: they get
+    what everything else has left. `overruled` says that the run goes on although it doesn't fit. `fixed` are the bytes
+    that no choice changes, `work` the multiplications of a position, `pace` the seconds of one where they are known.
+    `kind` tells runs apart that don't correct each other.
     """
 
     parts: Parts

@@ -41,7 +41,7 @@ CHOSEN = ("top_k", "num_experts_per_tok")
 
 @dataclass(frozen=True)
 class Layer:
-    """Numbers a position: `kept` for the backward pass, `after_attention` those of them that only what follows attention needs,
+    """Numbers a position: `kept` for the backward pass, `after_attention` those of them that only what follows it needs,
     `inner` the widest linear's output, `heads` of queries.
 
     `scores` is how many numbers a position and key attention keeps: none where it is lean, one for each head whose

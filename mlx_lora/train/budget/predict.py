@@ -23,7 +23,6 @@ from mlx_lora.quant.matmul import BLOCK_BYTES
 from mlx_lora.train.budget.costs import Costs
 from mlx_lora.train.objectives.likelihood import LEAST_ROWS, TILE_BYTES, TILE_BYTES_GPU
 
-
 # MLX's own limits on how far it runs ahead of a GPU: command buffers, and bytes of results in each.
 COMMAND_BUFFERS, COMMAND_BYTES = 10, 50 << 20
 
@@ -145,7 +144,9 @@ def _backward(costs: Costs, micro: Micro, recompute: bool, using: Coefficients) 
         adapted = place >= len(costs.below)
         again = costs.kept_by(layer, micro.lines, micro.width) if recompute and adapted else 0
         freed = size * layer.after_attention if adapted and not recompute else 0
-        scores = using.scores * min(SCORES_BYTES_GPU if costs.gpu else SCORES_BYTES, 4 * micro.lines * layer.heads * micro.width**2)
+        scores = using.scores * min(
+            SCORES_BYTES_GPU if costs.gpu else SCORES_BYTES, 4 * micro.lines * layer.heads * micro.width**2
+        )
         if layer.masked:  # squares as a whole; a layer that is computed again makes them once more
             scores = (using.squares + recompute) * size * layer.masked * micro.width
         sliced = size * layer.sliced * micro.width
