@@ -139,6 +139,7 @@ def test_quantize_takes_the_modes_own_defaults(text: str, complete: dict[str, An
         ("train.cache_prefix=true", "train.cache_prefix", "on"),
         ("data.packing=true", "data.packing", True),
         ("train.max_grad_norm=null", "train.max_grad_norm", None),
+        ("learning_rate=1e-3", "train.learning_rate", 1e-3),
     ],
 )
 def test_override(override: str, key: str, value: Any) -> None:
@@ -169,6 +170,7 @@ def test_a_section_with_everything_commented_out_is_the_default(recipe_file: Any
         ("train: {rank: 4}", "unknown key 'train.rank'; did you mean 'adapter.rank'?"),
         ("adaptor: {rank: 4}", "unknown key 'adaptor'; did you mean 'adapter'?"),
         ("quantize: {zzz: 4}", "unknown key 'quantize.zzz'; known: bits, double_quant, group_size, mode"),
+        ("lr: 1e-4", "unknown key 'lr'; did you mean 'train.learning_rate'?"),
         ("on: 4", "unknown key 'True'; known: adapter, data,"),
     ],
 )
@@ -292,7 +294,9 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
         ("=3", "'=3' is not key=value"),
         ("adapter.targets=[", "override 'adapter.targets=[':1: not valid YAML"),
         ("adapter.rank.x=3", "adapter.rank: "),
-        ("learning_rate=1", "did you mean 'train.learning_rate'?"),
+        ("learning_rat=1", "did you mean 'train.learning_rate'?"),
+        ("train.lr=1", "unknown key 'train.lr'; did you mean 'train.learning_rate'?"),
+        ("steps=1", "'steps' isn't a setting's name here"),
     ],
 )
 def test_a_faulty_override(override: str, said: str) -> None:

@@ -36,17 +36,17 @@ def list_adapters(json: Json = False) -> None:
 
 @app.command()
 def show(name: Name, json: Json = False) -> None:
-    """Print an adapter's manifest."""
-    from mlx_lora.store import adapter, registry
+    """Say what an adapter is: its method, targets, base, data and losses; --json prints its whole manifest."""
+    from mlx_lora.store import registry
+    from mlx_lora.store.manifest import read_manifest
+    from mlx_lora.store.summary import summary
 
-    values = adapter.read_manifest(registry.find(name)).model_dump()
+    path = registry.find(name)
     if json:
-        ui.as_json(values)
+        ui.as_json(read_manifest(path).model_dump())
         return
-    values["modules"] = f"{len(values['modules'])} modules"
-    values["scales"] = sorted(set(values["scales"].values()))
-    for key, value in values.items():
-        ui.result(f"{key:15} {value}")
+    for label, text in summary(path):
+        ui.result(f"{label:9} {text}")
 
 
 @app.command()

@@ -24,6 +24,7 @@ from mlx_lora.cli.options import (
     data_settings,
     progress,
 )
+from mlx_lora.cli.settings import TrainCommand
 from mlx_lora.errors import MlxLoraError, PeerFailed, TrainingError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(train)
+    app.command(cls=TrainCommand)(train)
     app.command("eval")(evaluate)
 
 
@@ -197,7 +198,7 @@ def evaluate(
     from mlx_lora.tasks.evaluate import evaluate_adapters
 
     with ExitStack() as stack:
-        results = evaluate_adapters(
+        evaluation = evaluate_adapters(
             model,
             adapter or [],
             data,
@@ -206,9 +207,10 @@ def evaluate(
             max_tokens=max_tokens,
             progress=progress(stack),
             stage=ui.note,
+            warn=ui.warning,
         )
     if json:
-        ui.as_json({"results": [result.as_dict() for result in results]})
+        ui.as_json(evaluation.as_dict())
         return
-    rows = [(r.adapter or "(base)", r.loss, r.perplexity, r.tokens, r.rows, r.exact_match) for r in results]
+    rows = [(r.adapter or "(base)", r.loss, r.perplexity, r.tokens, r.rows, r.exact_match) for r in evaluation.results]
     ui.table(["adapter", "loss", "perplexity", "tokens", "rows", "exact match"], rows)

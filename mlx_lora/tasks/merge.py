@@ -16,9 +16,10 @@ from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, NameTaken
 from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
-from mlx_lora.store.adapter import Manifest, StoredAdapter
+from mlx_lora.store.adapter import StoredAdapter
 from mlx_lora.store.arithmetic import How, Merged, merge
 from mlx_lora.store.lock import locked
+from mlx_lora.store.manifest import Manifest
 
 Weighted = Sequence[tuple[StoredAdapter, float]]
 

@@ -140,12 +140,12 @@ def test_the_last_layer_runs_for_positions_with_loss(checkpoint: str, monkeypatc
         made.append((batch.inputs.size, batch.inputs.size if columns is None else columns.size))
         return original(batch, states, columns)
 
-    monkeypatch.setattr(trainer, "as_arrays", noted)
+    monkeypatch.setattr(session, "as_arrays", noted)
     rows = like_wikisql(48)
     ours = run(network(monkeypatch, 2), rows, epochs=1, grad_checkpoint=checkpoint)
     positions, computed = (sum(sizes) for sizes in zip(*made, strict=True))
     assert computed == positions if checkpoint == "on" else computed < 0.5 * positions
-    monkeypatch.setattr(trainer, "verify", lambda *_, **__: Verified(columns=False))
+    monkeypatch.setattr(session, "verify", lambda *_, **__: Verified(columns=False))
     assert run(network(monkeypatch, 2), rows, epochs=1).train_loss == pytest.approx(ours.train_loss, rel=1e-5)
 
 

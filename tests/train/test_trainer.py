@@ -249,7 +249,7 @@ def test_every_optimizer_learns(tiny: LoadedModel, optimizer: str) -> None:
 
 def ahead_of_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dispatch each step before the figures of the last one are read, as on a GPU."""
-    monkeypatch.setattr(trainer, "device", SimpleNamespace(on_gpu=lambda: True))
+    monkeypatch.setattr(session, "device", SimpleNamespace(on_gpu=lambda: True))
 
 
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -381,7 +381,7 @@ def test_a_small_budget_of_positions_changes_neither_steps_nor_result(
         micros.append(len(one.lines))
         return original(one, *states)
 
-    monkeypatch.setattr(trainer, "as_arrays", noted)
+    monkeypatch.setattr(session, "as_arrays", noted)
     monkeypatch.setattr(batch, "MOST_POSITIONS", 48)
     parts = run(tiny, rows, make_rows(6, seed=1), **settings)
     assert max(micros) < 6 and len(micros) > 8, "the budget has to cut steps"

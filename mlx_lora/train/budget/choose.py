@@ -81,6 +81,11 @@ class Plan:
         return Way(self.recompute, self.most_positions)
 
     @property
+    def room_for_states(self) -> int:
+        """Bytes that the limit leaves for kept hidden states, beside everything else."""
+        return max(self.limit_bytes - self.peak_memory_bytes + self.states_bytes, 0)
+
+    @property
     def peak_memory_bytes(self) -> int:
         return self.parts.total
 

@@ -41,8 +41,8 @@ CHOSEN = ("top_k", "num_experts_per_tok")
 
 @dataclass(frozen=True)
 class Layer:
-    """Numbers a position: `kept` for the backward pass, `after_attention` those of them that only what follows it needs,
-    `inner` the widest linear's output, `heads` of queries.
+    """Numbers a position: `kept` for the backward pass, `after_attention` those of them that only what follows it
+    needs, `inner` the widest linear's output, `heads` of queries.
 
     `scores` is how many numbers a position and key attention keeps: none where it is lean, one for each head whose
     scores are handed to it as a mask, of which there are `masked`. `weight` is the size of the largest weight. `scans`
