@@ -19,7 +19,7 @@ from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Row
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.verify import Verified, take_apart
-from mlx_lora.train import step, trainer
+from mlx_lora.train import session, step, trainer
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Finished
 from mlx_lora.train.objectives import likelihood

@@ -19,7 +19,7 @@ from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.verify import take_apart
-from mlx_lora.train import optim, step, trainer
+from mlx_lora.train import optim, session, step, trainer
 from mlx_lora.train.events import Checkpoint, Evaluated, Finished, Interrupted, Saved, Step
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 from mlx_lora.train.trainer import train

@@ -124,16 +124,15 @@ def plan(
     Ways are tried in the order of this file's head; `smaller_than` leaves out the ones up to a way that was tried and
     took too much. Raises TrainingError where that was the smallest.
     """
-    widths = _widths(rows, settings, packing)
-    ways = _ways(widths, settings)
-    if smaller_than in ways and not (ways := ways[ways.index(smaller_than) + 1 :]):
+    ways = _ways(rows, settings, packing)
+    tried = list(ways).index(smaller_than) + 1 if smaller_than in ways else 0
+    if tried == len(ways):
         raise TrainingError(
             "the smallest way to run this has been stopped for taking too much memory",
             hint="a smaller model, shorter rows (data.max_seq_length) or fewer adapter.layers; or a higher "
             "train.memory_limit_gb",
         )
-    for way in ways:
-        micro = largest(widths, rows.trained, settings.batch_size, way.most_positions)
+    for way, micro in list(ways.items())[tried:]:
         made = _plan(costs, micro, limit, way, experience)
         if made.fits:
             break
@@ -153,15 +152,20 @@ def states_bytes(costs: Costs, rows: Lengths, settings: Train) -> int:
     return costs.size * costs.hidden * sum(length - 1 for length in [*rows.tokens, *rows.valid])
 
 
-def _ways(widths: Sequence[int], settings: Train) -> list[Way]:
-    """The ways that there are, from fast to small, each once."""
+def _ways(rows: Lengths, settings: Train, packing: bool) -> dict[Way, Micro]:
+    """The ways that differ for these rows, from fast to small, each with its largest micro-batch."""
     choices = {"auto": (False, True), "on": (True,), "off": (False,)}[settings.grad_checkpoint]
+    widths = _widths(rows, settings, packing)
     sizes = [MOST_POSITIONS]
     while sizes[-1] > max(widths):
         sizes.append(max(sizes[-1] // 2, max(widths)))
     good = [size for size in sizes if size >= GOOD_POSITIONS] or sizes[-1:]
-    ways = [Way(recompute, most) for some in (good, sizes) for recompute in choices for most in some]
-    return list(dict.fromkeys(ways))
+    ways: dict[Way, Micro] = {}
+    for way in [Way(recompute, most) for some in (good, sizes) for recompute in choices for most in some]:
+        micro = largest(widths, rows.trained, settings.batch_size, way.most_positions)
+        if (way.recompute, micro) not in [(other.recompute, its) for other, its in ways.items()]:
+            ways[way] = micro
+    return ways
 
 
 def _plan(costs: Costs, micro: Micro, limit: int, way: Way, experience: Callable[[str], Experience]) -> Plan:
