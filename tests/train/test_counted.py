@@ -134,7 +134,7 @@ def test_little_more_than_the_trained_tokens_enters_the_head_and_little_is_padde
 def test_the_last_layer_runs_for_positions_with_loss(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On rows like WikiSQL's for less than half of them, to the same losses; where layers are recomputed for all."""
     made: list[tuple[int, int]] = []
-    original = trainer.as_arrays
+    original = session.as_arrays
 
     def noted(batch: Any, states: Any = None, columns: Any = None) -> Any:
         made.append((batch.inputs.size, batch.inputs.size if columns is None else columns.size))

@@ -375,7 +375,7 @@ def test_a_small_budget_of_positions_changes_neither_steps_nor_result(
     settings = {"epochs": 1, "batch_size": 6, "optimizer": optimizer, "learning_rate": 1e-3, "eval_every": 2}
     whole = run(tiny, rows, make_rows(6, seed=1), **settings)
     micros: list[int] = []
-    original = trainer.as_arrays
+    original = session.as_arrays
 
     def noted(one: Batch, *states: Any) -> Any:
         micros.append(len(one.lines))
