@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora import paths, ui
-from mlx_lora.errors import AdapterError, MlxLoraError, nearest
+from mlx_lora.errors import AdapterError, MlxLoraError, NotFinite, nearest
 from mlx_lora.serve.answer import Answer, first_answer, prompt_tokens, stream_text
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.store import adapter as store
@@ -55,10 +55,13 @@ class Chat:
                 continue
             try:
                 self.command(line) if line.startswith("/") else self.say(line)
+            except NotFinite:  # nothing that this model says means anything
+                raise
             except MlxLoraError as fault:
                 ui.error(fault)
             except KeyboardInterrupt:
-                ui.note("\n(stopped)")
+                ui.result()
+                ui.note("(stopped)")
 
     def command(self, line: str) -> None:
         """Run one slash command. Raises MlxLoraError naming the nearest one for an unknown."""
@@ -200,7 +203,7 @@ def _lines(label: Callable[[], str]) -> Iterator[str]:
     session: PromptSession[str] = PromptSession(history=InMemoryHistory())
     while True:
         try:
-            yield session.prompt(label())
+            yield session.prompt(ui.one_line(label()))
         except KeyboardInterrupt:
             ui.note("(/bye leaves)")
         except EOFError:
