@@ -87,19 +87,19 @@ def _write(name: str, adapters: Weighted, settings: MergeSettings, merged: Merge
     layers = max(counts) if all(isinstance(count, int) and count > 0 for count in counts) else -1  # mlx-lm: all of them
     store.write(
         paths.room("adapters", name), merged.stored, dict.fromkeys(merged.ranks, 1.0),
-        describe(adapters, settings, merged), layers, precise=exact, force=force,
+        manifest_of(adapters, settings, merged), layers, precise=exact, force=force,
     )  # fmt: skip
 
 
-def describe(adapters: Weighted, settings: MergeSettings, merged: Merged) -> Manifest:
+def manifest_of(adapters: Weighted, settings: MergeSettings, merged: Merged) -> Manifest:
     """The manifest: LoRA with scale 1 and each module's own rank, and of the parents all that they agree in."""
     manifests = [adapter.manifest for adapter, _ in adapters]
     rank = max(merged.ranks.values())
     others: dict[str, Any] = {re.escape(path): own for path, own in merged.ranks.items() if own != rank}
-    settings = Adapter(rank=rank, alpha=rank, targets=list(merged.ranks), rank_pattern=others, alpha_pattern=others)
+    stored = Adapter(rank=rank, alpha=rank, targets=list(merged.ranks), rank_pattern=others, alpha_pattern=others)
     return Manifest(
         method="lora",
-        adapter=settings.model_dump(),
+        adapter=stored.model_dump(),
         modules=list(merged.ranks),
         scales=dict.fromkeys(merged.ranks, 1.0),
         base=next((manifest.base for manifest in manifests if manifest.base), None),
