@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +22,8 @@ from rich.table import Table
 from mlx_lora.errors import MlxLoraError
 
 PLAIN_EVERY = 5.0
+# Seconds after which work that is usually quick shows its progress.
+SLOW = 2.0
 # Control characters but tab and newline, and those that turn the direction of text.
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -181,6 +183,29 @@ def bar(label: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
             progress.update(task, advance=count, text=text)
 
         yield advance
+
+
+@contextmanager
+def slow_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress that shows once work has taken SLOW seconds; yields `update(done, total)`, which ends it at `total`."""
+    start, shown = time.monotonic(), 0
+    advance: Callable[[int, str], None] | None = None
+    with ExitStack() as stack:
+
+        def update(done: int, total: int) -> None:
+            nonlocal advance, shown
+            if done >= total:
+                stack.close()
+                return
+            if advance is None and time.monotonic() - start >= SLOW:
+                if not err.is_terminal:
+                    note(f"{label} {done}/{total}")
+                advance = stack.enter_context(bar(label, total))
+            if advance is not None:
+                advance(done - shown, "")
+                shown = done
+
+        yield update
 
 
 def _plain(label: str, total: int | None) -> Callable[[int, str], None]:

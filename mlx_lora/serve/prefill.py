@@ -1,0 +1,57 @@
+"""The tokens of a prompt go through the model in chunks, so that signals and progress wait for one chunk at most.
+
+A signal is seen between two passes only. One pass over thousands of tokens takes minutes on a CPU, and its attention
+needs memory for all of them at once. What a chunk holds follows from the model's size and the device, not from the
+clock, so that the same prompt has the same chunks in every run; only a chunk that takes too long halves the next ones.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.machine import blas, device
+from mlx_lora.quant.quantize import parameter_count
+
+# Floating point operations of a chunk: about half a second on a laptop's GPU, on two cores with OpenBLAS or Accelerate,
+# and with MLX's reference BLAS.
+ON_GPU, ON_CPU, WITHOUT_BLAS = 2e12, 5e10, 1.5e9
+LEAST, MOST = 8, 2048
+# Seconds: a chunk that takes longer halves the next ones.
+TOO_LONG = 1.0
+
+OnPrompt = Callable[[int, int], None]
+
+
+def prefill(
+    model: nn.Module, tokens: Sequence[int], cache: list[Any], on_prompt: OnPrompt, size: int, total: int
+) -> None:
+    """Run `tokens` through the model and keep their keys and values in `cache`, `size` tokens at a time at first.
+
+    `on_prompt(done, total)` is called before every chunk.
+    """
+    done = 0
+    while done < len(tokens):
+        on_prompt(done, total)
+        start = time.perf_counter()
+        chunk = tokens[done : done + size]
+        model(mx.array([chunk]), cache=cache)
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+        done += len(chunk)
+        if time.perf_counter() - start > TOO_LONG:
+            size = max(size // 2, LEAST)
+
+
+def chunk_size(model: nn.Module) -> int:
+    """Tokens of a chunk for this model on this device, a power of two."""
+    operations = ON_GPU
+    if not device.on_gpu():
+        operations = WITHOUT_BLAS if sys.platform.startswith("linux") and not blas.blas_loaded() else ON_CPU
+    tokens = int(operations / (2 * max(parameter_count(model), 1)))
+    return 1 << (min(max(tokens, LEAST), MOST).bit_length() - 1)
