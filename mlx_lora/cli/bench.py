@@ -29,12 +29,13 @@ def bench(
     from mlx_lora.models.load import load
     from mlx_lora.recipe import load_recipe
     from mlx_lora.study import bench as measuring
+    from mlx_lora.study.products import Work
 
     settings = {} if quantize is None else {"quantize.bits": quantize}
     quantization = load_recipe(None, settings=settings, where="mlx-lora bench").quantize
     ui.note(f"loading {model or 'the embedded base'}")
     loaded = load(model or paths.bundled("data", "base"), quantization=quantization)
-    work = measuring.Work(rows, length)
+    work = Work(rows, length)
     results = measuring.bench(loaded, work, lengths=lengths or measuring.LENGTHS, stage=ui.note)
     if json:
         ui.as_json({"model": loaded.path.name, "rows": rows, "length": length, "results": results})

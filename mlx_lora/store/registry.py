@@ -16,7 +16,7 @@ from mlx_lora import files, methods, paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import AdapterError, NameTaken, nearest
 from mlx_lora.models.load import LoadedModel, load_stored, ready
-from mlx_lora.models.open import check_files, find_model, read_config
+from mlx_lora.models.open import Model, open_model
 from mlx_lora.store import adapter as adapters
 from mlx_lora.store import fingerprint
 from mlx_lora.store.adapter import Base, StoredAdapter
@@ -42,16 +42,16 @@ def names() -> list[str]:
     """
     root = paths.home() / "adapters"
     complete = [manifest.parent for manifest in root.glob(f"*/{adapters.MANIFEST}")]
-    return sorted(path.name for path in complete if paths.NAME.fullmatch(path.name) and files.inside(path, root))
+    return sorted(path.name for path in complete if paths.is_name(path.name) and files.inside(path, root))
 
 
 def find(adapter: str) -> Path:
-    """The directory an adapter's name or path means. Raises AdapterError naming the closest one there is."""
-    if paths.NAME.fullmatch(adapter) and paths.room("adapters", adapter).is_dir():
-        return paths.room("adapters", adapter)
-    path = Path(os.path.expanduser(adapter))
-    if os.path.isdir(path):  # unlike Path.is_dir, False for what is too long to be a name
-        return path.resolve()
+    """The directory that an adapter's name or path means, by the rule of `paths.find`.
+
+    Raises AdapterError naming the closest one there is.
+    """
+    if (path := paths.find("adapters", adapter)) and path.is_dir():
+        return path if path == paths.home() / "adapters" / path.name else path.resolve()
     known = names()
     closest = nearest(adapter, known) if known else "; there are none yet"
     raise AdapterError(f"no adapter {adapter!r}{closest}", hint="mlx-lora adapters list")
@@ -103,7 +103,12 @@ def held(name: str) -> Iterator[None]:
 
 
 def rename(old: str, new: str) -> Path:
-    """Give an adapter, and its run, another name. Raises NameTaken where it is taken, or one of them is in training."""
+    """Give an adapter, and its run, another name; its own name changes nothing.
+
+    Raises NameTaken where the name is taken, or one of them is in training.
+    """
+    if old == paths.check_name(new):
+        return find_by_name(old)
     with held(old), held(new):
         return _rename(old, new)
 
@@ -163,7 +168,7 @@ def _base_name(path: Path) -> str:
     return path.name
 
 
-def open_base(model: str, belonging: Sequence[StoredAdapter] = ()) -> LoadedModel:
+def open_base(model: Model, belonging: Sequence[StoredAdapter] = ()) -> LoadedModel:
     """Load the base that all of `belonging` were trained over, quantizing it on the way when they were.
 
     Raises one AdapterError for every adapter that belongs to another base.
@@ -171,17 +176,16 @@ def open_base(model: str, belonging: Sequence[StoredAdapter] = ()) -> LoadedMode
     return ready(open_stored(model, belonging))
 
 
-def open_stored(model: str, belonging: Sequence[StoredAdapter] = ()) -> LoadedModel:
+def open_stored(model: Model, belonging: Sequence[StoredAdapter] = ()) -> LoadedModel:
     """Like `open_base`, with the tensors as stored: for saving what comes of them."""
-    path = find_model(model)
-    read_config(path)
-    check_files(path)
+    opened = open_model(model)
+    _ = opened.config, opened.weights  # what is wrong with the directory itself is said first
     needed, faults = [], []
     for adapter in belonging:
         if adapter.manifest.base is None:  # trained elsewhere: it doesn't say, so it goes with any
             continue
         try:
-            needed.append(quantization_needed(adapter, path))
+            needed.append(quantization_needed(adapter, opened.path))
         except AdapterError as error:
             faults.append(error)
     if faults:
@@ -190,7 +194,7 @@ def open_stored(model: str, belonging: Sequence[StoredAdapter] = ()) -> LoadedMo
         raise AdapterError("these adapters were trained over different quantizations of the base")
     settings = needed[0] if needed else None
     chosen = Quantize(**{key: settings[key] for key in Quantize.model_fields if key in settings}) if settings else None
-    return load_stored(path, quantization=chosen)
+    return load_stored(opened, quantization=chosen)
 
 
 def quantization_needed(adapter: StoredAdapter, path: Path) -> dict[str, Any] | None:

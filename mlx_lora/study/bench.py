@@ -7,19 +7,17 @@ other tools. A measurement is a number with a name and a unit, and what is repor
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.adapters.attach import attach, detach
-from mlx_lora.adapters.base import EXPERTS, LINEARS, AdapterLayer, layer_shape
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data.batch import steps_per_epoch
 from mlx_lora.data.encode import Row
@@ -27,32 +25,16 @@ from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.verify import take_apart
+from mlx_lora.study.products import Loss, Work, products, text_config, time_product, vocabulary
 from mlx_lora.train.events import Finished, Step
 from mlx_lora.train.trainer import train
 
 Results = list[dict[str, Any]]
-Loss = Literal["completion", "all"]
 
 LENGTHS = (128, 512, 1024, 2048)
 # The optimizer is never the point here: the cheapest settings that people use.
 PLAIN: dict[str, Any] = {"optimizer": "adam", "schedule": "constant", "warmup": 0, "max_grad_norm": None}
 EPOCHS = 3
-# Each product is repeated within one evaluation, as long as the results stay small, and the whole is done ROUNDS times.
-REPEATS, ROUNDS, SMALL = 4, 3, 1 << 24
-
-
-@dataclass(frozen=True)
-class Work:
-    """A step of `rows` rows of `length` positions each; loss on all of them, or on the last quarter (completion)."""
-
-    rows: int = 4
-    length: int = 128
-    loss: Loss = "completion"
-
-    @property
-    def trained(self) -> int:
-        """Positions with loss."""
-        return self.rows * (self.length if self.loss == "all" else max(self.length // 4, 1))
 
 
 @dataclass
@@ -232,17 +214,12 @@ def random_rows(model: nn.Module, work: Work, *, seed: int = 0) -> list[Row]:
     return [Row(row, weights) for row in tokens]
 
 
-def vocabulary(model: nn.Module) -> int:
-    """Columns of the model's logits; nothing is computed for it."""
-    return int(model(mx.zeros((1, 1), mx.int32)).shape[-1])
-
-
 def floor(loaded: LoadedModel, work: Work, adapter: Adapter, *, seconds: float) -> Results:
     """Seconds of the bare matrix products of a step on `work`, and how many times that `seconds` is.
 
     Nothing for a model whose configuration doesn't name its width and its heads as most do.
     """
-    if not {"hidden_size", "num_attention_heads"} <= _text(loaded.config).keys():
+    if not {"hidden_size", "num_attention_heads"} <= text_config(loaded.config).keys():
         return []
     attach(loaded.model, adapter)
     try:
@@ -256,99 +233,3 @@ def floor(loaded: LoadedModel, work: Work, adapter: Adapter, *, seconds: float) 
         result("multiplications and additions", operations / total, "1/s"),
         result("step / matrix products", seconds / total, "ratio"),
     ]
-
-
-@dataclass(frozen=True)
-class Product:
-    """(m, k) times (k, n), `batch` of them at once; `form` says which operand lies transposed in memory."""
-
-    m: int
-    k: int
-    n: int
-    form: Literal["nn", "nt", "tn"] = "nn"
-    batch: int = 1
-
-    @property
-    def operations(self) -> int:
-        return 2 * self.m * self.k * self.n * self.batch
-
-
-def products(model: nn.Module, config: dict[str, Any], work: Work, *, trained: int | None = None) -> Counter[Product]:
-    """The products that a step can't do without, with how often: nothing for frozen weights, nothing below adapters.
-
-    Forward everywhere; gradients of inputs from the lowest adapted layer on; the output head on positions with loss,
-    which are `trained` if they aren't the work's own. Attention counts whole squares, as most kernels compute them.
-    """
-    counted: Counter[Product] = Counter()
-    positions, blocks = work.rows * work.length, layers_of(model)
-    lowest = next(index for index, block in enumerate(blocks) if _adapters(block))
-    for index, block in enumerate(blocks):
-        for _, module in block.named_modules():
-            if isinstance(module, AdapterLayer):
-                counted.update(_adapter_products(module, positions))
-            if isinstance(module, (*LINEARS, *EXPERTS)):
-                often = config.get("num_experts_per_tok", 1) if isinstance(module, EXPERTS) else 1
-                counted.update(_linear_products(module, positions * often, backward=index >= lowest))
-        counted.update(_attention_products(config, work, backward=index >= lowest))
-    width, words, last = _text(config)["hidden_size"], vocabulary(model), trained or work.trained
-    counted.update([Product(last, width, words, "nt"), Product(last, words, width)])
-    return counted
-
-
-def _adapters(block: nn.Module) -> list[nn.Module]:
-    return [module for _, module in block.named_modules() if isinstance(module, AdapterLayer)]
-
-
-def _linear_products(layer: nn.Module, positions: int, *, backward: bool) -> Iterator[Product]:
-    """y = x Wᵀ and dx = dy W, for W (out, in)."""
-    outputs, inputs = layer_shape(layer)[-2:]
-    yield Product(positions, inputs, outputs, "nt")
-    if backward:
-        yield Product(positions, outputs, inputs)
-
-
-def _adapter_products(wrapper: AdapterLayer, positions: int) -> Iterator[Product]:
-    """z = x A, y = z B, and the gradients of z, B, x and A."""
-    outputs, inputs = layer_shape(wrapper.base)[-2:]
-    rank = wrapper.rank
-    yield from (Product(positions, inputs, rank), Product(positions, rank, outputs))
-    yield from (Product(positions, outputs, rank, "nt"), Product(rank, positions, outputs, "tn"))
-    yield from (Product(positions, rank, inputs, "nt"), Product(inputs, positions, rank, "tn"))
-
-
-def _attention_products(config: dict[str, Any], work: Work, *, backward: bool) -> Iterator[Product]:
-    """Scores and values of every head; backward, two products for each."""
-    config = _text(config)
-    heads, length = config["num_attention_heads"], work.length
-    size, batch = config.get("head_dim") or config["hidden_size"] // heads, work.rows * heads
-    yield from (Product(length, size, length, "nt", batch), Product(length, length, size, "nn", batch))
-    if backward:
-        yield from (Product(length, length, size, "nn", batch), Product(length, length, size, "tn", batch))
-        yield from (Product(length, size, length, "nt", batch), Product(length, length, size, "tn", batch))
-
-
-def _text(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the language model, inside one of several modalities."""
-    return dict(config.get("text_config", config))
-
-
-def time_product(product: Product, dtype: mx.Dtype) -> float:
-    """Median seconds of one such product on random data."""
-    m, k, n, batch = product.m, product.k, product.n, product.batch
-    left = mx.random.normal((batch, k, m) if product.form == "tn" else (batch, m, k)).astype(dtype)
-    right = mx.random.normal((batch, n, k) if product.form == "nt" else (batch, k, n)).astype(dtype)
-    left, right = (array[0] if batch == 1 else array for array in (left, right))
-    a = left.swapaxes(-1, -2) if product.form == "tn" else left
-    b = right.swapaxes(-1, -2) if product.form == "nt" else right
-    return timed(lambda: a @ b, repeats=REPEATS if batch * m * n <= SMALL else 1, inputs=(left, right))
-
-
-def timed(compute: Callable[[], Any], *, inputs: Any = (), repeats: int = 1) -> float:
-    """Median seconds of one `compute()`, its arrays evaluated inside the clock, after one round to warm up."""
-    mx.eval(inputs, compute())
-    seconds = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        mx.eval([compute() for _ in range(repeats)])
-        seconds.append((time.perf_counter() - began) / repeats)
-    return median(seconds)

@@ -24,7 +24,7 @@ from mlx_lora import paths
 from mlx_lora.data.read import find_splits, read, sha256
 from mlx_lora.errors import DataError, MlxLoraError, NameTaken, Problem, RecipeError
 from mlx_lora.models.load import load_stored, ready
-from mlx_lora.models.open import find_model
+from mlx_lora.models.open import open_model
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import adapter as store
 from mlx_lora.store import fingerprint, registry
@@ -199,7 +199,7 @@ def _made_of(run: Run) -> dict[str, Any]:
         )
     return {
         "recipe": settings,
-        "base": fingerprint.of_directory(find_model(str(recipe.model))),
+        "base": fingerprint.of_directory(open_model(str(recipe.model)).path),
         "data": {split: sha256(file) for split, file in splits.items() if split != "test"},
     }
 

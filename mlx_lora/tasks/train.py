@@ -23,7 +23,7 @@ from mlx_lora.errors import ModelError, NameTaken, RecipeError, TrainingError
 from mlx_lora.machine import device, limits
 from mlx_lora.methods import LORA_ONLY, LOW_RANK, parts
 from mlx_lora.models.load import LoadedModel, load_stored, ready
-from mlx_lora.models.open import find_model, load_tokenizer
+from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.shapes import describe as describe_model
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.verify import take_apart
@@ -87,6 +87,7 @@ def train_adapter(
     """
     hear, group = listener or Listener(), group or Processes()
     name = check(recipe, force=force or resume or group.rank > 0)
+    opened = open_model(str(recipe.model))
     if resume and group.size > 1:
         raise TrainingError("several processes can't go on with a run yet", hint="start again with --force")
     with ExitStack() as stack:
@@ -95,22 +96,23 @@ def train_adapter(
         if resume:
             checkpoint.newest(paths.room("runs", name))  # there is something to go on from
         try:
-            return _train(recipe, name, hear, group, force=force, resume=resume)
+            return _train(recipe, opened, name, hear, group, force=force, resume=resume)
         except OSError as error:
             hint = "see to what it says; --resume goes on from the last checkpoint, if there is one"
             raise TrainingError(f"the run can't go on: {error}", hint=hint) from error
 
 
-def _train(recipe: Recipe, name: str, hear: Listener, group: Processes, *, force: bool, resume: bool) -> Run:
-    assert recipe.model is not None
-    prepared, plan = _read(recipe, hear)
+def _train(
+    recipe: Recipe, opened: OpenModel, name: str, hear: Listener, group: Processes, *, force: bool, resume: bool
+) -> Run:
+    prepared, plan = _read(recipe, opened, hear)
     hear.stage(f"loading {recipe.model}" + (" and quantizing it" if recipe.quantize else ""))
-    loaded = load_stored(recipe.model, quantization=recipe.quantize)
+    loaded = load_stored(opened, quantization=recipe.quantize)
     base = registry.describe_base(loaded)
     ready(loaded)
     if recipe.adapter.init in LORA_ONLY:
         hear.stage(f"beginning at {recipe.adapter.init}'s factors")
-    wrappers = begin(recipe, loaded, prepared.train)
+    wrappers = begin(recipe, opened, loaded, prepared.train)
     placement = place(loaded.model, recipe.adapter)
     hear.stage(summary(recipe, prepared, wrappers) + notes(loaded.model, placement, wrappers))
     manifest = describe(recipe, loaded, prepared, wrappers, base, placement)
@@ -161,26 +163,25 @@ def _train(recipe: Recipe, name: str, hear: Listener, group: Processes, *, force
     return Run(name, path, folder.finished, loaded, prepared, plan)
 
 
-def _read(recipe: Recipe, hear: Listener) -> tuple[Prepared, Plan | None]:
+def _read(recipe: Recipe, opened: OpenModel, hear: Listener) -> tuple[Prepared, Plan | None]:
     """The rows, and the plan for them where the model's memory can be planned; no weight is loaded for either."""
     hear.stage(f"reading {recipe.data.path}")
-    tokenizer = load_tokenizer(str(recipe.model))
     prepared = prepare(
-        str(recipe.data.path), recipe.data, tokenizer,
+        str(recipe.data.path), recipe.data, opened.tokenizer,
         seed=recipe.seed, progress=hear.progress, virtual=virtual_of(recipe.adapter),
     )  # fmt: skip
     if recipe.train.patience and not prepared.valid:
         raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
     try:
-        return prepared, plan_rows(recipe, prepared.train)
+        return prepared, plan_rows(recipe, opened, prepared.train)
     except ModelError as error:
         hear.stage(f"its memory can't be planned: {error.message}")
         return prepared, None
 
 
-def plan_rows(recipe: Recipe, rows: Sequence[Row]) -> Plan:
+def plan_rows(recipe: Recipe, model: OpenModel, rows: Sequence[Row]) -> Plan:
     """The plan of a recipe on its rows. Raises TrainingError, saying what would fit, where it doesn't fit here."""
-    config, lengths = describe_model(find_model(str(recipe.model))), lengths_of(rows)
+    config, lengths = describe_model(model), lengths_of(rows)
     machine = Machine(device.on_gpu(), limits.limit_bytes(setting=recipe.train.memory_limit_gb))
     made = plan_shape(config, recipe, lengths, machine)
     if made.fits:
@@ -211,9 +212,7 @@ def check(recipe: Recipe, *, force: bool) -> str:
         raise RecipeError(f"the recipe doesn't say {' and '.join(missing)}", hint="--model MODEL --data PATH set them")
     if recipe.name is None:
         raise RecipeError("the run has no name", hint="--name NAME sets it")
-    assert recipe.model is not None
     check_init(recipe)
-    find_model(recipe.model)
     target, folder = paths.room("adapters", recipe.name), paths.room("runs", recipe.name)
     unfinished = bool(checkpoint.checkpoints(folder))
     if (target.exists() or unfinished) and not force:

@@ -34,9 +34,10 @@ from mlx_lora.errors import ModelError, TrainingError
 from mlx_lora.machine import allocation, device, limits
 from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
 from mlx_lora.models.trunk.lean import lean
+from mlx_lora.models.trunk.packing import packing_refused
 from mlx_lora.models.trunk.recompute import recomputed
 from mlx_lora.models.trunk.trunk import Trunk
-from mlx_lora.models.trunk.verify import Verified, packing_refused, take_apart, verify
+from mlx_lora.models.trunk.verify import Verified, take_apart, verify
 from mlx_lora.train import optim, prefix
 from mlx_lora.train.budget.choose import Plan
 from mlx_lora.train.checkpoint import Progress

@@ -20,8 +20,9 @@ from mlx_lora.errors import AdapterError, CannotFuse
 from mlx_lora.models import shapes
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
+from mlx_lora.models.trunk.packing import packing_refused
 from mlx_lora.models.trunk.recompute import recomputed
-from mlx_lora.models.trunk.verify import packing_refused, take_apart
+from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 from tests.adapters import zoo
 from tests.train.test_trainer import make_rows

@@ -13,8 +13,9 @@ from mlx_lora.errors import ModelError
 from mlx_lora.models.architectures import OWN_LOOPS
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import RUNNING, parts_of
+from mlx_lora.models.trunk.packing import packing_refused
 from mlx_lora.models.trunk.trunk import Trunk
-from mlx_lora.models.trunk.verify import packing_refused, take_apart, verify, verify_start
+from mlx_lora.models.trunk.verify import take_apart, verify, verify_start
 from tests.bench import results
 from tests.models.test_every_architecture import CONFIGS, UNCOVERED, adapted
 

@@ -23,9 +23,10 @@ from mlx_lora.data.encode import Row
 from mlx_lora.errors import ModelError
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
+from mlx_lora.models.trunk.packing import packing_refused
 from mlx_lora.models.trunk.recompute import recomputed
 from mlx_lora.models.trunk.trunk import Trunk
-from mlx_lora.models.trunk.verify import Verified, packing_refused, take_apart, verify, verify_start
+from mlx_lora.models.trunk.verify import Verified, take_apart, verify, verify_start
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays, negative_log_likelihood
 from tests.models.tiny import mixed, plain
 from tests.models.tiny.build import build

@@ -12,7 +12,7 @@ from mlx_lora.adapters.attach import attach, attached, detach
 from mlx_lora.config import Adapter
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.study import bench
-from mlx_lora.study.bench import Product, Work
+from mlx_lora.study.products import Product, Work
 from tests.conftest import VOCABULARY
 
 HIDDEN, INNER, KEYS, LAYERS, HEADS = 64, 128, 32, 3, 4

@@ -9,25 +9,22 @@ doesn't hold is left out, with a reason for people; nothing here decides what is
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from mlx_lora.errors import MlxLoraError, ModelError
+from mlx_lora.errors import ModelError
 from mlx_lora.models.architectures import OWN_LOOPS, TRUNKS
 from mlx_lora.models.trunk import lean as lean_module
 from mlx_lora.models.trunk.last import columns_of, columns_of_layer
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.recompute import recomputed
-from mlx_lora.models.trunk.segments import caches, keeps_state, row_caches
+from mlx_lora.models.trunk.segments import row_caches
+from mlx_lora.models.trunk.tolerance import agree
 from mlx_lora.models.trunk.trial import (
     STARTS,
     Call,
@@ -44,26 +41,8 @@ from mlx_lora.models.trunk.trial import (
 )
 from mlx_lora.models.trunk.trunk import Trunk
 
-# Largest distance from the whole model, relative to the norm of what is compared: in float32, and in half precision,
-# where another shape of batch rounds differently and can send a token to another expert. A part that doesn't hold
-# moves values or gradients by tens of percent. What is split off runs the same operations on the same numbers.
-TOLERANCES = {
-    "head": (1e-3, 1e-2),
-    "lean": (1e-4, 5e-2),
-    "recompute": (1e-4, 5e-2),
-    "last layer": (1e-4, 5e-2),
-    "start": (1e-5, 1e-5),
-    "packing": (1e-3, 5e-2),
-}
-# Gradients that are this small a part of the largest one are rounding.
-SMALL = 1e-2
 # Rows of the hidden states that the head is tried on, and columns of each line that the last layer is run for.
 ROWS, COLUMNS = (8, 0, 3), 3
-# Lengths of the rows packed into two lines of WIDTH positions: the rest is padding.
-PACKED = ((5, 12, 8), (9, 14))
-WIDTH = 26
-# Positions up to which float32 rotary angles stay well inside the tolerance.
-EXACT_POSITIONS = 8192
 
 
 @dataclass
@@ -90,7 +69,7 @@ def take_apart(model: nn.Module) -> Trunk:
         with noting([*getattr(model, "layers", []), *(candidate.module for candidate in candidates)], calls):
             whole = model(tokens)
         served = _served(model, tokens)
-        hands_keys_on = served is not None and not _hold("head", [(whole, served)])
+        hands_keys_on = served is not None and not agree("head", [(whole, served)])
         if served is not None and hands_keys_on:
             whole = served
         for trunk in candidates:
@@ -102,7 +81,7 @@ def take_apart(model: nn.Module) -> Trunk:
             except Exception:  # an architecture whose trunk or head takes something else
                 continue
             expected = whole[0][mx.array(ROWS)]
-            if logits.shape == expected.shape and _hold("head", [(logits, expected)]):
+            if logits.shape == expected.shape and agree("head", [(logits, expected)]):
                 if trunk.hands_keys_on or not getattr(model, "layers", None):
                     return trunk
                 trunk.trial = trial_of(trunk, tokens, hidden, calls)
@@ -184,32 +163,10 @@ def verify_start(trunk: Trunk, start: int) -> mx.array | str:
         return error.message
     except Exception as error:  # layers that return or take more than one array
         return f"the layers from {start} on take more than hidden states ({type(error).__name__})"
-    if states.shape[:2] != tokens.shape or output.shape != whole.shape or not _hold("start", [(output, whole)]):
+    if states.shape[:2] != tokens.shape or output.shape != whole.shape or not agree("start", [(output, whole)]):
         return f"the layers from {start} on take more than hidden states: with those alone the output differs"
     return states
 
-
-def packing_refused(trunk: Trunk, *, length: int = WIDTH, without: frozenset[str] = frozenset()) -> str | None:
-    """Why rows can't be packed for this model, or None when they can: verified numerically, as they are trained.
-
-    `length` is that of the packed rows to come. The trial is short, but it sits at the end of those positions: some
-    models scale attention or rotary frequencies by the absolute position once it is large.
-    """
-    layers = layers_of(trunk.model)
-    first = max(length - WIDTH, 0)
-    with training(trunk.model), lean(layers, without=without):
-        try:
-            if _isolated(trunk, layers, first):
-                return None
-        except MlxLoraError as error:
-            return error.message
-        except Exception as error:  # an architecture that wants more of a cache than a mask, or takes none
-            return f"it can't be run on packed rows: {error} ({type(error).__name__})"
-    state = ": its layers keep a state that runs across rows" if keeps_state(trunk.model) else ""
-    return f"packed rows don't give the states of the rows alone{state}"
-
-
-# ---- comparisons
 
 Compared = list[tuple[Call, list[mx.array]]]
 
@@ -266,7 +223,7 @@ def _layers_differ(part: str, compared: Compared, changed: Callable[[Call, ExitS
                 mx.eval(found)
         except Exception as error:
             return f"{type(call.layer).__name__} can't be run so: {error} ({type(error).__name__})"
-        if not _hold(part, list(zip(found, expected, strict=True)), of=call.layer):
+        if not agree(part, list(zip(found, expected, strict=True)), of=call.layer):
             return f"values or gradients of {type(call.layer).__name__} differ"
     return None
 
@@ -282,11 +239,11 @@ def _not_cut(trunk: Trunk, trial: Trial, without: frozenset[str]) -> str | None:
         with lean([last], without=without):
             columns_of(trunk, trial.tokens, columns)  # only that it can be run: nothing is evaluated
             found = trunk.above(columns_of_layer(last, call.by_name(), columns), len(layers_of(trunk.model)))
-            if not _hold("last layer", [(found, _at(trial.hidden, columns))]):
+            if not agree("last layer", [(found, _at(trial.hidden, columns))]):
                 return "its columns alone are other states"
             cut = outcome(call, lambda *a, **n: columns_of_layer(last, Call(last, a, n, None).by_name(), columns))
             whole = outcome(call, lambda *a, **n: _at(last(*a, **n), columns))
-            if not _hold("last layer", list(zip(cut, whole, strict=True)), of=last):
+            if not agree("last layer", list(zip(cut, whole, strict=True)), of=last):
                 return "its columns alone have other gradients"
     except ModelError as error:
         return error.message
@@ -297,93 +254,6 @@ def _not_cut(trunk: Trunk, trial: Trial, without: frozenset[str]) -> str | None:
 
 def _at(hidden: mx.array, columns: mx.array) -> mx.array:
     return mx.take_along_axis(hidden, columns[..., None], axis=1)
-
-
-def _isolated(trunk: Trunk, layers: list[nn.Module], first: int) -> bool:
-    """Whether the trial's rows, packed from position `first` on, have the states and gradients that each has alone."""
-    lines, rows = _packed_rows()
-    tokens = (mx.arange(lines.size) * 7 % 31 + 1).reshape(lines.shape)
-    together, apart = dict[int, Call](), dict[int, Call]()
-    with noting(layers, together):
-        packed = trunk.run_with(tokens, caches(trunk.model, lines, first=first, carried=trunk.hands_keys_on))
-    with noting(layers, apart):  # padding behind a row reaches nothing in it
-        alone = trunk.run(_gathered(tokens, rows))
-    times = max(1.0, first / EXACT_POSITIONS)
-    real = (rows >= 0)[..., None]
-    if not _hold("packing", [(_gathered(packed, rows) * real, alone * real)], times=times):
-        return False
-    for call in kinds([together[id(layer)] for layer in layers if id(layer) in together]):
-        if isinstance(call.output, mx.array) and call.output.shape[:2] == lines.shape:
-            if not _hold("packing", _packed_outcomes(call, apart[id(call.layer)], rows), times=times, of=call.layer):
-                return False
-    return True
-
-
-def _packed_rows() -> tuple[mx.array, mx.array]:
-    """Segment ids (lines, WIDTH), and for each row alone its flat positions there, (rows, longest), -1 for padding."""
-    ends = [list(accumulate(row)) for row in PACKED]
-    ids = [[1 + bisect_right(line, place) if place < line[-1] else 0 for place in range(WIDTH)] for line in ends]
-    longest = max(max(row) for row in PACKED)
-    places = [
-        [line * WIDTH + end - length + place if place < length else -1 for place in range(longest)]
-        for line, row in enumerate(PACKED)
-        for end, length in zip(ends[line], row, strict=True)
-    ]
-    return mx.array(ids), mx.array(places)
-
-
-def _gathered(packed: mx.array, rows: mx.array) -> mx.array:
-    """(lines, WIDTH, …) as the rows alone, (rows, longest, …)."""
-    return packed.reshape(-1, *packed.shape[2:])[mx.maximum(rows, 0)]
-
-
-def _packed_outcomes(together: Call, apart: Call, rows: mx.array) -> list[tuple[mx.array, mx.array]]:
-    """What a layer makes of packed rows and of the same rows alone, and the gradients of what enters and is trained."""
-    real, trained = (rows >= 0)[..., None], together.layer.trainable_parameters()
-    place, x = next(
-        (place, value)
-        for place, value in _by_place(together).items()
-        if isinstance(value, mx.array) and value.ndim == 3 and mx.issubdtype(value.dtype, mx.floating)
-    )
-
-    def by(call: Call, shaped: Function, made: Function) -> list[mx.array]:
-        def summed(x: mx.array, trained: Any) -> mx.array:
-            call.layer.update(trained)
-            given = {**_by_place(call), place: shaped(x)}
-            arguments = [given.pop(index) for index in range(len(call.arguments))]
-            output = made(call.layer(*arguments, **given)) * real
-            return (output * mx.cos(mx.arange(output.size)).reshape(output.shape)).sum()
-
-        try:
-            value, (of_x, of_trained) = mx.value_and_grad(summed, argnums=(0, 1))(x.astype(mx.float32), trained)
-        finally:
-            call.layer.update(trained)
-        return [value[None], of_x, *(array for _, array in tree_flatten(of_trained))]
-
-    packed = by(together, lambda x: x, lambda output: _gathered(output, rows))
-    alone = by(apart, lambda x: _gathered(x, rows), lambda output: output)
-    return list(zip(packed[1:], alone[1:], strict=True))
-
-
-def _by_place(call: Call) -> dict[Any, Any]:
-    """A call's arguments by their numbers and names."""
-    return {**dict(enumerate(call.arguments)), **call.named}
-
-
-def _hold(
-    part: str, pairs: Sequence[tuple[mx.array, mx.array]], *, times: float = 1.0, of: nn.Module | None = None
-) -> bool:
-    """Whether the first array of each pair equals the second within the part's tolerance, that of half precision where
-    some of them are, or the arrays of the layer that they are `of`."""
-    if any(ours.shape != theirs.shape for ours, theirs in pairs):
-        return False
-    arrays = [theirs for _, theirs in pairs] + [array for _, array in tree_flatten(of.parameters() if of else {})]
-    half = any(array.dtype in (mx.float16, mx.bfloat16) for array in arrays)
-    tolerance = TOLERANCES[part][half] * times
-    norms = mx.stack([mx.linalg.norm(theirs.astype(mx.float32)) for _, theirs in pairs])
-    away = [mx.linalg.norm(ours.astype(mx.float32) - theirs.astype(mx.float32)) for ours, theirs in pairs]
-    allowed = mx.maximum(norms, SMALL * norms.max())
-    return bool((mx.stack(away) <= tolerance * allowed).all().item())  # not so for NaN
 
 
 def _name(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ from mlx_lora.config import Adapter
 from mlx_lora.machine import elementary
 from mlx_lora.models.load import load
 from mlx_lora.models.trunk import lean
-from mlx_lora.study.bench import Work, products, time_product, timed, vocabulary
+from mlx_lora.study.products import Work, products, time_product, timed, vocabulary
 from tests.bench.sides import rows as plain
 from tests.bench.sides.ours import LAYERS, train
 

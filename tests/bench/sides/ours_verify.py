@@ -9,7 +9,8 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
 from mlx_lora.models.load import load
 from mlx_lora.models.trunk.layers import layers_of
-from mlx_lora.models.trunk.verify import packing_refused, take_apart, verify
+from mlx_lora.models.trunk.packing import packing_refused
+from mlx_lora.models.trunk.verify import take_apart, verify
 
 
 def run(*, model: str, steps: int) -> dict[str, Any]:

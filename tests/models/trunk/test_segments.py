@@ -15,11 +15,12 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
 from mlx_lora.errors import ModelError
-from mlx_lora.models.trunk import segments, verify
+from mlx_lora.models.trunk import packing, segments
 from mlx_lora.models.trunk.layers import layers_of
+from mlx_lora.models.trunk.packing import packing_refused
 from mlx_lora.models.trunk.recompute import recomputed
 from mlx_lora.models.trunk.segments import caches
-from mlx_lora.models.trunk.verify import packing_refused, take_apart
+from mlx_lora.models.trunk.verify import take_apart
 from tests.adapters.zoo import MODELS, VOCABULARY, network
 
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
@@ -268,7 +269,7 @@ def test_a_model_that_ignores_or_rejects_the_mask_is_refused() -> None:
 def test_half_precision_is_measured_by_its_own_tolerance(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network("gemma3", dtype=dtype)
     assert packing_refused(take_apart(model)) is None
-    monkeypatch.setattr(verify, "caches", lambda *_, **__: None)
+    monkeypatch.setattr(packing, "caches", lambda *_, **__: None)
     assert packing_refused(take_apart(model)) is not None
 
 
