@@ -16,3 +16,14 @@ def test_what_a_terminal_would_obey_is_not_printed(capsys: pytest.CaptureFixture
     printed = capsys.readouterr()
     assert printed.out.split() == ["a\ufffd[2Jb", "c\ufffdd", "e\ufffd"]
     assert "f\ufffdg" in printed.err and "h\ufffdi" in printed.err
+
+
+def test_slow_work_shows_its_progress_and_quick_work_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seconds, said in ((60, ""), (0, "reading 2/9")):
+        monkeypatch.setattr(ui, "SLOW", seconds)
+        with ui.slow_bar("reading") as update:
+            update(2, 9)
+            update(9, 9)
+        assert capsys.readouterr().err.strip() == said

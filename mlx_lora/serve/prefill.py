@@ -21,7 +21,8 @@ from mlx_lora.quant.quantize import parameter_count
 # Floating point operations of a chunk: about half a second on a laptop's GPU, on two cores with OpenBLAS or Accelerate,
 # and with MLX's reference BLAS.
 ON_GPU, ON_CPU, WITHOUT_BLAS = 2e12, 5e10, 1.5e9
-LEAST, MOST = 8, 2048
+# Tokens of a chunk. A CPU spends more on attention over a long prompt than on the weights.
+LEAST, MOST, MOST_ON_CPU = 8, 2048, 128
 # Seconds: a chunk that takes longer halves the next ones.
 TOO_LONG = 1.0
 
@@ -50,8 +51,9 @@ def prefill(
 
 def chunk_size(model: nn.Module) -> int:
     """Tokens of a chunk for this model on this device, a power of two."""
-    operations = ON_GPU
+    operations, most = ON_GPU, MOST
     if not device.on_gpu():
-        operations = WITHOUT_BLAS if sys.platform.startswith("linux") and not blas.blas_loaded() else ON_CPU
+        slow = sys.platform.startswith("linux") and not blas.blas_loaded()
+        operations, most = WITHOUT_BLAS if slow else ON_CPU, MOST_ON_CPU
     tokens = int(operations / (2 * max(parameter_count(model), 1)))
-    return 1 << (min(max(tokens, LEAST), MOST).bit_length() - 1)
+    return 1 << (min(max(tokens, LEAST), most).bit_length() - 1)
