@@ -57,15 +57,16 @@ def generate(
     """Answer one prompt."""
     import sys
 
-    from mlx_lora.serve.answer import Answer, check_length, check_prompt, first_prompt, stream_text
+    from mlx_lora.serve.answer import Answer, check_prompt, first_prompt, room_for_answer, stream_text
     from mlx_lora.serve.engine import Sampling
 
     text = sys.stdin.read() if prompt == "-" else prompt
     check_prompt(text)
     engine, trained = _engine(model, adapter)
     tokens = first_prompt(engine.loaded.tokenizer, text, system=system, template="none" if raw else trained.template)
-    if warning := check_length(engine, tokens, max_tokens, hint="a shorter prompt fits"):
-        ui.warning(warning)
+    room = room_for_answer(engine, tokens, hint="a shorter prompt fits")
+    if room is not None and max_tokens > room:
+        ui.warning(f"this model's context has room for {room:,} tokens of an answer; text beyond may make no sense")
     answer, sampling = Answer(), Sampling(temperature=temp, seed=seed)
     with ui.slow_bar("reading the prompt") as on_prompt:
         for piece in stream_text(engine, tokens, answer, max_tokens=max_tokens, sampling=sampling, on_prompt=on_prompt):

@@ -79,23 +79,18 @@ def first_answer(
     return common(prompt_tokens(tokenizer, messages[:first], template=template), tokens)
 
 
-def check_length(engine: Engine, prompt: Sequence[int], max_tokens: int, *, hint: str) -> str | None:
-    """A warning where prompt and answer together may be longer than the model's context, else None.
+def room_for_answer(engine: Engine, prompt: Sequence[int], *, hint: str) -> int | None:
+    """Tokens of an answer that the model's context has room for; None where the model doesn't say.
 
-    Raises MlxLoraError, with `hint`, where the prompt alone is: a model answers nonsense beyond what it was made for.
+    Raises MlxLoraError, with `hint`, where the prompt alone is longer: beyond its context a model answers nonsense.
     """
     context = context_length(engine.loaded.config)
-    length = len(prompt) + (engine.virtual.count if engine.virtual else 0)
     if context is None:
         return None
+    length = len(prompt) + (engine.virtual.count if engine.virtual else 0)
     if length > context:
         raise MlxLoraError(f"the prompt has {length:,} tokens, this model's context is {context:,}", hint=hint)
-    if length + max_tokens - 1 > context:  # the last token is never read
-        return (
-            f"a prompt of {length:,} tokens leaves {context - length + 1:,} for the answer in this model's context of "
-            f"{context:,}; beyond it the text may make no sense"
-        )
-    return None
+    return context - length + 1  # the last token is never read
 
 
 def stream_text(

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_lora import paths, ui
 from mlx_lora.errors import AdapterError, MlxLoraError, nearest
-from mlx_lora.serve.answer import NO_SYSTEM, Answer, check_length, first_answer, prompt_tokens, stream_text
+from mlx_lora.serve.answer import NO_SYSTEM, Answer, first_answer, prompt_tokens, room_for_answer, stream_text
 from mlx_lora.serve.conversation import Conversation, Message, Trained, trained
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.store import adapter as store
@@ -116,14 +116,15 @@ class Chat:
         elif interrupted:
             ui.note("(stopped)")
         elif answer.finish_reason == "length":
-            ui.note(f"(cut at {self.settings['max_tokens']} tokens; /set max_tokens N)")
+            full = answer.generated_tokens < self.settings["max_tokens"]
+            way_out = "the model's context is full, /reset forgets the conversation" if full else "/set max_tokens N"
+            ui.note(f"(cut at {answer.generated_tokens} tokens; {way_out})")
 
     def _stream(self, answer: Answer) -> Iterator[str]:
         """Pieces of the answer to the last message."""
         tokens, place = self._prompt()
-        most = self.settings["max_tokens"]
-        if warning := check_length(self.engine, tokens, most, hint=self._too_long_hint()):
-            ui.note(f"({warning})")
+        room = room_for_answer(self.engine, tokens, hint=self._too_long_hint())
+        most = self.settings["max_tokens"] if room is None else min(self.settings["max_tokens"], room)
         sampling = Sampling(**{key: self.settings[key] for key in ("temperature", "top_p", "seed")})
         with ui.slow_bar("reading the prompt") as on_prompt:
             yield from stream_text(

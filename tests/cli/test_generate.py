@@ -60,7 +60,7 @@ def test_a_prompt_over_the_context_is_refused_and_one_close_to_it_warned_about(r
     assert over.code == 1 and over.out == ""
     assert "the prompt has 513 tokens, this model's context is 512" in over.err and "a shorter prompt" in over.err
     near = run(*words, "--prompt", "x" * 510)
-    assert near.code == 0 and "leaves 3 for the answer" in near.err
+    assert near.code == 0 and "has room for 3 tokens of an answer" in near.err
     assert "warning" not in run(*words, "--prompt", "x" * 508).err
 
 

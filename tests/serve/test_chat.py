@@ -219,6 +219,12 @@ def test_a_conversation_longer_than_the_context_is_refused_with_a_way_out(talk: 
     assert [message["content"] for message in chat.messages[::2]] == ["hello", "again"]
 
 
+def test_an_answer_ends_where_the_context_does(talk: Talk) -> None:
+    """Beyond it the text makes no sense."""
+    _, _, err = talk("x" * 506)  # and <|user|> … <|end|> newline <|assistant|>
+    assert "(cut at 3 tokens; the model's context is full" in err
+
+
 def test_the_base_follows_the_models_own_template(tiny: LoadedModel) -> None:
     engine = Engine(tiny)
     engine.add("plain", {})

@@ -1,4 +1,4 @@
-"""Tokens a second of `generate` on SmolLM2-135M, from half precision and from 4 bits, beside mlx_lm in the same sitting.
+"""Tokens a second of `generate` on SmolLM2-135M, from half precision and from 4 bits, beside mlx_lm's in turn.
 
 mlx_lm is measured as it is, and cast to float32, which is its best on a processor: halves are emulated there. On a GPU
 both tools multiply by the stored weights, and this says nothing.

@@ -1,4 +1,4 @@
-"""Tokens a second of generating: ours as `generate` does it, and mlx_lm's `generate_step` as `mlx_lm.generate` calls it.
+"""Tokens a second of generating: ours as `generate` does it, and mlx_lm's `generate_step` as its own command does.
 
 Both sides read the same prompt and take the most likely token each time. `seconds` are of each token after the first;
 reading the prompt is timed apart.
