@@ -107,7 +107,7 @@ class Engine:
         sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p if sampling.top_p < 1 else 0.0)
         try:
             with allocation.memory_limits(lean=False):
-                prefill(self.loaded.model, rest[:-1], layers, on_prompt, self.chunk, len(rest))
+                prefill(self.loaded.model, rest[:-1], layers, on_prompt, most=self.chunk, total=len(rest))
                 steps = generate_step(
                     mx.array(rest[-1:]), self.loaded.model, max_tokens=max_tokens, sampler=sampler, prompt_cache=layers
                 )

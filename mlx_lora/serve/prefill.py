@@ -1,8 +1,9 @@
 """The tokens of a prompt go through the model in chunks, so that signals and progress wait for one chunk at most.
 
 A signal is seen between two passes only. One pass over thousands of tokens takes minutes on a CPU, and its attention
-needs memory for all of them at once. What a chunk holds follows from the model's size and the device, not from the
-clock, so that the same prompt has the same chunks in every run; only a chunk that takes too long halves the next ones.
+needs memory for all of them at once. What a chunk holds follows from the model's size and the device, so that the same
+prompt has the same chunks in every run. Only where one takes too long, because keys are many or the machine is busy,
+the next ones are smaller: then the last bits of the result may differ from another run's.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from mlx_lora.quant.quantize import parameter_count
 # and with MLX's reference BLAS.
 ON_GPU, ON_CPU, WITHOUT_BLAS = 2e12, 5e10, 1.5e9
 # Tokens of a chunk. A CPU spends more on attention over a long prompt than on the weights.
-LEAST, MOST, MOST_ON_CPU = 8, 2048, 128
-# Seconds: a chunk that takes longer halves the next ones.
+LEAST, MOST, MOST_ON_CPU = 16, 2048, 128
+# Seconds: a chunk that takes longer halves the next ones, one that takes a quarter of it doubles them again.
 TOO_LONG = 1.0
 
 OnPrompt = Callable[[int, int], None]
 
 
 def prefill(
-    model: nn.Module, tokens: Sequence[int], cache: list[Any], on_prompt: OnPrompt, size: int, total: int
+    model: nn.Module, tokens: Sequence[int], cache: list[Any], on_prompt: OnPrompt, *, most: int, total: int
 ) -> None:
-    """Run `tokens` through the model and keep their keys and values in `cache`, `size` tokens at a time at first.
+    """Run `tokens` through the model and keep their keys and values in `cache`, at most `most` tokens at a time.
 
     `on_prompt(done, total)` is called before every chunk.
     """
-    done = 0
+    done, size = 0, most
     while done < len(tokens):
         on_prompt(done, total)
         start = time.perf_counter()
@@ -45,8 +46,14 @@ def prefill(
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()
         done += len(chunk)
-        if time.perf_counter() - start > TOO_LONG:
-            size = max(size // 2, LEAST)
+        size = next_size(size, time.perf_counter() - start, most)
+
+
+def next_size(size: int, seconds: float, most: int) -> int:
+    """Tokens of the chunk after one of `size` that took `seconds`."""
+    if seconds > TOO_LONG:
+        return max(size // 2, min(LEAST, most))
+    return min(size * 2, most) if seconds < TOO_LONG / 4 else size
 
 
 def chunk_size(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from mlx_lora.errors import AdapterError, MlxLoraError
 from mlx_lora.machine import device
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.serve.engine import Engine, Sampling
+from mlx_lora.serve.prefill import next_size
 
 PROMPT = list(range(20, 40))
 
@@ -114,12 +115,16 @@ def test_a_long_prompt_is_read_in_chunks_that_signals_and_progress_can_reach(
     assert answer == greedy(engine, prompt, 5)
 
 
-def test_chunks_that_take_long_become_smaller(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_that_take_long_become_smaller_and_grow_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slow moment of a busy machine must not slow down the rest of a prompt."""
+    assert [next_size(64, seconds, 128) for seconds in (2.0, 0.5, 0.1)] == [32, 64, 128]
+    assert [next_size(size, 2.0, 128) for size in (32, 16)] == [16, 16]
+    assert next_size(128, 0.1, 128) == 128 and next_size(8, 2.0, 8) == 8
     sizes = lengths_of_passes(engine, monkeypatch)
     monkeypatch.setattr("mlx_lora.serve.prefill.TOO_LONG", 0)
     engine.chunk = 32
     list(engine.stream(PROMPT * 4, max_tokens=1))
-    assert sizes[:6] == [32, 16, 8, 8, 8, 7]
+    assert sizes[:4] == [32, 16, 16, 15]
 
 
 def test_an_interrupt_between_chunks_ends_the_prompt(engine: Engine) -> None:
