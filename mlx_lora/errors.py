@@ -3,11 +3,13 @@
     MlxLoraError                 what, where, and a hint; the command line prints it in one or two lines
     ├── RecipeError              a recipe or an override that can't be used
     ├── ModelError               a model that is missing, incomplete or refused
+    │   └── NotFinite            a model whose logits are NaN or infinite
     ├── DataError                rows that can't be used; carries every problem, not the first
     ├── AdapterError             an adapter that doesn't exist, doesn't load, or belongs to another base
     │   └── CannotFuse           the method, or the measured loss, forbids merging
     ├── NameTaken                a name or a directory that exists already
     ├── TrainingError            training can't go on (non-finite losses, nothing to train)
+    │   └── PeerFailed           another process of the same run failed, which ends all of them
     └── NetworkBlocked           something tried to leave the machine outside `pull`
 
 The library raises; only the command line turns an error into text and an exit code.
@@ -37,6 +39,10 @@ class ModelError(MlxLoraError):
     """A model directory is missing, incomplete, unsupported or unsafe."""
 
 
+class NotFinite(ModelError):
+    """The model's logits are NaN or infinite: nothing that it says means anything."""
+
+
 class AdapterError(MlxLoraError):
     """An adapter is missing, damaged, or belongs to another base."""
 
@@ -51,6 +57,10 @@ class NameTaken(MlxLoraError):
 
 class TrainingError(MlxLoraError):
     """Training can't start or can't go on."""
+
+
+class PeerFailed(TrainingError):
+    """A process of a run of several failed before the first step, so all of them end; the first one says why."""
 
 
 class NetworkBlocked(MlxLoraError):

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Row
+from mlx_lora.models import finite
 from mlx_lora.models.trunk.trunk import logits_at
 from mlx_lora.models.trunk.verify import take_apart
 
@@ -34,7 +35,10 @@ class Agreement:
 def compare(
     before: nn.Module, after: nn.Module, rows: Sequence[Row], *, on_row: Callable[[], None] = lambda: None
 ) -> Agreement:
-    """Run both models over every row and compare their next-token distributions where the rows carry loss."""
+    """Run both models over every row and compare their next-token distributions where the rows carry loss.
+
+    Raises NotFinite for a model whose logits aren't finite.
+    """
     models = [logits_at(take_apart(model)) for model in (before, after)]
     totals, tokens = np.zeros(4), 0
     for row in rows:
@@ -44,7 +48,11 @@ def compare(
             continue
         positions, targets, weights = (mx.array(array) for array in batch.with_loss())
         first, second = (_log_probabilities(logits(mx.array(batch.inputs), positions)) for logits in models)
-        totals += np.array(_sums(first, second, targets, weights).tolist())
+        sums = np.array(_sums(first, second, targets, weights).tolist())
+        if not np.isfinite(sums).all():
+            model = after if np.isfinite(sums[2]) else before
+            raise finite.error(model, mx.array(batch.inputs))
+        totals += sums
         tokens += batch.trained
     kl, same, nll_before, nll_after = totals / max(tokens, 1)
     return Agreement(

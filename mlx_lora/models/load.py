@@ -17,7 +17,8 @@ from mlx_lora import files
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError
 from mlx_lora.machine import allocation, device
-from mlx_lora.models import carry, index
+from mlx_lora.models import carry, index, token_ids
+from mlx_lora.models.config_faults import naming_settings
 from mlx_lora.models.open import Model, open_model
 from mlx_lora.quant import nf4
 from mlx_lora.quant.matmul import use_fast_multiply
@@ -64,12 +65,15 @@ def load_stored(
     path, config = opened.path, dict(opened.config)
     if found := index.disagreement(path, opened.weights):
         log.info("%s: ignored, what counts is what the files hold", found)
-    with files.refusing(ModelError, f"{path}: can't be loaded"), index.naming_tensors(path):
+    settings = naming_settings(config, where=str(path / "config.json"))
+    with files.refusing(ModelError, f"{path}: can't be loaded"), settings, index.naming_tensors(path):
         network, config = _load_network(path, config)
         carry.tie_again(path, network)
         # mlx_lm writes settings of its own into these (as tie_word_embeddings), which other readers would believe.
         config |= {part: copy.deepcopy(opened.config[part]) for part in PARTS if part in opened.config}
-        network(mx.zeros((1, 2), mx.int32))  # never computed: a setting that doesn't fit shows while this is built
+        # never computed: a setting that doesn't fit shows while this is built
+        logits = network(mx.zeros((1, 2), mx.int32))
+    token_ids.remember_rows(opened.tokenizer, logits.shape[-1])  # the embedding and the head have as many rows
     loaded = LoadedModel(network, opened.tokenizer, config, path, _stored_dtype(network))
     if quantization is not None:
         loaded.quantized = quantize(loaded.model, quantization.complete(), on_layer=on_layer)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mlx_lora import paths, ui
-from mlx_lora.errors import AdapterError, MlxLoraError, nearest
+from mlx_lora.errors import AdapterError, MlxLoraError, NotFinite, nearest
 from mlx_lora.serve.answer import NO_SYSTEM, Answer, first_answer, prompt_tokens, room_for_answer, stream_text
 from mlx_lora.serve.conversation import Conversation, Message, Trained, trained
 from mlx_lora.serve.engine import Engine, Sampling
@@ -78,6 +78,8 @@ class Chat:
                 continue
             try:
                 self.command(line) if line.startswith("/") else self.say(line)
+            except NotFinite:  # nothing that this model says means anything
+                raise
             except MlxLoraError as fault:
                 ui.error(fault)
             except KeyboardInterrupt:
@@ -269,7 +271,7 @@ def _lines(label: Callable[[], str], draft: Callable[[], str]) -> Iterator[str]:
     session: PromptSession[str] = PromptSession(history=InMemoryHistory())
     while True:
         try:
-            yield session.prompt(label(), default=draft())
+            yield session.prompt(ui.one_line(label()), default=draft())
         except KeyboardInterrupt:
             ui.note("(/bye leaves)")
         except EOFError:

@@ -44,6 +44,7 @@ class Trunk:
     language: str | None = None
     vocabulary: int = 0
     hands_keys_on: bool = False  # in its cache: it is another model without one
+    finite: bool = True  # its logits, on the few tokens that `take_apart` ran
     trial: Trial | None = field(default=None, repr=False, compare=False)  # for `verify`, once
 
     @property
