@@ -282,8 +282,7 @@ def _loss_and_gradients(model: nn.Module, subject: Subject) -> tuple[float, Weig
     put(model, _wrappers(model, subject.adapters["one"]))
     model.train()
     with lean(layers_of(model)):
-        differentiate = nn.value_and_grad(model, Loss(trunk).differentiable)
-        loss, gradients = differentiate(as_arrays(subject.batch))
+        loss, gradients = Loss(trunk).with_gradients(as_arrays(subject.batch))
         mx.eval(loss, gradients)
     tokens = subject.batch.trained
     return loss.item() / tokens, {name: _numbers(array) / tokens for name, array in tree_flatten(gradients)}

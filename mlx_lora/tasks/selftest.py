@@ -86,7 +86,7 @@ def selftest(
 
 def places() -> list[Place]:
     """This device in the files' dtype and in float32, then the CPU backend; without a GPU, that alone."""
-    gpu = mx.Device(mx.gpu)
+    gpu = mx.default_device()
     on_gpu = [Place(gpu, mx.float16), Place(gpu, mx.float32)] if device.on_gpu() else []
     return [*on_gpu, CPU]
 
