@@ -16,8 +16,9 @@ import mlx.core as mx
 
 from mlx_lora import __version__
 from mlx_lora.machine import device, facts
-from mlx_lora.tasks.checks import CPU, PARTS, Check, Place, Subject, computing_on
+from mlx_lora.tasks.checks import PARTS
 from mlx_lora.tasks.doctor import versions
+from mlx_lora.tasks.subject import CPU, Check, Place, Subject, computing_on
 
 
 @dataclass(frozen=True)

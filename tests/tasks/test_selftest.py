@@ -23,10 +23,11 @@ from mlx_lora.models.load import LoadedModel, ready
 from mlx_lora.models.trunk import activations as lean
 from mlx_lora.quant import matmul
 from mlx_lora.serve import engine
-from mlx_lora.tasks import checks
 from mlx_lora.tasks import selftest as tasks
-from mlx_lora.tasks.checks import CPU, PARTS, Check, Place, Subject, computing_on, record
+from mlx_lora.tasks import subject as subjects
+from mlx_lora.tasks.checks import PARTS, record
 from mlx_lora.tasks.selftest import Report, selftest
+from mlx_lora.tasks.subject import CPU, Check, Place, Subject, computing_on
 from mlx_lora.train import optim
 from mlx_lora.train.objectives import likelihood
 
@@ -82,7 +83,7 @@ def altered_on_loading(patch: pytest.MonkeyPatch) -> None:
         norm.weight = norm.weight * mx.where(mx.arange(128) == 3, 1.1, 1.0)
         return loaded
 
-    patch.setattr(checks, "ready", lambda loaded: change(ready(loaded)))
+    patch.setattr(subjects, "ready", lambda loaded: change(ready(loaded)))
 
 
 def lora_without_scale(patch: pytest.MonkeyPatch) -> None:
