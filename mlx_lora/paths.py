@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,33 +25,85 @@ from mlx_lora.errors import MlxLoraError, NameTaken
 SHIPPED = ("data", "recipes")
 # Files that tell a directory made by this package, or by another tool for the same purpose, from anything else.
 MARKS = ("config.json", "adapter_config.json", "training.json")
-# No name is an option's, a hidden file's, or a device's on the systems that a disk may be carried to.
-NAME = re.compile(
-    r"(?!(?i:aux|con|nul|prn|com[0-9]|lpt[0-9])(?:\.|$))[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?"
-)
+# Names that devices have on the systems that a disk may be carried to, whatever ending follows.
+DEVICES = re.compile(r"(?i:aux|con|nul|prn|com[0-9]|lpt[0-9])(?:\.|$)")
+MOST_NAME_BYTES = 128
 
 
 def home() -> Path:
-    """`$MLX_LORA_HOME` or `~/.mlx-lora`, made private (mode 0700) and kept out of backups at first use."""
+    """`$MLX_LORA_HOME` or `~/.mlx-lora`, made private (mode 0700) and kept out of backups at first use.
+
+    Raises MlxLoraError, saying what is wrong with the path, where it can't be made.
+    """
     root = _home()
-    if not root.exists():
-        root.mkdir(parents=True, mode=0o700, exist_ok=True)
+    if not root.is_dir():
+        try:
+            root.mkdir(parents=True, mode=0o700)
+        except OSError as error:
+            raise MlxLoraError(
+                f"the home {root} can't be made: {_obstacle(root) or error.strerror}",
+                hint="MLX_LORA_HOME names another directory for models, adapters and runs",
+            ) from None
         exclude_from_backups(root)
     return root
+
+
+def _obstacle(path: Path) -> str | None:
+    """The part of a path that keeps a directory from being made there, or None where that isn't to be seen."""
+    for part in (path, *path.parents):
+        if os.path.lexists(part):
+            if not part.is_dir():
+                return f"{part} is not a directory"
+            return None if os.access(part, os.W_OK | os.X_OK) else f"{part} can't be written to"
+    return None
 
 
 def _home() -> Path:
     return Path(os.path.expanduser(os.environ.get("MLX_LORA_HOME") or "~/.mlx-lora"))
 
 
+def is_name(word: str) -> bool:
+    """Whether a word may name an entry of the home.
+
+    A name has letters of any script with their accents, digits, `_`, and not first also `.` and `-`, which would make a
+    hidden file or an option. It is normalised (NFC) and short, because file systems write accents differently and count
+    a name's length in bytes.
+    """
+    kinds = [unicodedata.category(character)[0] for character in word]
+    allowed = all(kind in "LMN" or character in "._-" for kind, character in zip(kinds, word, strict=True))
+    ends = bool(word) and (kinds[0] in "LN" or word[0] == "_") and not word.endswith(".")
+    short = len(word.encode(errors="replace")) <= MOST_NAME_BYTES
+    return allowed and ends and short and unicodedata.normalize("NFC", word) == word and not DEVICES.match(word)
+
+
 def check_name(name: str) -> str:
-    """Return `name` when NAME allows it; else raise."""
-    if not NAME.fullmatch(name):
-        raise MlxLoraError(
-            f"{name[:140]!r} is not a name",
-            hint="a name is up to 128 letters, digits, '.', '_' and '-', and begins with a letter, a digit or '_'",
-        )
-    return name
+    """`name`, normalised (NFC), where it is one. Raises MlxLoraError, proposing one where there is one close to it."""
+    normal = unicodedata.normalize("NFC", name)
+    if is_name(normal):
+        return normal
+    hint = f"a name has letters, digits, '.', '_' and '-', at most {MOST_NAME_BYTES} bytes; first a letter or a digit"
+    proposed = re.sub(r"[^\w.-]+", "-", normal).strip(".-")
+    if is_name(proposed):
+        hint = f"{proposed} would be one; {hint}"
+    raise MlxLoraError(f"{name[:140]!r} is not a name", hint=hint)
+
+
+def is_path(word: str) -> bool:
+    """Whether a word for a model or an adapter can only be a path: it has a separator, or begins with `.` or `~`."""
+    return os.sep in word or word.startswith((".", "~"))
+
+
+def find(kind: str, word: str) -> Path | None:
+    """What a word stands for where a model (`models`) or an adapter (`adapters`) is asked for, or None.
+
+    One rule for both. A word with a separator, or that begins with `.` or `~`, is a path and nothing else. Any other
+    word is a name in the home. Only where the home has none of that name is it a file or directory here. So `base` is
+    the home's, whatever lies in the working directory, and `./base` is the one that lies there.
+    """
+    normal = unicodedata.normalize("NFC", word)
+    if not is_path(word) and is_name(normal) and room(kind, normal).is_dir():
+        return room(kind, normal)
+    return existing(word) if word else None
 
 
 def room(kind: str, name: str) -> Path:
@@ -107,7 +160,7 @@ def written_whole(target: Path, *, force: bool = False, needs: int = 0) -> Itera
             if private:
                 path.chmod(0o700 if path.is_dir() else 0o600)
             synchronize(path)
-        _replace(temporary, target)
+        replace_directory(temporary, target)
         synchronize(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -168,7 +221,11 @@ def check_target(target: Path, *, force: bool) -> None:
         )
 
 
-def _replace(temporary: Path, target: Path) -> None:
+def replace_directory(temporary: Path, target: Path) -> None:
+    """Give a complete directory the place of `target`, which is removed only afterwards, if it is there at all.
+
+    A process that dies between the two renames leaves the old one aside, where `clear_leftovers` finds it.
+    """
     old = None
     if os.path.lexists(target):
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "old"

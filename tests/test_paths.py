@@ -12,7 +12,9 @@ from mlx_lora import paths
 from mlx_lora.errors import MlxLoraError, NameTaken
 
 
-@pytest.mark.parametrize("name", ["a", "qwen3-0.6b_4bit", "_x-", "A.b", "console", "com10", "x" * 128])
+@pytest.mark.parametrize(
+    "name", ["a", "qwen3-0.6b_4bit", "_x-", "A.b", "console", "com10", "x" * 128, "größe", "日記", "нотатки", "हिन्दी"]
+)
 def test_names_that_can_be_used(name: str) -> None:
     assert paths.room("adapters", name) == paths.home() / "adapters" / name
 
@@ -20,13 +22,48 @@ def test_names_that_can_be_used(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "", ".", "..", "../x", "a/b", "/etc", ".hidden", "a b", "a\n", "ä", "x" * 129, "~", "a\0", "a.", "-x", "NUL",
-        "con.x",
+        "", ".", "..", "../x", "a/b", "/etc", ".hidden", "a b", "a\n", "a\u200bb", "x" * 129, "日" * 43, "\u0301a", 
+        "~", "a\0", "a.", "-x", "NUL", "con.x",
     ],
 )  # fmt: skip
 def test_names_that_could_lead_elsewhere(name: str) -> None:
     with pytest.raises(MlxLoraError, match="is not a name"):
         paths.room("adapters", name)
+
+
+def test_a_name_is_one_text_however_it_was_typed() -> None:
+    assert paths.room("adapters", "gro\u0308\u00dfe") == paths.home() / "adapters" / "gr\u00f6\u00dfe"
+
+
+def test_a_name_with_spaces_is_refused_with_one_that_would_do() -> None:
+    with pytest.raises(MlxLoraError) as refused:
+        paths.room("adapters", "my notes")
+    assert refused.value.hint and refused.value.hint.startswith("my-notes would be one")
+
+
+@pytest.mark.parametrize("kind", ["models", "adapters"])
+def test_a_word_is_a_name_first_and_with_a_separator_only_a_path(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rule for models and adapters: ./base doesn't shadow a model called base."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    assert paths.find(kind, "base") == Path("base"), "a directory here, while the home has no such name"
+    paths.room(kind, "base").mkdir(parents=True)
+    assert paths.find(kind, "base") == paths.home() / kind / "base"
+    assert paths.find(kind, "./base") == Path("base")
+    assert paths.find(kind, "./other") is None and paths.find(kind, "") is None
+
+
+@pytest.mark.parametrize(("make", "says"), [("file", "is not a directory"), ("below a file", "is not a directory")])
+def test_a_home_that_can_t_be_made_says_what_is_wrong_with_the_path(
+    make: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLX_LORA_HOME", str(tmp_path / "file" / ("inner" if make == "below a file" else "")))
+    with pytest.raises(MlxLoraError, match=says) as refused:
+        paths.home()
+    assert str(tmp_path / "file") in refused.value.message and "MLX_LORA_HOME" in str(refused.value.hint)
 
 
 def test_a_link_that_leads_out_of_the_home_is_no_place_for_a_name(home: Path, tmp_path: Path) -> None:

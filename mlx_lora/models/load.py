@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError
 from mlx_lora.machine import allocation, device
 from mlx_lora.models import carry, index
-from mlx_lora.models.open import check_files, find_model, load_tokenizer, read_config, weight_files
+from mlx_lora.models.open import Model, open_model
 from mlx_lora.quant import nf4
 from mlx_lora.quant.matmul import use_fast_multiply
 from mlx_lora.quant.quantize import Quantized, named_arrays, pack, quantize
@@ -46,8 +47,8 @@ class LoadedModel:
         self.dtype = device.activation_dtype(self.stored)
 
 
-def load(model: str | Path, *, quantization: Quantize | None = None) -> LoadedModel:
-    """Load a model directory or name, quantized on the way when asked, ready to compute on this device.
+def load(model: Model, *, quantization: Quantize | None = None) -> LoadedModel:
+    """Load a model, quantized on the way when asked, ready to compute on this device.
 
     On a CPU every float parameter becomes float32 and packed layers get a fast multiply; on a GPU nothing is cast.
     Raises ModelError for anything missing, unsupported or unsafe.
@@ -56,23 +57,20 @@ def load(model: str | Path, *, quantization: Quantize | None = None) -> LoadedMo
 
 
 def load_stored(
-    model: str | Path, *, quantization: Quantize | None = None, on_layer: Callable[[str], None] = lambda path: None
+    model: Model, *, quantization: Quantize | None = None, on_layer: Callable[[str], None] = lambda path: None
 ) -> LoadedModel:
     """Load with every tensor as the files hold it, lazily, then quantize when asked; for hashing and saving."""
-    path = find_model(str(model))
-    config = read_config(path)
-    check_files(path)
-    if found := index.disagreement(path, weight_files(path)):
+    opened = open_model(model)
+    path, config = opened.path, dict(opened.config)
+    if found := index.disagreement(path, opened.weights):
         log.info("%s: ignored, what counts is what the files hold", found)
     with files.refusing(ModelError, f"{path}: can't be loaded"), index.naming_tensors(path):
         network, config = _load_network(path, config)
         carry.tie_again(path, network)
         # mlx_lm writes settings of its own into these (as tie_word_embeddings), which other readers would believe.
-        as_published = mlx_lm_utils.load_config(path)
-        config |= {part: as_published[part] for part in PARTS if part in as_published}
+        config |= {part: copy.deepcopy(opened.config[part]) for part in PARTS if part in opened.config}
         network(mx.zeros((1, 2), mx.int32))  # never computed: a setting that doesn't fit shows while this is built
-    tokenizer = load_tokenizer(path)
-    loaded = LoadedModel(network, tokenizer, config, path, _stored_dtype(network))
+    loaded = LoadedModel(network, opened.tokenizer, config, path, _stored_dtype(network))
     if quantization is not None:
         loaded.quantized = quantize(loaded.model, quantization.complete(), on_layer=on_layer)
         loaded.config["quantization"] = loaded.config["quantization_config"] = loaded.quantized.config

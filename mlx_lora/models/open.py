@@ -1,4 +1,8 @@
-"""A path or a name becomes a model directory whose files are safe to read: its configuration and its tokenizer.
+"""A path or a name becomes an `OpenModel`: a directory that was found once, with what its files say of the model.
+
+Every command that needs a model begins with `open_model`. Configuration and tokenizer are read once, when they are
+first asked for. Weights are `load.py`'s business.
+
 
 Nothing is ever fetched: a repo id that isn't on disk is an error that names `pull`. Nothing in a model directory is
 ever executed: configurations that ask for code, and weights that are pickles, are refused before they are opened. What
@@ -10,6 +14,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +42,65 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt",
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class OpenModel:
+    """A model directory that was found. What its files say is read once, when it is first asked for."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json as it is in the file. Raises ModelError as `read_config` does."""
+        return read_config(self.path)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """mlx_lm's tokenizer, with chat template and every end token. Raises ModelError where it can't be loaded."""
+        return load_tokenizer(self)
+
+    @cached_property
+    def weights(self) -> list[Path]:
+        """The safetensors files of the weights, by name. Raises ModelError as `check_files` does."""
+        check_files(self.path)
+        return weight_files(self.path)
+
+    @property
+    def ends(self) -> Any:
+        """`eos_token_id` of generation_config.json, which mlx_lm takes before that of config.json."""
+        file = self.path / "generation_config.json"
+        generation = files.read_json(file, ModelError) if file.exists() else {}
+        of_generation = generation.get("eos_token_id") if isinstance(generation, dict) else None
+        return of_generation or self.config.get("eos_token_id")
+
+
+# What stands for a model: one that is open, its directory, or a word that the user gave.
+Model = OpenModel | Path | str
+
+
+def open_model(model: Model) -> OpenModel:
+    """Find a model once; one that is open already is returned as it is. Raises ModelError as `find_model` does."""
+    if isinstance(model, OpenModel):
+        return model
+    return OpenModel(model if isinstance(model, Path) and model.is_dir() else find_model(str(model)))
+
+
 def find_model(model: str) -> Path:
-    """The directory that `model` names: a path, a name under the home's models, or a repo the hub's cache holds.
+    """The directory that `model` names by the rule of `paths.find`, or a repo that the hub's cache on this disk holds.
 
     Raises ModelError saying where it looked; never asks a hub.
     """
-    path = paths.existing(model)
+    path = paths.find("models", model)
     if path and path.is_dir():
         return path
     if path:
         hint = f"mlx-lora import-gguf {model} DIR" if path.suffix == ".gguf" else "name the directory that holds it"
         raise ModelError(f"{model} is a file, a model is a directory", hint=hint)
-    if paths.NAME.fullmatch(model) and paths.room("models", model).is_dir():
-        return paths.room("models", model)
     if cached := _in_hub_cache(model):
         return cached
     names = model_names()
-    where = f"no directory {model!r}, and no model of that name in {paths.home() / 'models'}"
+    where = f"no directory {model!r}" + (
+        "" if paths.is_path(model) else f", and no model of that name in {paths.home() / 'models'}"
+    )
     similar = nearest(model, names) if names else ""
     raise ModelError(where + similar, hint=f"mlx-lora pull {model if REPO.fullmatch(model) else 'REPO'}")
 
@@ -61,7 +109,7 @@ def model_names() -> list[str]:
     """Names of the models in the home. Directories with other names are unfinished work, links may lead elsewhere."""
     models = paths.home() / "models"
     entries = [entry for entry in models.iterdir() if entry.is_dir()] if models.is_dir() else []
-    return sorted(entry.name for entry in entries if paths.NAME.fullmatch(entry.name) and files.inside(entry, models))
+    return sorted(entry.name for entry in entries if paths.is_name(entry.name) and files.inside(entry, models))
 
 
 def _in_hub_cache(repo: str) -> Path | None:
@@ -170,16 +218,18 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(path.glob("model*.safetensors"))
 
 
-def load_tokenizer(model: str | Path) -> Any:
-    """The tokenizer of a model directory or name, with its chat template and every end token, without any weights."""
-    path = find_model(str(model))
-    read_config(path)
-    if faults := _faults_of_texts(path):
-        raise ModelError(f"{path}: " + "\n  ".join(faults))
-    with files.refusing(ModelError, f"{path}: its tokenizer can't be loaded"):
-        ends = mlx_lm_utils.load_config(path).get("eos_token_id")
-        ends = [ends] if isinstance(ends, int) else ends
+def load_tokenizer(model: Model) -> Any:
+    """The tokenizer of a model, with its chat template and every end token, without any weights.
+
+    Made anew in every call; `OpenModel.tokenizer` makes it once.
+    """
+    opened = open_model(model)
+    _ = opened.config  # refuses what would run code
+    if faults := _faults_of_texts(opened.path):
+        raise ModelError(f"{opened.path}: " + "\n  ".join(faults))
+    with files.refusing(ModelError, f"{opened.path}: its tokenizer can't be loaded"):
+        ends = [opened.ends] if isinstance(opened.ends, int) else opened.ends
         if not isinstance(ends, list | None) or any(not isinstance(end, int) for end in ends or []):
-            raise ModelError(f"{path}: eos_token_id is neither a number nor a list of numbers")
+            raise ModelError(f"{opened.path}: eos_token_id is neither a number nor a list of numbers")
         never = {"trust_remote_code": False}  # left open, transformers asks at the terminal whether to run the code
-        return mlx_lm_utils.load_tokenizer(path, never, eos_token_ids=ends)
+        return mlx_lm_utils.load_tokenizer(opened.path, never, eos_token_ids=ends)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +17,7 @@ from safetensors import safe_open
 
 from mlx_lora import files
 from mlx_lora.errors import ModelError
-from mlx_lora.models.open import check_architecture, read_config, weight_files
+from mlx_lora.models.open import Model, check_architecture, open_model, weight_files
 from mlx_lora.quant.matmul import use_fast_multiply
 from mlx_lora.quant.quantize import pack
 
@@ -58,12 +57,13 @@ def network(config: dict[str, Any], *, quantization: dict[str, Any] | None = Non
     return model
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """config.json of a model directory, with the float dtype that most of its files' bytes have where it says none.
+def describe(model: Model) -> dict[str, Any]:
+    """config.json of a model, with the float dtype that most of its files' bytes have where it says none.
 
     Raises ModelError as `read_config` does; a directory without weights is as good as one with them.
     """
-    config = read_config(path)
+    opened = open_model(model)
+    config, path = opened.config, opened.path
     if _named(config) is not None:
         return config
     sizes: dict[str, int] = {}

@@ -21,6 +21,7 @@ from mlx_lora.data.encode import Row
 from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import RecipeError
 from mlx_lora.models.load import LoadedModel, load_stored
+from mlx_lora.models.open import OpenModel
 
 # EVA's look at the data: so many batches, and so many positions of each.
 BATCHES, POSITIONS = 16, 256
@@ -40,7 +41,7 @@ def check_init(recipe: Recipe) -> None:
         )
 
 
-def begin(recipe: Recipe, loaded: LoadedModel, rows: Sequence[Row]) -> Wrappers:
+def begin(recipe: Recipe, opened: OpenModel, loaded: LoadedModel, rows: Sequence[Row]) -> Wrappers:
     """The wrappers of a recipe on its loaded base, ready to train. Raises AdapterError as `attach` does."""
     settings = recipe.adapter
     directions: dict[str, mx.array] = {}
@@ -53,15 +54,15 @@ def begin(recipe: Recipe, loaded: LoadedModel, rows: Sequence[Row]) -> Wrappers:
     for path, columns in directions.items():
         wrappers[path].lora_a = columns
     if settings.init == "loftq":
-        loftq(wrappers, _originals(recipe, wrappers))
+        loftq(wrappers, _originals(opened, wrappers))
     for wrapper in wrappers.values():
         mx.eval(wrapper.parameters())  # one after another: a weight taken apart is freed before the next
     return wrappers
 
 
-def _originals(recipe: Recipe, wrappers: Wrappers) -> dict[str, mx.array]:
+def _originals(opened: OpenModel, wrappers: Wrappers) -> dict[str, mx.array]:
     """The weights of the wrapped layers as the files hold them, not yet read."""
-    layers = adaptable(load_stored(str(recipe.model)).model)
+    layers = adaptable(load_stored(opened).model)
     return {path: layers[path]["weight"] for path in wrappers if path in layers}
 
 

@@ -12,7 +12,7 @@ from mlx_lora.errors import NameTaken
 from mlx_lora.interop.fuse import Fused, fuse
 from mlx_lora.measure import rows_of_tokens
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.open import find_model
+from mlx_lora.models.open import open_model
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
@@ -34,17 +34,18 @@ def fuse_adapter(
 ) -> Fused:
     """Merge and measure. Raises before loading when `out` exists, and CannotFuse when the update doesn't survive."""
     paths.check_target(out, force=force)
-    if out.resolve() == find_model(model).resolve():
+    opened = open_model(model)
+    if out.resolve() == opened.path.resolve():
         raise NameTaken(f"{out} is the model itself", hint="choose another directory")
     stored_adapter = read(registry.find(adapter))
-    reference = registry.open_base(model, [stored_adapter])
+    reference = registry.open_base(opened, [stored_adapter])
     if data is not None:
         settings = Data.model_validate((stored_adapter.manifest.recipe or {}).get("data", {}))
         asked = questions(data, settings, reference.tokenizer, exact=False, prefer=VALID_FIRST, progress=progress)
         rows = asked.rows[:MOST_ROWS]
     else:
         rows = generated_rows(reference, stored_adapter, progress=progress)
-    stored = registry.open_stored(model, [stored_adapter])
+    stored = registry.open_stored(opened, [stored_adapter])
     advance = progress("comparing with base and adapter", len(rows))
     return fuse(stored, reference, stored_adapter, out, rows, bits=bits, force=force, on_row=advance)
 

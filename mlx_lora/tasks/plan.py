@@ -22,7 +22,7 @@ from mlx_lora.data.prepare import OnFile, prepare, silent
 from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import ModelError, RecipeError
 from mlx_lora.machine import device, limits
-from mlx_lora.models.open import find_model, load_tokenizer
+from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.shapes import describe, network, stored_dtype
 from mlx_lora.recipe import load_recipe
 from mlx_lora.train.budget import learn
@@ -52,10 +52,11 @@ def plan_recipe(
     """
     if not recipe.model:
         raise RecipeError("the recipe doesn't say which model", hint="--model MODEL sets it")
-    config = describe(find_model(recipe.model))
+    opened = open_model(recipe.model)
+    config = describe(opened)
     limit = limits.limit_bytes(memory_gb=memory_gb, setting=recipe.train.memory_limit_gb)
     machine = Machine(device.on_gpu() if gpu is None else gpu, limit)
-    rows = read_lengths(recipe, progress)
+    rows = read_lengths(recipe, opened, progress)
     made = plan_shape(config, recipe, rows, machine)
     return made if made.fits else replace(made, suggestion=suggest(config, recipe, rows, machine))
 
@@ -80,14 +81,15 @@ def _plan(cost: Costs, recipe: Recipe, rows: Lengths | None, limit: int) -> Plan
     return replace(made, seconds=_seconds(recipe, rows, made))
 
 
-def read_lengths(recipe: Recipe, progress: OnFile = silent) -> Lengths | None:
+def read_lengths(recipe: Recipe, model: OpenModel, progress: OnFile = silent) -> Lengths | None:
     """The lengths of the recipe's training rows, or None where there are none to read."""
     if not recipe.data.path or paths.existing(recipe.data.path) is None:
         return None
-    tokenizer = load_tokenizer(str(recipe.model))
     virtual = virtual_of(recipe.adapter)
     return lengths_of(
-        prepare(recipe.data.path, recipe.data, tokenizer, seed=recipe.seed, progress=progress, virtual=virtual).train
+        prepare(
+            recipe.data.path, recipe.data, model.tokenizer, seed=recipe.seed, progress=progress, virtual=virtual
+        ).train
     )
 
 

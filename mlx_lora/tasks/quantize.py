@@ -13,7 +13,7 @@ from mlx_lora.errors import NameTaken
 from mlx_lora.measure import as_dict, compare
 from mlx_lora.models.layers import dequantize_model, half
 from mlx_lora.models.load import load, load_stored
-from mlx_lora.models.open import find_model
+from mlx_lora.models.open import open_model
 from mlx_lora.models.save import save
 from mlx_lora.quant.quantize import is_quantized, quantize
 from mlx_lora.study.evaluate import VALID_FIRST, questions
@@ -34,9 +34,10 @@ def quantize_model(
     Raises before loading when `out` exists, and DataError when the rows to verify on can't be used.
     """
     paths.check_target(out, force=force)
-    if out.resolve() == find_model(model).resolve():
+    opened = open_model(model)
+    if out.resolve() == opened.path.resolve():
         raise NameTaken(f"{out} is the model itself", hint="choose another directory")
-    loaded = load_stored(model)
+    loaded = load_stored(opened)
     rows = []
     if verify:
         whole = Data(too_long="truncate-end")

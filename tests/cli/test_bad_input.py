@@ -144,7 +144,10 @@ def test_a_damaged_adapter(run: Run, trained: Ran, home: Path) -> None:
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     from mlx_lora.cli import main
-    from mlx_lora.errors import ModelError
 
-    with pytest.raises(ModelError):
-        main(["generate", "--model", "nowhere", "--prompt", "x", "--debug"])
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--model", "no\x1bwhere", "--prompt", "x", "--debug"])
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert "Traceback (most recent call last)" in printed and "ModelError" in printed
+    assert "\x1b" not in printed and r"no\x1bwhere" in printed

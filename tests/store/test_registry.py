@@ -22,7 +22,7 @@ from mlx_lora.store.adapter import MANIFEST, Manifest, StoredAdapter, read, save
 from tests.conftest import write_model
 
 TOKENS = mx.array([[5, 9, 70, 2, 33]])
-WRONG = ["../x", "a/b", "", ".hidden", "..", "a b", "a\n", "ä", "x" * 129]
+WRONG = ["../x", "a/b", "", ".hidden", "..", "a b", "a\n", "a\u200b", "x" * 129]
 Write = Callable[..., Path]
 
 
@@ -71,6 +71,14 @@ def test_rename_and_remove_take_the_run_along(write: Write, home: Path) -> None:
     assert registry.names() == ["new"] and (home / "runs" / "new" / "recipe.yaml").is_file()
     assert registry.remove("new") > 0
     assert registry.names() == [] and not any((home / "runs").iterdir())
+
+
+def test_renaming_an_adapter_to_its_own_name_changes_nothing(write: Write, home: Path) -> None:
+    write("mail")
+    assert registry.rename("mail", "mail") == home / "adapters" / "mail"
+    assert registry.names() == ["mail"]
+    with pytest.raises(AdapterError, match="no adapter 'other'"):
+        registry.rename("other", "other")
 
 
 @pytest.mark.parametrize("name", WRONG)

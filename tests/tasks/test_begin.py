@@ -15,6 +15,7 @@ from mlx_lora.config import Recipe
 from mlx_lora.data.prepare import prepare
 from mlx_lora.errors import RecipeError
 from mlx_lora.models.load import load, load_stored, ready
+from mlx_lora.models.open import open_model
 from mlx_lora.quant.quantize import dequantize_layer
 from mlx_lora.store import adapter as store
 from mlx_lora.tasks.begin import begin
@@ -58,7 +59,7 @@ def test_loftq_begins_closer_to_the_base_before_packing(recipe: Callable[..., Re
     asked = recipe("loftq", quantize={"bits": 2, "group_size": 32}, adapter={"rank": 16, "alpha": 16})
     loaded = ready(load_stored(tiny_path, quantization=asked.quantize))
     whole, packed = np.array(load(tiny_path).model(TOKENS)), np.array(loaded.model(TOKENS))
-    wrappers = begin(asked, loaded, [])
+    wrappers = begin(asked, open_model(loaded.path), loaded, [])
     begun = np.array(loaded.model(TOKENS))
     assert np.linalg.norm(begun - whole) < 0.9 * np.linalg.norm(packed - whole)
     originals = dict(load_stored(tiny_path).model.named_modules())
@@ -80,7 +81,7 @@ def test_eva_is_the_same_for_the_same_recipe(recipe: Callable[..., Recipe], tiny
         loaded = load(tiny_path)
         rows = prepare(str(asked.data.path), asked.data, loaded.tokenizer, seed=asked.seed).train
         before = np.array(loaded.model(TOKENS))
-        begun.append(begin(asked, loaded, rows))
+        begun.append(begin(asked, open_model(loaded.path), loaded, rows))
         np.testing.assert_array_equal(loaded.model(TOKENS), before)
     for path, wrapper in begun[0].items():
         np.testing.assert_array_equal(wrapper.lora_a, begun[1][path].lora_a, err_msg=path)
