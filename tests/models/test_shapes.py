@@ -14,6 +14,7 @@ from mlx_lora.errors import ModelError
 from mlx_lora.machine import device
 from mlx_lora.models import load as loading
 from mlx_lora.models.load import LoadedModel, load, ready
+from mlx_lora.models.save import save
 from mlx_lora.models.shapes import describe, network, stored_dtype
 from mlx_lora.quant.quantize import quantize
 from tests.adapters.zoo import COMMON, MODELS
@@ -51,7 +52,7 @@ def test_shapes_are_those_of_the_loaded_model(name: str, quantization: Quantize 
 
 def test_a_packed_base_is_described_by_its_own_configuration(tmp_path: Path, tiny_path: Path) -> None:
     base = loading.load_stored(tiny_path, quantization=Quantize(bits=4, group_size=32))
-    loading.save(base, tmp_path / "packed")
+    save(base, tmp_path / "packed")
     loaded = load(tmp_path / "packed")
     config = describe(tmp_path / "packed")  # which says no dtype: the files do
     assert described(network(config, gpu=device.on_gpu())) == described(loaded.model)

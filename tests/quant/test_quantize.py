@@ -120,7 +120,8 @@ def test_a_saved_model_loads_in_mlx_lm_with_the_same_logits(
     theirs, _ = mlx_lm.utils.load(str(tmp_path / "packed"))
     theirs.set_dtype(mx.float32)
     ours = load(tmp_path / "packed").model
-    close = 2e-2 if device.on_gpu() else 1e-3  # there in float16
+    # on a GPU in float16, or where MLX's own kernels unpack to bfloat16 alone
+    close = (2e-2 if mode == "affine" else 1e-1) if device.on_gpu() else 1e-3
     np.testing.assert_allclose(ours(TOKENS).astype(mx.float32), theirs(TOKENS), rtol=close, atol=close)
     assert is_quantized(theirs)
 
