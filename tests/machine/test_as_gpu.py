@@ -1,4 +1,4 @@
-"""`pytest --as-gpu`: what this process and those that it starts take for the device. Without it, the device there is."""
+"""`pytest --as-gpu`: what this process and those that it starts take for the device. Without it: what there is."""
 
 from __future__ import annotations
 

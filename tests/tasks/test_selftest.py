@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from safetensors.numpy import load_file, save_file
 from mlx_lora import paths
 from mlx_lora.adapters.lora import LoRALinear
 from mlx_lora.config import Train
-from mlx_lora.machine import elementary
+from mlx_lora.machine import allocation, elementary
 from mlx_lora.models.load import LoadedModel, ready
+from mlx_lora.models.recurrence import chunks, gated_delta
 from mlx_lora.models.trunk import activations as lean
+from mlx_lora.models.trunk import attention, segments
 from mlx_lora.quant import matmul
 from mlx_lora.serve import engine
 from mlx_lora.tasks import selftest as tasks
@@ -30,6 +33,7 @@ from mlx_lora.tasks.selftest import Report, selftest
 from mlx_lora.tasks.subject import CPU, Check, Place, Subject, computing_on
 from mlx_lora.train import optim
 from mlx_lora.train.objectives import likelihood
+from mlx_lora.train.step import Stepper
 
 Alteration = Callable[[pytest.MonkeyPatch], None]
 
@@ -75,6 +79,15 @@ def rewritten(patch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable
     """Let the function called `name` give `change` of what it gave."""
     original = getattr(owner, name)
     patch.setattr(owner, name, lambda *arguments, **named: change(original(*arguments, **named)))
+
+
+def larger(owner: Any, name: str, times: float = 1.01) -> Alteration:
+    """What the function called `name` gives, multiplied."""
+    return lambda patch: rewritten(patch, owner, name, lambda made: made * times)
+
+
+def unscaled(dtype: mx.Dtype, positions: int) -> float:
+    return 1.0
 
 
 def altered_on_loading(patch: pytest.MonkeyPatch) -> None:
@@ -143,6 +156,28 @@ def coarser_rounding(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(mx, "quantize", lambda w, *rest, **named: original(mx.round(w * 256) / 256, *rest, **named))
 
 
+def packed_rows_that_see_each_other(patch: pytest.MonkeyPatch) -> None:
+    rewritten(
+        patch, segments.PackedCache, "make_mask", lambda mask: mx.broadcast_to(mx.tri(mask.shape[-1]) > 0, mask.shape)
+    )
+
+
+def limits_that_stay(patch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def raised() -> Iterator[None]:
+        yield
+        mx.set_memory_limit(mx.set_memory_limit(1 << 40) + 1)
+
+    patch.setattr(allocation, "memory_limits", raised)
+
+
+def steps_that_are_random(patch: pytest.MonkeyPatch) -> None:
+    def moved(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        return {name: array + 0.01 * mx.random.normal(array.shape) for name, array in arrays.items()}
+
+    rewritten(patch, Stepper, "adapter", moved)
+
+
 # the part that is run, the line that must fail, and what is altered
 ALTERATIONS: list[tuple[str, str, Alteration]] = [
     ("base", "forward", altered_on_loading),
@@ -161,6 +196,17 @@ ALTERATIONS: list[tuple[str, str, Alteration]] = [
     ("nvfp4 4", "nvfp4 4: forward", lambda patch: rewritten(patch, matmul, "dequantize", lambda w: w * 1.01)),
     ("affine 8", "affine 8: rounding", coarser_rounding),
     ("training", "losses of 20 steps", adamw_without_bias_correction),
+    ("quantized products", "nvfp4 4: products", larger(mx, "quantized_matmul")),
+    ("quantized products", "affine 8: products", larger(mx, "gather_qmm")),
+    ("attention", "attention, biased", larger(elementary, "softmax")),
+    ("attention", "attention, causal: gradient", larger(attention, "_added")),
+    ("recurrences", "gated delta rule", larger(gated_delta, "unit_lower_inverse")),
+    ("recurrences", "lightning attention: gradient", larger(chunks, "uncut")),
+    ("packed rows", "packed rows: loss", packed_rows_that_see_each_other),
+    ("half precision", "gradient in float16", lambda patch: patch.setattr(likelihood, "gradient_scale", unscaled)),
+    ("steps ahead", "steps ahead: adapter", steps_that_are_random),
+    ("memory", "counted memory", larger(mx, "get_active_memory", 1.1)),
+    ("memory", "limits put back", limits_that_stay),
 ]
 
 

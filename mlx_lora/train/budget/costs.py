@@ -99,10 +99,8 @@ class Costs:
 
     def span_bytes(self, layer: Layer, lines: int, width: int) -> int:
         """What the backward pass of one span of a layer holds, of its largest recurrence."""
-        held = [
-            lines * scan.chunk_bytes * -(-min(scan.span(lines, gpu=self.gpu), width) // scan.chunk)
-            for scan in layer.scans
-        ]
+        spans = [(scan, min(scan.span(lines, gpu=self.gpu), width)) for scan in layer.scans]
+        held = [lines * scan.chunk_bytes * -(-span // scan.chunk) for scan, span in spans]
         return max(held, default=0)
 
     def entering(self, lines: int, width: int) -> int:
