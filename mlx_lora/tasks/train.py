@@ -86,8 +86,7 @@ def train_adapter(
     and KeyboardInterrupt when it was asked to stop before the first step, with nothing written.
     """
     hear, group = listener or Listener(), group or Processes()
-    name = check(recipe, force=force or resume or group.rank > 0)
-    opened = open_model(str(recipe.model))
+    name, opened = check(recipe, force=force or resume or group.rank > 0)
     if resume and group.size > 1:
         raise TrainingError("several processes can't go on with a run yet", hint="start again with --force")
     with ExitStack() as stack:
@@ -205,14 +204,16 @@ def _learn(plan: Plan, finished: Finished, prepared: Prepared) -> None:
         learn.remember(plan, finished.peak_memory_bytes, finished.seconds / finished.computed_tokens)
 
 
-def check(recipe: Recipe, *, force: bool) -> str:
-    """The run's name, once everything that can be known without loading is in order."""
+def check(recipe: Recipe, *, force: bool) -> tuple[str, OpenModel]:
+    """The run's name and its base, once everything that can be known without loading is in order."""
     missing = [key for key, value in (("model", recipe.model), ("data.path", recipe.data.path)) if not value]
     if missing:
         raise RecipeError(f"the recipe doesn't say {' and '.join(missing)}", hint="--model MODEL --data PATH set them")
     if recipe.name is None:
         raise RecipeError("the run has no name", hint="--name NAME sets it")
+    assert recipe.model is not None
     check_init(recipe)
+    opened = open_model(recipe.model)
     target, folder = paths.room("adapters", recipe.name), paths.room("runs", recipe.name)
     unfinished = bool(checkpoint.checkpoints(folder))
     if (target.exists() or unfinished) and not force:
@@ -222,7 +223,7 @@ def check(recipe: Recipe, *, force: bool) -> str:
         go_on = "--resume to go on with it, " if unfinished else ""
         raise NameTaken(what, hint=f"{go_on}--name another one, or --force to replace it")
     paths.check_target(target, force=force)
-    return recipe.name
+    return recipe.name, opened
 
 
 def summary(recipe: Recipe, prepared: Prepared, wrappers: Wrappers) -> str:
