@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mlx_lora import ui
+from mlx_lora import paths, ui
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value as the last line of stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
@@ -21,6 +22,8 @@ RecipeWords = Annotated[
 ]
 Base = Annotated[str | None, typer.Option("--model", help="The base: a directory or a name.")]
 Rows = Annotated[str | None, typer.Option("--data", help="A file, or a folder with train, valid and test.")]
+Out = Annotated[Path | None, typer.Argument(metavar="OUT", help="The directory to write; not needed with --name.")]
+NewModel = Annotated[str | None, typer.Option("--name", help="Write to the home's models: --model NAME then uses it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]…", help="Recipe settings, dotted keys.")]
 
 
@@ -33,6 +36,15 @@ def progress(stack: ExitStack) -> Callable[[str, int], Callable[[], None]]:
         return lambda: advance(1, "")
 
     return start
+
+
+def new_model(out: Path | None, name: str | None) -> Path:
+    """Where a new model is written: the directory OUT, or the home's models under `name`."""
+    if out is not None and name is None:
+        return out
+    if name is not None and out is None:
+        return paths.room("models", name)
+    raise typer.BadParameter("name one place to write to: the directory OUT, or --name NAME for the home's models")
 
 
 def data_settings(overrides: list[str] | None, stored: dict[str, Any] | None = None) -> Any:
