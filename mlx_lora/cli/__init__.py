@@ -14,7 +14,7 @@ from types import FrameType
 import typer
 from typer.exceptions import TyperException
 
-from mlx_lora import ui
+from mlx_lora import paths, ui
 from mlx_lora.cli import adapters, base, bench, chat, data, machine, plan, quickstart, study, train
 from mlx_lora.errors import MlxLoraError
 from mlx_lora.machine import blas, offline
@@ -67,6 +67,11 @@ def _run(words: list[str], debug: bool) -> int:
         if debug:
             raise
         ui.error(fault)
+        return 1
+    except OSError as fault:
+        if debug:
+            raise
+        ui.error(paths.unusable(fault))
         return 1
     except Exception as fault:
         if debug:

@@ -107,9 +107,9 @@ def quantize(
 
 
 def fuse(
-    model: Model,
-    adapter: Annotated[str, typer.Option("--adapter", help="An adapter directory, or a name in the home.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="A name in the home, or a directory like ./mine.")],
     out: Annotated[Path, typer.Option("--out", help="The directory to write.")],
+    model: Model = None,
     bits: Annotated[Bits | None, typer.Option("--bits", help="mixed: touched layers at 8 bits or more.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Measure on these rows instead of generated text.")] = None,
     force: Force = False,

@@ -18,24 +18,27 @@ def register(app: typer.Typer) -> None:
     app.command()(chat)
 
 
-def _engine(model: str, adapter: str | None) -> tuple[Engine, str | None]:
+def _engine(model: str | None, adapter: str | None) -> tuple[Engine, str | None]:
     """An engine with the adapter in use, and the template that it was trained with."""
     from mlx_lora.serve.engine import Engine
     from mlx_lora.store import adapter as store
     from mlx_lora.store import registry
+    from mlx_lora.store.base import base_for
 
     stored = store.read(registry.find(adapter)) if adapter else None
-    with ui.working(f"loading {model}"):
-        engine = Engine(registry.open_base(model, [stored] if stored else []))
+    opened = base_for(model, [stored] if stored else [])
+    with ui.working(f"loading {model or registry.base_name(opened.path)}"):
+        engine = Engine(registry.open_base(opened, [stored] if stored else []))
     if stored is not None:
-        engine.add(stored.name, store.wrappers_for(engine.loaded.model, stored))
-        engine.use(stored.name)
+        label = registry.label(stored.path)
+        engine.add(label, store.wrappers_for(engine.loaded.model, stored))
+        engine.use(label)
     return engine, stored.manifest.template if stored else None
 
 
 def generate(
-    model: Model,
     prompt: Annotated[str, typer.Option("--prompt", help="What to answer; - reads it from stdin.")],
+    model: Model = None,
     adapter: Adapter = None,
     max_tokens: MaxTokens = 256,
     temp: Annotated[float, typer.Option("--temp", min=0.0, help="Temperature; 0 is greedy.")] = 0.0,
@@ -77,7 +80,7 @@ def generate(
     )
 
 
-def chat(model: Model, adapter: Adapter = None) -> None:
+def chat(model: Model = None, adapter: Adapter = None) -> None:
     """Talk to the base and its adapters; /help inside."""
     from mlx_lora.serve.chat import Chat
 

@@ -95,7 +95,7 @@ def find_model(model: str) -> Path:
     if path:
         hint = f"mlx-lora import-gguf {model} DIR" if path.suffix == ".gguf" else "name the directory that holds it"
         raise ModelError(f"{model} is a file, a model is a directory", hint=hint)
-    if cached := _in_hub_cache(model):
+    if cached := in_hub_cache(model):
         return cached
     names = model_names()
     where = f"no directory {model!r}" + (
@@ -112,7 +112,7 @@ def model_names() -> list[str]:
     return sorted(entry.name for entry in entries if paths.is_name(entry.name) and files.inside(entry, models))
 
 
-def _in_hub_cache(repo: str) -> Path | None:
+def in_hub_cache(repo: str) -> Path | None:
     """The snapshot of a repo that Hugging Face's cache on this disk already holds."""
     if not REPO.fullmatch(repo):
         return None

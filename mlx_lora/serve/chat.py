@@ -102,7 +102,7 @@ class Chat:
         if not name:
             raise MlxLoraError("/use NAME needs a name", hint="/adapters lists them")
         path = registry.find(name)
-        name = path.name if path == paths.room("adapters", path.name) else str(path)
+        name = registry.label(path)
         if name not in self.engine.adapters:
             stored = store.read(path)
             registry.check_belongs(stored, self.engine.loaded)

@@ -10,13 +10,14 @@ from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
+from mlx_lora.store.base import base_for
 from mlx_lora.study.evaluate import Questions, Result, evaluate, questions
 
 Settings = Callable[[dict[str, Any] | None], Data]
 
 
 def evaluate_adapters(
-    model: str,
+    model: str | None,
     adapters: Sequence[str],
     data: str,
     settings: Settings,
@@ -26,11 +27,13 @@ def evaluate_adapters(
     progress: OnFile = silent,
     stage: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
-    """Results of the base, then of each adapter. `settings` turns an adapter's own data settings (None: it has none)
-    into those to use; the base follows the first adapter. Raises before loading for adapters that don't belong."""
+    """Results of the base, by default the adapters' own, then of each adapter. `settings` turns an adapter's own data
+    settings (None: it has none) into those to use; the base follows the first adapter. Raises before loading for
+    adapters that don't belong."""
     stored = [read(registry.find(adapter)) for adapter in adapters]
-    stage(f"loading {model}")
-    engine = Engine(registry.open_base(model, stored))
+    opened = base_for(model, stored)
+    stage(f"loading {model or registry.base_name(opened.path)}")
+    engine = Engine(registry.open_base(opened, stored))
     chosen: dict[str | None, Data] = {None: settings(_own(stored[0]) if stored else None)}
     for adapter, name in zip(stored, _names(stored), strict=True):
         engine.add(name, wrappers_for(engine.loaded.model, adapter))

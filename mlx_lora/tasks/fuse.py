@@ -12,10 +12,10 @@ from mlx_lora.errors import NameTaken
 from mlx_lora.interop.fuse import Fused, fuse
 from mlx_lora.measure import rows_of_tokens
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.open import open_model
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
+from mlx_lora.store.base import base_for
 from mlx_lora.study.evaluate import VALID_FIRST, questions
 
 GENERATED_ROWS, GENERATED_TOKENS = 8, 64
@@ -23,7 +23,7 @@ MOST_ROWS = 32
 
 
 def fuse_adapter(
-    model: str,
+    model: str | None,
     adapter: str,
     out: Path,
     *,
@@ -32,12 +32,15 @@ def fuse_adapter(
     force: bool = False,
     progress: OnFile = silent,
 ) -> Fused:
-    """Merge and measure. Raises before loading when `out` exists, and CannotFuse when the update doesn't survive."""
+    """Merge into `model`, by default the adapter's own base, and measure.
+
+    Raises before loading when `out` exists, and CannotFuse when the update doesn't survive.
+    """
     paths.check_target(out, force=force)
-    opened = open_model(model)
+    stored_adapter = read(registry.find(adapter))
+    opened = base_for(model, [stored_adapter])
     if out.resolve() == opened.path.resolve():
         raise NameTaken(f"{out} is the model itself", hint="choose another directory")
-    stored_adapter = read(registry.find(adapter))
     reference = registry.open_base(opened, [stored_adapter])
     if data is not None:
         settings = Data.model_validate((stored_adapter.manifest.recipe or {}).get("data", {}))
