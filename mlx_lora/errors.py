@@ -8,6 +8,7 @@
     │   └── CannotFuse           the method, or the measured loss, forbids merging
     ├── NameTaken                a name or a directory that exists already
     ├── TrainingError            training can't go on (non-finite losses, nothing to train)
+    │   └── PeerFailed           another process of the same run failed, which ends all of them
     └── NetworkBlocked           something tried to leave the machine outside `pull`
 
 The library raises; only the command line turns an error into text and an exit code.
@@ -51,6 +52,10 @@ class NameTaken(MlxLoraError):
 
 class TrainingError(MlxLoraError):
     """Training can't start or can't go on."""
+
+
+class PeerFailed(TrainingError):
+    """A process of a run of several failed before the first step, so all of them end; the first one says why."""
 
 
 class NetworkBlocked(MlxLoraError):

@@ -170,7 +170,7 @@ def written_whole(target: Path, *, force: bool = False, needs: int = 0) -> Itera
             if private:
                 path.chmod(0o700 if path.is_dir() else 0o600)
             synchronize(path)
-        _replace(temporary, target)
+        replace_directory(temporary, target)
         synchronize(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -231,7 +231,11 @@ def check_target(target: Path, *, force: bool) -> None:
         )
 
 
-def _replace(temporary: Path, target: Path) -> None:
+def replace_directory(temporary: Path, target: Path) -> None:
+    """Give a complete directory the place of `target`, which is removed only afterwards, if it is there at all.
+
+    A process that dies between the two renames leaves the old one aside, where `clear_leftovers` finds it.
+    """
     old = None
     if os.path.lexists(target):
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "old"

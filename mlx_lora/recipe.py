@@ -1,6 +1,6 @@
 """Recipes as they are written: YAML files and `key=value` words in, a validated `config.Recipe` or every fault out.
 
-Knows which keys there are and what a misspelt one was meant to be; what a key means is `config`'s business.
+Knows what a misspelt key was meant to be; which keys there are, and what they mean, `settings` and `config` know.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import yaml
 from pydantic import ValidationError
 
 from mlx_lora import files, paths
-from mlx_lora.config import Adapter, Data, Quantize, Recipe, Section, Train
+from mlx_lora.config import Recipe
 from mlx_lora.errors import RecipeError, nearest
+from mlx_lora.settings import FAMILIAR, SECTIONS, dotted_keys, translated
 
 ENDINGS = (".yaml", ".yml")
 LARGEST = 1 << 20  # bytes of a recipe
-SECTIONS: dict[str, type[Section]] = {"quantize": Quantize, "adapter": Adapter, "data": Data, "train": Train}
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,7 +64,8 @@ def load_recipe(
     """Read a recipe file, then `settings` (dotted keys), then `key=value` overrides, each winning over the former.
 
     A file that isn't there is looked up among the recipes that come with the package. The run's name defaults to the
-    file's. Raises RecipeError naming every fault at once, with the nearest key where one is close.
+    file's. An override may have a short or a familiar name, `lr=1e-4` (`settings.translated`). Raises RecipeError
+    naming every fault at once, with the nearest key where one is close.
     """
     values: dict[str, Any] = {}
     if file is not None:
@@ -73,7 +74,7 @@ def load_recipe(
         values["name"] = file.stem if values.get("name") is None else values["name"]
     for key, value in (settings or {}).items():
         _set(values, key, value)
-    for override in overrides:
+    for override in map(translated, overrides):
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise RecipeError(f"{override!r} is not key=value", hint="for example: adapter.rank=16")
@@ -87,11 +88,6 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{where}: " + "\n  ".join(_faults(error))) from None
-
-
-def dotted_keys() -> list[str]:
-    """Every key a recipe may set, dotted."""
-    return [*Recipe.model_fields, *(f"{name}.{key}" for name, part in SECTIONS.items() for key in part.model_fields)]
 
 
 def _faults(error: ValidationError) -> list[str]:
@@ -130,8 +126,10 @@ def _reason(fault: Any) -> str:
 
 
 def _nearest_key(key: str) -> str:
-    """What `key` was meant to be: the same word in another place, else a similar one in its own."""
+    """What `key` was meant to be: a familiar name, the same word in another place, or a similar one in its own."""
     section, _, word = key.rpartition(".")
+    if word in FAMILIAR:
+        return f"; did you mean {FAMILIAR[word]!r}?"
     words = {known.rpartition(".")[2]: known for known in dotted_keys()}
     if word in words:
         return f"; did you mean {words[word]!r}?"

@@ -1,6 +1,8 @@
 """The only place that prints. Results go to stdout, everything else to stderr; readable without colour.
 
-Progress is a bar where stderr is a terminal and a plain line now and then where it isn't.
+All text is shown literally, whoever wrote it: rich's markup and emoji codes are off, and what a terminal would obey
+(escape sequences, other control characters, characters that turn the direction of text) is written out, ESC as `\\x1b`.
+Callers pass text as it is. Progress is a bar where stderr is a terminal and a plain line now and then where it isn't.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import math
 import re
 import sys
 import time
+import traceback as tracebacks
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,15 +21,38 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from mlx_lora.errors import MlxLoraError
 
 PLAIN_EVERY = 5.0
-# Control characters but tab and newline, and those that turn the direction of text.
-OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# What a terminal would obey, but for tab and newline: control characters (C0, DEL, C1), separators of lines and
+# paragraphs, characters that turn the direction of text. Half a character (a lone surrogate) can't be printed at all.
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# A message of several lines indents all but the first; any other end of a line came with a name or a path.
+NOT_OURS = re.compile(r"\t|\n(?!  )")
 
-out = Console(highlight=False, soft_wrap=True, markup=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def visible(text: str) -> str:
+    """`text` with everything that a terminal would obey written out; newlines and tabs stay."""
+    return OBEYED.sub(_written_out, text)
+
+
+def one_line(text: str) -> str:
+    """`visible` for what must not break a line or a column: a name, a cell, a label."""
+    return visible(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
+def _message(text: str) -> str:
+    """`visible` for an error or a note: only its indented lines are lines, so no name can pass for another message."""
+    return NOT_OURS.sub(_written_out, visible(text))
+
+
+def _written_out(found: re.Match[str]) -> str:
+    return found.group().encode("unicode_escape").decode()
 
 
 def silence() -> None:
@@ -36,20 +62,21 @@ def silence() -> None:
 
 def result(text: str = "") -> None:
     """A line of result, to stdout."""
-    out.print(harmless(text))
+    out.print(one_line(text))
 
 
 def piece(text: str) -> None:
-    """A piece of streamed text, to stdout, without a line's end."""
-    sys.stdout.write(harmless(text))
+    """A piece of streamed text, to stdout, without a line's end; its own newlines and tabs stay."""
+    sys.stdout.write(visible(text))
     sys.stdout.flush()
 
 
 def as_json(value: Any) -> None:
-    """One JSON value as the last line of stdout."""
+    """One JSON value as the last line of stdout; what a terminal would obey is escaped as JSON does it."""
     if out.quiet:
         return
-    sys.stdout.write(json_text(value) + "\n")
+    escaped = OBEYED.sub(lambda found: f"\\u{ord(found.group()):04x}", json_text(value))
+    sys.stdout.write(escaped + "\n")
     sys.stdout.flush()
 
 
@@ -68,7 +95,7 @@ def json_text(value: Any) -> str:
 
 def note(text: str) -> None:
     """Something worth knowing, to stderr."""
-    err.print(text, style="dim")
+    err.print(_message(text), style="dim")
 
 
 @contextmanager
@@ -93,24 +120,26 @@ class _Shown(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if (text := record.getMessage()) not in self.before:
             self.before.add(text)
-            note(f"note: {harmless(text)}")
+            note(f"note: {text}")
 
 
 def warning(text: str) -> None:
-    err.print(f"warning: {text}", style="yellow")
+    """Something that may be wrong, to stderr."""
+    err.print(f"warning: {_message(text)}", style="yellow")
 
 
 def error(fault: MlxLoraError) -> None:
     """An error and its hint, to stderr."""
     err.quiet = False
-    err.print(f"error: {harmless(fault.message)}", style="red")
+    err.print(f"error: {_message(fault.message)}", style="red")
     if fault.hint:
-        err.print(f"hint: {harmless(fault.hint)}")
+        err.print(f"hint: {_message(fault.hint)}")
 
 
-def harmless(text: str) -> str:
-    """`text` without what a terminal would obey: a name in somebody's file may hold escapes."""
-    return OBEYED.sub("\ufffd", text)
+def traceback() -> None:
+    """The traceback of the exception that is being handled, to stderr."""
+    err.quiet = False
+    err.print(visible(tracebacks.format_exc()), end="")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -118,22 +147,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        shown.add_column(_cell(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         shown.add_row(*(_cell(value) for value in row))
     width = None if out.is_terminal else 10_000
-    Console(highlight=False, markup=False, width=width).print(shown)
+    Console(highlight=False, markup=False, emoji=False, width=width).print(shown)
 
 
-def _cell(value: object) -> str:
+def _cell(value: object) -> Text:
     if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return Text("–")
+    return Text(one_line(f"{value:.4g}" if isinstance(value, float) else str(value)))
 
 
 def runs_of_text(runs: Sequence[tuple[str, bool]]) -> None:
     """A sample whose parts with loss are marked: underlined on a terminal, between ⟦ and ⟧ elsewhere."""
     for text, learned in runs:
+        text = visible(text)
         if learned and not out.is_terminal:
             text = f"⟦{text}⟧"
         out.print(text, style="underline bold" if learned else None, end="")
@@ -156,7 +186,7 @@ def working(label: str) -> Iterator[None]:
         note(label)
         yield
         return
-    with err.status(label):
+    with err.status(Text(one_line(label))):
         yield
 
 
@@ -168,17 +198,17 @@ def bar(label: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}" if total else ""),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}" if total else "", markup=False),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
     )
     with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(label, total=total, text="")
+        task = progress.add_task(one_line(label), total=total, text="")
 
         def advance(count: int, text: str) -> None:
-            progress.update(task, advance=count, text=text)
+            progress.update(task, advance=count, text=one_line(text))
 
         yield advance
 
@@ -204,5 +234,5 @@ def confirm(question: str) -> bool:
     """Ask on the terminal; no terminal means no."""
     if not sys.stdin.isatty():
         return False
-    err.print(f"{question} [y/N] ", end="")
+    err.print(f"{one_line(question)} [y/N] ", end="")
     return sys.stdin.readline().strip().lower() in ("y", "yes")

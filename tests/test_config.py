@@ -60,7 +60,7 @@ train:
   max_grad_norm: 1.0
   loraplus_ratio: null
   eval_every: null
-  save_every: null
+  save_every: auto
   patience: null
   grad_checkpoint: auto
   cache_prefix: auto
@@ -139,6 +139,7 @@ def test_quantize_takes_the_modes_own_defaults(text: str, complete: dict[str, An
         ("train.cache_prefix=true", "train.cache_prefix", "on"),
         ("data.packing=true", "data.packing", True),
         ("train.max_grad_norm=null", "train.max_grad_norm", None),
+        ("learning_rate=1e-3", "train.learning_rate", 1e-3),
     ],
 )
 def test_override(override: str, key: str, value: Any) -> None:
@@ -169,6 +170,7 @@ def test_a_section_with_everything_commented_out_is_the_default(recipe_file: Any
         ("train: {rank: 4}", "unknown key 'train.rank'; did you mean 'adapter.rank'?"),
         ("adaptor: {rank: 4}", "unknown key 'adaptor'; did you mean 'adapter'?"),
         ("quantize: {zzz: 4}", "unknown key 'quantize.zzz'; known: bits, double_quant, group_size, mode"),
+        ("lr: 1e-4", "unknown key 'lr'; did you mean 'train.learning_rate'?"),
         ("on: 4", "unknown key 'True'; known: adapter, data,"),
     ],
 )
@@ -193,7 +195,10 @@ def test_an_unknown_key_is_answered_with_the_nearest(text: str, said: str) -> No
         ("adapter: {rank_pattern: {'*q': 4}}", "adapter.rank_pattern: '*q' is not a regular expression"),
         ("adapter: {alpha_pattern: {q_proj: 0}}", "adapter.alpha_pattern.q_proj: '0' is refused"),
         ("adapter: 5", "adapter: '5' is refused: a section is a mapping of keys to values"),
-        ("train: {save_every: true}", "train.save_every: 'True' is refused: input should be a number"),
+        (
+            "train: {save_every: true}",
+            "train.save_every: 'True' is refused: not known here; known: auto, or input should be a number",
+        ),
         ("adapter: {layers: true}", "adapter.layers: 'True' is refused"),
         ("train: {learning_rate: .inf}", "train.learning_rate: 'inf' is refused"),
         ("train: {learning_rate: .nan}", "train.learning_rate: 'nan' is refused"),
@@ -289,7 +294,9 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
         ("=3", "'=3' is not key=value"),
         ("adapter.targets=[", "override 'adapter.targets=[':1: not valid YAML"),
         ("adapter.rank.x=3", "adapter.rank: "),
-        ("learning_rate=1", "did you mean 'train.learning_rate'?"),
+        ("learning_rat=1", "did you mean 'train.learning_rate'?"),
+        ("train.lr=1", "unknown key 'train.lr'; did you mean 'train.learning_rate'?"),
+        ("steps=1", "'steps' isn't a setting's name here"),
     ],
 )
 def test_a_faulty_override(override: str, said: str) -> None:

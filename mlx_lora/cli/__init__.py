@@ -10,12 +10,13 @@ import signal
 import sys
 from contextlib import nullcontext
 from types import FrameType
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
-from mlx_lora import paths, ui
-from mlx_lora.cli import adapters, base, bench, chat, data, machine, plan, quickstart, study, train
+from mlx_lora import __version__, paths, ui
+from mlx_lora.cli import adapters, base, bench, chat, data, machine, plan, quickstart, runs, settings, study, train
 from mlx_lora.errors import MlxLoraError
 from mlx_lora.machine import blas, offline
 
@@ -24,10 +25,26 @@ HELP = """Fine-tune language models on this machine, with files that never leave
 `mlx-lora quickstart` shows everything in a few minutes, without a network."""
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-for room in (quickstart, machine, base, data, plan, train, chat, bench):
+for room in (quickstart, machine, base, data, settings, plan, train, chat, bench):
     room.register(app)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(runs.app, name="runs")
 app.add_typer(study.app, name="study")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        ui.result(f"mlx-lora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
 
 
 class Terminated(BaseException):
@@ -63,27 +80,23 @@ def _run(words: list[str], debug: bool) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    except MlxLoraError as fault:
-        if debug:
-            raise
-        ui.error(fault)
-        return 1
-    except OSError as fault:
-        if debug:
-            raise
-        ui.error(paths.unusable(fault))
-        return 1
     except Exception as fault:
         if debug:
-            raise
-        ui.error(MlxLoraError(f"unexpected {type(fault).__name__}: {fault}", hint="--debug shows where"))
+            ui.traceback()
+        elif isinstance(fault, MlxLoraError):
+            ui.error(fault)
+        elif isinstance(fault, OSError):
+            ui.error(paths.unusable(fault))
+        else:
+            ui.error(MlxLoraError(f"unexpected {type(fault).__name__}: {fault}", hint="--debug shows where"))
         return 1
 
 
 def _show_usage(fault: TyperException) -> None:
     message = getattr(fault, "format_message", lambda: "")().replace("Value error, ", "")
     if "Usage:" in message or not message:  # a group called without a command: its help
-        ui.note(message)
+        for line in message.splitlines():
+            ui.note(line)
     else:
         ui.error(MlxLoraError(message, hint="--help after the command shows what it takes"))
 

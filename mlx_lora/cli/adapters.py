@@ -28,23 +28,25 @@ def list_adapters(json: Json = False) -> None:
     elif not entries:
         ui.note("no adapters yet; `mlx-lora quickstart` or `mlx-lora train` makes some")
     else:
-        rows = [(e.name, e.method, e.rank, e.base, ui.size(e.bytes), e.valid_loss, e.created[:16]) for e in entries]
-        ui.table(["name", "method", "rank", "base", "size", "valid loss", "created"], rows)
+        rows = [
+            (e.name, e.state, e.method, e.rank, e.base, ui.size(e.bytes), e.valid_loss, e.created[:16]) for e in entries
+        ]
+        ui.table(["name", "state", "method", "rank", "base", "size", "valid loss", "created"], rows)
 
 
 @app.command()
 def show(name: Name, json: Json = False) -> None:
-    """Print an adapter's manifest."""
-    from mlx_lora.store import adapter, registry
+    """Say what an adapter is: its method, targets, base, data and losses; --json prints its whole manifest."""
+    from mlx_lora.store import registry
+    from mlx_lora.store.manifest import read_manifest
+    from mlx_lora.store.summary import summary
 
-    values = adapter.read_manifest(registry.find(name)).model_dump()
+    path = registry.find(name)
     if json:
-        ui.as_json(values)
+        ui.as_json(read_manifest(path).model_dump())
         return
-    values["modules"] = f"{len(values['modules'])} modules"
-    values["scales"] = sorted(set(values["scales"].values()))
-    for key, value in values.items():
-        ui.result(f"{key:15} {value}")
+    for label, text in summary(path):
+        ui.result(f"{label:9} {text}")
 
 
 @app.command()

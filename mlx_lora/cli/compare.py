@@ -73,7 +73,8 @@ def compare(
         ui.as_json({**outcome.as_dict(), "verdict": verdict(outcome.lines)})
     else:
         ui.table(COLUMNS, [_row(line) for line in outcome.lines])
-        ui.result("\n" + "\n".join([*verdict(outcome.lines), str(outcome.plot or outcome.file)]))
+        for text in ("", *verdict(outcome.lines), str(outcome.plot or outcome.file)):
+            ui.result(text)
     if failed := [f"{line.recipe}: {line.error}" for line in outcome.lines if line.error]:
         raise TrainingError("not all could be compared:\n  " + "\n  ".join(failed), hint="the others are kept")
 

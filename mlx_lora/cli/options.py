@@ -55,9 +55,11 @@ def data_settings(overrides: list[str] | None, stored: dict[str, Any] | None = N
     """Data settings: the defaults, then those an adapter was trained with, then `data.key=value` overrides."""
     from mlx_lora.errors import RecipeError
     from mlx_lora.recipe import load_recipe
+    from mlx_lora.settings import translated
 
-    unused = [word for word in overrides or [] if not word.startswith("data.") or word.startswith("data.path=")]
+    overrides = [translated(word) for word in overrides or []]
+    unused = [word for word in overrides if not word.startswith("data.") or word.startswith("data.path=")]
     if unused:
         raise RecipeError(f"{', '.join(unused)}: only data settings apply here", hint="like data.template=none")
     kept = {f"data.{key}": value for key, value in (stored or {}).items() if key != "path"}
-    return load_recipe(None, overrides or [], settings=kept).data
+    return load_recipe(None, overrides, settings=kept).data

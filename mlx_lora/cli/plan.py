@@ -11,6 +11,7 @@ import typer
 
 from mlx_lora import ui
 from mlx_lora.cli.options import Base, Json, RecipeWords, Rows, progress
+from mlx_lora.cli.settings import RecipeCommand
 
 if TYPE_CHECKING:
     from mlx_lora.train.budget.choose import Plan
@@ -19,7 +20,7 @@ Device = StrEnum("Device", ["cpu", "gpu"])
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(plan)
+    app.command(cls=RecipeCommand)(plan)
 
 
 def plan(

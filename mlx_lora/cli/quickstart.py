@@ -41,7 +41,10 @@ def quickstart(json: Json = False) -> None:
         ui.as_json(outcome.as_dict())
         return
     for task, question, base, adapter in outcome.samples:
-        ui.result(f"{task}\n  asked    {_line(question)}\n  base     {_line(base)}\n  adapter  {_line(adapter)}\n")
+        ui.result(task)
+        for label, text in (("asked", question), ("base", base), ("adapter", adapter)):
+            ui.result(f"  {label:8} {_line(text)}")
+        ui.result()
     rows = [
         (task["name"], f"{task['base_exact_match']:.2f}", f"{task['adapter_exact_match']:.2f}",
          ui.size(task["adapter_bytes"]), f"{task['train_seconds']:.0f} s")
@@ -49,10 +52,13 @@ def quickstart(json: Json = False) -> None:
     ]  # fmt: skip
     ui.table(["task", "base exact match", "adapter exact match", "adapter", "training"], rows)
     matches = "gives the same answers" if outcome.fused_matches else "answers differently"
+    ui.result()
     ui.result(
-        f"\none base of {ui.size(outcome.base_bytes)} in 4 bits; swapping takes {outcome.swap_milliseconds:.1f} ms; "
-        f"the fused model {matches}\n{NEXT}"
+        f"one base of {ui.size(outcome.base_bytes)} in 4 bits; swapping takes {outcome.swap_milliseconds:.1f} ms; "
+        f"the fused model {matches}"
     )
+    for line in NEXT.splitlines():
+        ui.result(line)
 
 
 def _line(text: str) -> str:

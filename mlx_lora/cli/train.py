@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_lora import paths, ui
+from mlx_lora import ui
 from mlx_lora.cli.options import (
     Adapters,
     Base,
@@ -24,14 +24,15 @@ from mlx_lora.cli.options import (
     data_settings,
     progress,
 )
-from mlx_lora.errors import TrainingError
+from mlx_lora.cli.settings import TrainCommand
+from mlx_lora.errors import MlxLoraError, PeerFailed, TrainingError
 
 if TYPE_CHECKING:
-    from mlx_lora.tasks.train import Listener
+    from mlx_lora.tasks.train import Listener, TrainedRun
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(train)
+    app.command(cls=TrainCommand)(train)
     app.command("eval")(evaluate)
 
 
@@ -46,37 +47,58 @@ def train(
 ) -> None:
     """Train an adapter from a recipe, from options, or from both. Ctrl-C saves what there is; --resume goes on."""
     from mlx_lora.recipe import load_recipe
+    from mlx_lora.store.run import RECIPE, find
     from mlx_lora.tasks.train import train_adapter
     from mlx_lora.train.distributed import processes
 
     words = list(settings or [])
     file = Path(words.pop(0)) if words and "=" not in words[0] else None
-    if resume and file is None and name is not None and model is None and data is None:
-        file = paths.room("runs", name) / "recipe.yaml"  # the run knows its own
     given = {key: value for key, value in (("model", model), ("data.path", data), ("name", name)) if value is not None}
-    recipe = load_recipe(file, words, settings=given)
     group = processes()
     if group.rank:
         ui.silence()  # the first process speaks for all
-    with ExitStack() as stack:
-        stop = StopSignal(stack)
-        run = train_adapter(recipe, force=force, resume=resume, listener=listener(stack, stop), group=group)
+    try:
+        with ExitStack() as stack, group.connected():
+            stop = StopSignal(stack)
+            with group.agreed():
+                if resume and file is None and name is not None and model is None and data is None:
+                    file = find(name) / RECIPE  # the run knows its own
+                recipe = load_recipe(file, words, settings=given)
+            run = train_adapter(recipe, force=force, resume=resume, listener=listener(stack, stop), group=group)
+    except MlxLoraError as error:
+        if group.size > 1:  # the launcher terminates all processes once one has ended: each keeps its own exit code
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if group.rank and isinstance(error, PeerFailed):
+            raise typer.Exit(code=1) from None
+        raise
     if json:
         ui.as_json(run.as_dict())
     else:
         _show(run.as_dict())
-    if run.finished.stopped_by == "nonfinite":
+    _check_end(run, stop)
+
+
+def _check_end(run: TrainedRun, stop: StopSignal) -> None:
+    """Say what there is of a run that didn't finish, and how it goes on; end with its exit code."""
+    step, stopped_by = run.finished.iters, run.finished.stopped_by
+    saved = f"what was learned up to step {step} is saved"
+    if run.kept_old:
+        saved = (
+            f"what was learned up to step {step} is kept in the run; the adapter {run.name!r} is still the one from "
+            "before, until the run has finished"
+        )
+    if stopped_by == "nonfinite":
         raise TrainingError(
-            f"the loss or the gradient was not finite three steps in a row, up to step {run.finished.iters}; what was "
-            "learned before is saved",
+            f"the loss or the gradient was not finite three steps in a row; {saved}",
             hint="lower train.learning_rate, or check the data with `mlx-lora data check`",
         )
-    if run.finished.stopped_by == "memory":
+    if stopped_by == "memory":
         raise TrainingError(
-            f"training took more memory than it may; what was learned up to step {run.finished.iters} is saved",
+            f"training took more memory than it may; {saved}",
             hint=f"close other programs and go on: mlx-lora train --name {run.name} --resume; see `mlx-lora plan`",
         )
-    if run.finished.stopped_by == "interrupted":
+    if stopped_by == "interrupted":
+        ui.note(saved)
         ui.note(f"mlx-lora train --name {run.name} --resume goes on")
         raise typer.Exit(code=stop.code)
 
@@ -176,7 +198,7 @@ def evaluate(
     from mlx_lora.tasks.evaluate import evaluate_adapters
 
     with ExitStack() as stack:
-        results = evaluate_adapters(
+        evaluation = evaluate_adapters(
             model,
             adapter or [],
             data,
@@ -185,9 +207,10 @@ def evaluate(
             max_tokens=max_tokens,
             progress=progress(stack),
             stage=ui.note,
+            warn=ui.warning,
         )
     if json:
-        ui.as_json({"results": [result.as_dict() for result in results]})
+        ui.as_json(evaluation.as_dict())
         return
-    rows = [(r.adapter or "(base)", r.loss, r.perplexity, r.tokens, r.rows, r.exact_match) for r in results]
+    rows = [(r.adapter or "(base)", r.loss, r.perplexity, r.tokens, r.rows, r.exact_match) for r in evaluation.results]
     ui.table(["adapter", "loss", "perplexity", "tokens", "rows", "exact match"], rows)

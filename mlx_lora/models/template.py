@@ -1,10 +1,11 @@
 """A conversation through a tokenizer's chat template, in a process of its own that can be stopped.
 
-A template comes with a model and is a program: transformers runs it where it can reach nothing, but lets it run for
-ever and write without end. No budget inside the interpreter covers that (one multiplication of a text can take all
-memory, and jinja computes constants while it compiles), and signals reach the main thread only. So a worker renders,
-one for this process and all its templates, and is killed when it takes too long or too much memory; the text it
-answers with is what becomes tokens. Nothing here knows of masks or rows.
+A template comes with a model and is a program. transformers runs it in jinja's sandbox, but lets it run for ever and
+write without end, and a sandbox inside an interpreter has been escaped from before. No budget inside the interpreter
+covers time and memory (one multiplication of a text can take all memory, and jinja computes constants while it
+compiles), and signals reach the main thread only. So a worker renders, one for this process and all its templates. It
+is confined (`machine.confined`: no files, no network, no other process), and killed when it takes too long or too much
+memory; the text it answers with is what becomes tokens. Nothing here knows of masks or rows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import atexit
 import json
 import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable
@@ -25,12 +26,14 @@ import psutil
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.errors import ModelError
+from mlx_lora.machine import confined
 
 # For one conversation: seconds, bytes of memory over what the worker starts with, and characters of text.
 MOST_SECONDS, MOST_MEMORY, MOST_CHARACTERS = 10.0, 1 << 29, 16_000_000
 # The worker imports transformers first.
 START_SECONDS = 120.0
 _GLANCE = 0.02
+_SCRIPT = Path(__file__).with_name("template_worker.py")
 
 
 def render(tokenizer: Any, messages: Iterable[dict[str, Any]], tools: Iterable[Any], *, prompt: bool) -> list[int]:
@@ -91,12 +94,10 @@ class _Worker:
         """The running process; its imports are done."""
         if self.process is None or self.process.poll() is not None:
             self.stop()
-            # Alone in its session, so that an interrupt meant for this process isn't also its own.
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py")), str(MOST_CHARACTERS)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
-            _received(self.process, START_SECONDS, None)
+            with tempfile.TemporaryDirectory(prefix="mlx-lora-") as empty:
+                # This process is quicker to stop it; the worker's own limit counts when this one was killed.
+                self.process = confined.start(_SCRIPT, MOST_CHARACTERS, MOST_SECONDS + 1, directory=empty)
+                _received(self.process, START_SECONDS, None)
             self.memory = _memory(self.process)
         return self.process
 

@@ -58,7 +58,8 @@ class Chat:
             except MlxLoraError as fault:
                 ui.error(fault)
             except KeyboardInterrupt:
-                ui.note("\n(stopped)")
+                ui.result()
+                ui.note("(stopped)")
 
     def command(self, line: str) -> None:
         """Run one slash command. Raises MlxLoraError naming the nearest one for an unknown."""
@@ -200,7 +201,7 @@ def _lines(label: Callable[[], str]) -> Iterator[str]:
     session: PromptSession[str] = PromptSession(history=InMemoryHistory())
     while True:
         try:
-            yield session.prompt(label())
+            yield session.prompt(ui.one_line(label()))
         except KeyboardInterrupt:
             ui.note("(/bye leaves)")
         except EOFError:

@@ -12,64 +12,49 @@ reads too; it just can't say which base it belongs to.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mlx_lora import __version__, files, paths
+from mlx_lora import files, paths
 from mlx_lora.adapters.attach import Wrappers, build
 from mlx_lora.adapters.base import AdapterLayer
 from mlx_lora.adapters.targets import bare_modules
 from mlx_lora.config import Adapter
 from mlx_lora.data.read import sha256
 from mlx_lora.errors import AdapterError
+from mlx_lora.store.manifest import (
+    CONFIG,
+    MANIFEST,
+    MLX_LM,
+    WEIGHTS,
+    Base,
+    Manifest,
+    rank_and_scale,
+    read_config,
+    read_manifest,
+)
 
-WEIGHTS, CONFIG, MANIFEST = "adapters.safetensors", "adapter_config.json", "manifest.json"
-SCHEMA = 1
-# Methods whose files mlx-lm reads as they are, with one rank and one scale for all modules.
-MLX_LM = ("lora", "dora")
-
-
-class Base(BaseModel):
-    """The base an adapter belongs to. `source` is the fingerprint before quantizing on the way in, if that was done."""
-
-    name: str
-    fingerprint: str
-    quantization: dict[str, Any] | None = None
-    source: str | None = None
-
-
-class Manifest(BaseModel):
-    """manifest.json. `base` is None for adapters from elsewhere; `template` is how rows were encoded, chat or none.
-
-    `scales` are the modules' scales as trained. The file has one scale and one rank for all, in adapter_config.json.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-    schema_version: int = SCHEMA
-    mlx_lora: str = __version__
-    created: str = ""
-    method: str
-    adapter: dict[str, Any]
-    modules: list[str]
-    scales: dict[str, float]
-    base: Base | None = None
-    tokenizer: str | None = None
-    chat_template: str | None = None
-    weights_sha256: str = ""
-    template: str | None = None
-    recipe: dict[str, Any] | None = None
-    data: list[dict[str, Any]] = []
-    metrics: dict[str, Any] = {}
-    parents: list[str] = []
+__all__ = [
+    "CONFIG",
+    "MANIFEST",
+    "MLX_LM",
+    "WEIGHTS",
+    "Base",
+    "Manifest",
+    "StoredAdapter",
+    "read",
+    "read_arrays",
+    "read_manifest",
+    "save",
+    "wrappers_for",
+    "write",
+]
 
 
 @dataclass
@@ -199,10 +184,10 @@ def read(path: Path) -> StoredAdapter:
         raise AdapterError(f"{path}: no such adapter")
     if missing := [name for name in (WEIGHTS, CONFIG) if not (path / name).is_file()]:
         raise AdapterError(f"{path}: not an adapter, {' and '.join(missing)} missing")
-    config = _read_json(path / CONFIG)
+    config = read_config(path)
     arrays = read_arrays(path / WEIGHTS)
-    manifest = _read_manifest(path, config, arrays)
-    rank, scale = _rank_and_scale(path / CONFIG, config) if manifest.method in MLX_LM else (0, 0.0)
+    manifest = read_manifest(path)
+    rank, scale = rank_and_scale(path / CONFIG, config) if manifest.method in MLX_LM else (0, 0.0)
     faults = []
     if manifest.weights_sha256 and sha256(path / WEIGHTS) != manifest.weights_sha256:
         faults.append(f"{WEIGHTS} is not the file that the manifest describes")
@@ -220,11 +205,6 @@ def _implied(manifest: Manifest) -> list[float]:
     """The one rank and scale that the file of a manifest's modules has, as `save` wrote them."""
     settings = Adapter.model_validate(manifest.adapter)
     return [max(map(settings.rank_of, manifest.modules)), manifest.scales[manifest.modules[0]]]
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest alone; for an adapter of mlx-lm, which has none, made of what its files say."""
-    return _read_manifest(path, _read_json(path / CONFIG), None)
 
 
 def read_arrays(file: Path) -> dict[str, mx.array]:
@@ -294,58 +274,6 @@ def _rank_axis(name: str, dimensions: int) -> int | None:
     if name == "lora_b":
         return 2 if dimensions == 3 else 0
     return None
-
-
-def _read_manifest(path: Path, config: dict[str, Any], arrays: dict[str, mx.array] | None) -> Manifest:
-    file = path / MANIFEST
-    if not os.path.lexists(file):
-        with files.refusing(AdapterError, f"{path / CONFIG}: no usable rank and scale"):
-            return _manifest_of_mlx_lm(path, config, read_arrays(path / WEIGHTS) if arrays is None else arrays)
-    values = _read_json(file)
-    if isinstance(version := values.get("schema_version"), int) and version > SCHEMA:
-        raise AdapterError(f"{file}: schema version {version} is newer than this mlx-lora", hint="upgrade mlx-lora")
-    try:
-        manifest = Manifest.model_validate(values)
-        settings = Adapter.model_validate(manifest.adapter)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise AdapterError(f"{file}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
-    if not manifest.modules or not manifest.scales.keys() >= set(manifest.modules):
-        raise AdapterError(f"{file}: modules: not one or more modules, each with its scale")
-    return manifest.model_copy(update={"adapter": settings.model_dump()})
-
-
-def _manifest_of_mlx_lm(path: Path, config: dict[str, Any], arrays: Mapping[str, mx.array]) -> Manifest:
-    """What mlx-lm's own configuration says, as a manifest."""
-    rank, scale = _rank_and_scale(path / CONFIG, config)
-    modules = sorted({name.rpartition(".")[0] for name in arrays})
-    try:
-        dropout = config["lora_parameters"].get("dropout", 0.0)
-        method = config.get("fine_tune_type", "lora")
-        settings = Adapter(method=method, rank=rank, alpha=scale * rank, dropout=dropout)
-    except ValidationError as error:
-        raise AdapterError(f"{path / CONFIG}: {error.errors()[0]['msg']}") from None
-    scales = dict.fromkeys(modules, scale)
-    return Manifest(method=settings.method, adapter=settings.model_dump(), modules=modules, scales=scales)
-
-
-def _rank_and_scale(file: Path, config: dict[str, Any]) -> tuple[int, float]:
-    """The one rank and the one scale of the arrays, from mlx-lm's configuration."""
-    kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
-    if kind not in MLX_LM or not isinstance(parameters, dict):
-        raise AdapterError(f"{file}: fine_tune_type {kind!r} is not supported, only {' and '.join(MLX_LM)}")
-    try:
-        return int(parameters["rank"]), float(parameters["scale"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{file}: no usable rank and scale ({error})") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    values = files.read_json(file, AdapterError, finite=True)
-    if not isinstance(values, dict):
-        raise AdapterError(f"{file}: holds no JSON object")
-    return values
 
 
 def _write(file: Path, values: dict[str, Any]) -> None:

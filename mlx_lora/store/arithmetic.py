@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, nearest
 from mlx_lora.methods import MERGES, parts
-from mlx_lora.store.adapter import MLX_LM, StoredAdapter
+from mlx_lora.store.adapter import StoredAdapter
+from mlx_lora.store.manifest import MLX_LM
 
 Array = NDArray[Any]
 # A product of thin matrices: a (rows, r) and b (r, columns).

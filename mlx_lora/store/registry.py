@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any
 
 from mlx_lora import files, methods, paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import AdapterError, NameTaken, nearest
-from mlx_lora.models.load import LoadedModel, load_stored, ready
-from mlx_lora.models.open import Model, open_model
-from mlx_lora.store import adapter as adapters
-from mlx_lora.store import fingerprint
-from mlx_lora.store.adapter import Base, StoredAdapter
+from mlx_lora.store.lock import locked
+from mlx_lora.store.manifest import MANIFEST, Base, read_manifest
+from mlx_lora.store.run import CAN_GO_ON
+
+# What opens a base is imported where it is needed: MLX takes seconds, and a list of names doesn't need it.
+if TYPE_CHECKING:
+    from mlx_lora.models.load import LoadedModel
+    from mlx_lora.models.open import Model
+    from mlx_lora.store.adapter import StoredAdapter
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of `adapters list`; a method without a rank has 0."""
+    """One line of `adapters list`; a method without a rank has 0. `state` is finished, unfinished or damaged."""
 
     name: str
     method: str
@@ -33,6 +34,7 @@ class Entry:
     bytes: int
     valid_loss: float | None
     created: str
+    state: str
 
 
 def names() -> list[str]:
@@ -41,7 +43,7 @@ def names() -> list[str]:
     Nor is a link that leads out of the home: a name never does.
     """
     root = paths.home() / "adapters"
-    complete = [manifest.parent for manifest in root.glob(f"*/{adapters.MANIFEST}")]
+    complete = [manifest.parent for manifest in root.glob(f"*/{MANIFEST}")]
     return sorted(path.name for path in complete if paths.is_name(path.name) and files.inside(path, root))
 
 
@@ -74,9 +76,9 @@ def entries() -> list[Entry]:
 def _entry(name: str, path: Path) -> Entry:
     size = paths.directory_bytes(path)
     try:
-        manifest = adapters.read_manifest(path)
+        manifest = read_manifest(path)
     except AdapterError:  # `verify` says what is wrong; the others are still listed
-        return Entry(name, "damaged", 0, base=None, bytes=size, valid_loss=None, created="")
+        return Entry(name, "damaged", 0, base=None, bytes=size, valid_loss=None, created="", state="damaged")
     return Entry(
         name=name,
         method=manifest.method,
@@ -85,30 +87,8 @@ def _entry(name: str, path: Path) -> Entry:
         bytes=size,
         valid_loss=manifest.metrics.get("best_valid_loss"),
         created=manifest.created,
+        state="unfinished" if manifest.metrics.get("stopped_by") in CAN_GO_ON else "finished",
     )
-
-
-@contextmanager
-def held(name: str) -> Iterator[None]:
-    """Hold the adapter and the run called `name`, against other processes; a dead process holds nothing.
-
-    What a process that died while writing has left is cleared. Raises NameTaken where another process holds them.
-    """
-    folder = paths.home() / ".locks"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    lock = FileLock(folder / paths.check_name(name), timeout=0, mode=0o600)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise NameTaken(f"another process is training {name!r}", hint="wait for it, or --name another one") from None
-    try:
-        run = paths.room("runs", name)
-        unfinished = {run / leftover.name[1:-9] for leftover in run.glob(".*") if leftover.is_dir()}
-        for target in (paths.room("adapters", name), *unfinished):
-            paths.clear_leftovers(target)
-        yield
-    finally:
-        lock.release()
 
 
 def rename(old: str, new: str) -> Path:
@@ -118,7 +98,7 @@ def rename(old: str, new: str) -> Path:
     """
     if old == paths.check_name(new):
         return find_by_name(old)
-    with held(old), held(new):
+    with locked(old), locked(new):
         return _rename(old, new)
 
 
@@ -135,7 +115,7 @@ def _rename(old: str, new: str) -> Path:
 
 def remove(name: str) -> int:
     """Delete an adapter and its run; return the bytes freed. Raises NameTaken where it is in training."""
-    with held(name):
+    with locked(name):
         return _remove(name)
 
 
@@ -160,6 +140,8 @@ def find_by_name(name: str) -> Path:
 
 def describe_base(loaded: LoadedModel) -> Base:
     """The base of a model just loaded, for a manifest; call it while the tensors are as stored, before any cast."""
+    from mlx_lora.store import fingerprint
+
     source = fingerprint.of_directory(loaded.path)
     return Base(
         name=base_name(loaded.path),
@@ -182,11 +164,16 @@ def open_base(model: Model, belonging: Sequence[StoredAdapter] = ()) -> LoadedMo
 
     Raises one AdapterError for every adapter that belongs to another base.
     """
+    from mlx_lora.models.load import ready
+
     return ready(open_stored(model, belonging))
 
 
 def open_stored(model: Model, belonging: Sequence[StoredAdapter] = ()) -> LoadedModel:
     """Like `open_base`, with the tensors as stored: for saving what comes of them."""
+    from mlx_lora.models.load import load_stored
+    from mlx_lora.models.open import open_model
+
     opened = open_model(model)
     _ = opened.config, opened.weights  # what is wrong with the directory itself is said first
     needed, faults = [], []
@@ -214,6 +201,8 @@ def quantization_needed(adapter: StoredAdapter, path: Path) -> dict[str, Any] | 
     base = adapter.manifest.base
     if base is None:
         return None
+    from mlx_lora.store import fingerprint
+
     here = fingerprint.of_directory(path)
     if here == base.fingerprint:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +23,9 @@ from mlx_lora.serve.engine import Engine
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 
 BATCH = 8
-# What a measurement of a model reads: test rows are for judging adapters.
+# Which file of a folder is read, first choice first: adapters are judged by rows that nothing was chosen by. What a
+# measurement of a model reads are others.
+TEST_FIRST = ("test", "valid", "train")
 VALID_FIRST = ("valid", "test", "train")
 
 
@@ -56,12 +59,11 @@ def questions(
     tokenizer: Any,
     *,
     exact: bool,
-    prefer: tuple[str, ...] = ("test", "valid", "train"),
+    prefer: tuple[str, ...] = TEST_FIRST,
     progress: OnFile = silent,
 ) -> Questions:
     """Read the first file of a path that `prefer` names. Raises DataError listing every fault."""
-    splits = find_splits(path)
-    file = next(splits[split] for split in prefer if split in splits)
+    file = chosen_file(path, prefer)
     source, encoder = read(file, settings), Encoder(tokenizer, settings)
     encoded = encoder.encode(source, progress(f"reading {file.name}", len(source.examples)))
     problems = source.problems + encoded.problems
@@ -78,6 +80,12 @@ def questions(
     if problems:
         raise DataError(problems, hint=HINT)
     return Questions(encoded.rows, prompts, answers)
+
+
+def chosen_file(path: str, prefer: tuple[str, ...] = TEST_FIRST) -> Path:
+    """The file of a data path that `questions` reads. Raises DataError where there is none."""
+    splits = find_splits(path)
+    return next(splits[split] for split in prefer if split in splits)
 
 
 def evaluate(

@@ -27,7 +27,8 @@ from mlx_lora.models.load import load_stored, ready
 from mlx_lora.models.open import open_model
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import adapter as store
-from mlx_lora.store import fingerprint, registry
+from mlx_lora.store import fingerprint
+from mlx_lora.store.lock import locked
 from mlx_lora.study.compare import Line, Run, best, draw
 from mlx_lora.study.evaluate import Questions, Result, evaluate, questions
 from mlx_lora.tasks.train import Listener, check, train_adapter
@@ -110,7 +111,7 @@ def compare(
     folder = out or paths.room("comparisons", name)
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise NameTaken(f"{folder} holds something else", hint="choose another --name, or another --out")
-    with registry.held(name):
+    with locked(name):
         record = Record(folder / FILE)
         made_of = {run.name: _made_of(run) for run in runs}
         todo = [run for run in runs if record.line(run.name, made_of[run.name]) is None]

@@ -1,19 +1,37 @@
-"""Evaluate a base and adapters by name: one load, each adapter with the data settings it was trained with."""
+"""Evaluate a base and adapters by name: one load, each adapter with the data settings it was trained with.
+
+Which rows were used is part of the result: a score on rows that an adapter was trained on says nothing about new ones.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from mlx_lora import paths
 from mlx_lora.config import Data
 from mlx_lora.data.prepare import OnFile, silent
+from mlx_lora.data.read import sha256
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
 from mlx_lora.store.base import base_for
-from mlx_lora.study.evaluate import Questions, Result, evaluate, questions
+from mlx_lora.study.evaluate import Questions, Result, chosen_file, evaluate, questions
 
 Settings = Callable[[dict[str, Any] | None], Data]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of the base and of each adapter on the rows of `file`."""
+
+    file: Path
+    results: list[Result]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"results": [result.as_dict() for result in self.results], "file": str(self.file)}
 
 
 def evaluate_adapters(
@@ -26,12 +44,17 @@ def evaluate_adapters(
     max_tokens: int = 256,
     progress: OnFile = silent,
     stage: Callable[[str], None] = lambda text: None,
-) -> list[Result]:
+    warn: Callable[[str], None] = lambda text: None,
+) -> Evaluation:
     """Results of the base, by default the adapters' own, then of each adapter. `settings` turns an adapter's own data
-    settings (None: it has none) into those to use; the base follows the first adapter. Raises before loading for
-    adapters that don't belong."""
+    settings (None: it has none) into those to use; the base follows the first adapter. `warn` is told where the rows
+    are training rows. Raises before loading for adapters that don't belong."""
     stored = [read(registry.find(adapter)) for adapter in adapters]
     opened = base_for(model, stored)
+    file = chosen_file(data)
+    stage(f"evaluating on {file}")
+    if warning := _trained_on(file, data, stored):
+        warn(warning)
     stage(f"loading {model or registry.base_name(opened.path)}")
     engine = Engine(registry.open_base(opened, stored))
     chosen: dict[str | None, Data] = {None: settings(_own(stored[0]) if stored else None)}
@@ -41,10 +64,30 @@ def evaluate_adapters(
     asked: dict[Data, Questions] = {}
     for own in chosen.values():
         if own not in asked:
-            asked[own] = questions(data, own, engine.loaded.tokenizer, exact=exact, progress=progress)
+            asked[own] = questions(str(file), own, engine.loaded.tokenizer, exact=exact, progress=progress)
     work = sum(len(asked[own].rows) + len(asked[own].prompts) for own in chosen.values())
     advance = progress("evaluating", work)
-    return [evaluate(engine, name, asked[own], max_tokens=max_tokens, on_row=advance) for name, own in chosen.items()]
+    results = [
+        evaluate(engine, name, asked[own], max_tokens=max_tokens, on_row=advance) for name, own in chosen.items()
+    ]
+    return Evaluation(file, results)
+
+
+def _trained_on(file: Path, data: str, stored: Sequence[StoredAdapter]) -> str | None:
+    """What to say where `file` holds training rows: those of an adapter, by their hash, or a folder's train file."""
+    digest = sha256(file)
+    names = [
+        name
+        for name, adapter in zip(_names(stored), stored, strict=True)
+        for entry in adapter.manifest.data
+        if entry.get("sha256") == digest and Path(str(entry.get("file"))).stem != "valid"
+    ]
+    nothing = "the score says nothing about new ones; keep rows aside in a test.jsonl, or name another file"
+    if names:
+        return f"{file} holds the rows that {', '.join(dict.fromkeys(names))} learned: {nothing}"
+    if file != paths.existing(data) and file.stem == "train":
+        return f"{data} has no test or valid file, so its training rows are used: {nothing}"
+    return None
 
 
 def _own(adapter: StoredAdapter) -> dict[str, Any] | None:

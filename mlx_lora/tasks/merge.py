@@ -16,9 +16,11 @@ from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, NameTaken
 from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
-from mlx_lora.store.adapter import Manifest, StoredAdapter
+from mlx_lora.store.adapter import StoredAdapter
 from mlx_lora.store.arithmetic import How, Merged, merge
 from mlx_lora.store.base import check_bases
+from mlx_lora.store.lock import locked
+from mlx_lora.store.manifest import Manifest
 
 Weighted = Sequence[tuple[StoredAdapter, float]]
 
@@ -38,7 +40,7 @@ def merge_adapters(words: Sequence[str], name: str, how: How, *, force: bool = F
     adapters = [(store.read(registry.find(word)), weight) for word, weight in map(parse, words)]
     check_bases([adapter for adapter, _ in adapters])
     merged = merge(adapters, how)
-    with registry.held(name):
+    with locked(name):
         _write(name, adapters, how, merged, force=force)
         if run.is_dir():  # of the adapter that was replaced
             shutil.rmtree(run)

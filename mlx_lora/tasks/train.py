@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mlx_lora import paths, ui
 from mlx_lora.adapters.attach import Wrappers
-from mlx_lora.adapters.placement import Placement, place
+from mlx_lora.adapters.placement import place
 from mlx_lora.config import Recipe
+from mlx_lora.data.batch import steps_per_epoch
 from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
 from mlx_lora.data.virtual import virtual_of
@@ -27,17 +27,21 @@ from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.shapes import describe as describe_model
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.verify import take_apart
-from mlx_lora.store import adapter as store
-from mlx_lora.store import fingerprint, registry
+from mlx_lora.store import registry
+from mlx_lora.store import run as runs
+from mlx_lora.store.lock import locked
 from mlx_lora.tasks.begin import begin, check_init
+from mlx_lora.tasks.manifest import identity, manifest_of
 from mlx_lora.tasks.notes import notes
 from mlx_lora.tasks.plan import Machine, lengths_of, plan_shape, suggest
+from mlx_lora.tasks.resume import Start, check_same_run, find_start
 from mlx_lora.tasks.run import RunFolder
-from mlx_lora.train import checkpoint
 from mlx_lora.train.budget import learn
 from mlx_lora.train.budget.choose import Plan
+from mlx_lora.train.checkpoint import for_each
 from mlx_lora.train.distributed import Processes
-from mlx_lora.train.events import Event, Finished
+from mlx_lora.train.events import Checkpoint, Event, Finished
+from mlx_lora.train.optim import total_steps
 from mlx_lora.train.trainer import train
 
 # What a run must have been for its peak and its pace to be believed: smaller ones are mostly overhead.
@@ -45,8 +49,12 @@ ENOUGH_STEPS, ENOUGH_BYTES = 3, 64 << 20
 
 
 @dataclass
-class Run:
-    """A trained adapter: where it lies, what training reported, and the model that still carries it."""
+class TrainedRun:
+    """A trained adapter: where it lies, what training reported, and the model that still carries it.
+
+    `kept_old` says that an adapter of this name was there and stayed, since this run hasn't finished: `path` is then in
+    the run's folder.
+    """
 
     name: str
     path: Path
@@ -54,6 +62,7 @@ class Run:
     loaded: LoadedModel
     prepared: Prepared
     plan: Plan | None
+    kept_old: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The keys of `train --json`."""
@@ -72,6 +81,16 @@ class Listener:
     should_stop: Callable[[], bool] = lambda: False
 
 
+@dataclass
+class Setup:
+    """All that training needs, loaded and attached."""
+
+    loaded: LoadedModel
+    prepared: Prepared
+    plan: Plan | None
+    folder: RunFolder
+
+
 def train_adapter(
     recipe: Recipe,
     *,
@@ -79,102 +98,126 @@ def train_adapter(
     resume: bool = False,
     listener: Listener | None = None,
     group: Processes | None = None,
-) -> Run:
+) -> TrainedRun:
     """Run a recipe, alone or as one of a group of processes of which the first one writes; `resume` goes on with it.
 
     Raises before any weight is loaded when the recipe is incomplete, its name is taken or another process trains it,
-    and KeyboardInterrupt when it was asked to stop before the first step, with nothing written.
+    and KeyboardInterrupt when it was asked to stop before the first step, with nothing written. What fails on one
+    process of a group alone ends all of them: PeerFailed.
     """
-    hear, group = listener or Listener(), group or Processes()
-    name, opened = check(recipe, force=force or resume or group.rank > 0)
-    if resume and group.size > 1:
-        raise TrainingError("several processes can't go on with a run yet", hint="start again with --force")
+    listener, group = listener or Listener(), group or Processes()
     with ExitStack() as stack:
-        if group.rank == 0:
-            stack.enter_context(registry.held(name))
-        if resume:
-            checkpoint.newest(paths.room("runs", name))  # there is something to go on from
+        start = None
+        with group.agreed():
+            name = required(recipe)
+            opened = open_model(str(recipe.model))
+            if group.rank == 0:
+                stack.enter_context(locked(name))
+            check(recipe, force=force or resume or group.rank > 0)
+            if resume and group.rank == 0:
+                start = find_start(name, recipe)
         try:
-            return _train(recipe, opened, name, hear, group, force=force, resume=resume)
+            setup = _prepare(recipe, opened, name, listener, group)
+            resumed = _begin(setup, start, group, resume=resume, force=force)
+            return _run(setup, resumed, listener, group, force=force)
         except OSError as error:
             hint = "see to what it says; --resume goes on from the last checkpoint, if there is one"
             raise TrainingError(f"the run can't go on: {error}", hint=hint) from error
 
 
-def _train(
-    recipe: Recipe, opened: OpenModel, name: str, hear: Listener, group: Processes, *, force: bool, resume: bool
-) -> Run:
-    prepared, plan = _read(recipe, opened, hear)
-    hear.stage(f"loading {recipe.model}" + (" and quantizing it" if recipe.quantize else ""))
-    loaded = load_stored(opened, quantization=recipe.quantize)
-    base = registry.describe_base(loaded)
-    ready(loaded)
-    if recipe.adapter.init in LORA_ONLY:
-        hear.stage(f"beginning at {recipe.adapter.init}'s factors")
-    wrappers = begin(recipe, opened, loaded, prepared.train)
-    placement = place(loaded.model, recipe.adapter)
-    hear.stage(summary(recipe, prepared, wrappers) + notes(loaded.model, placement, wrappers))
-    manifest = describe(recipe, loaded, prepared, wrappers, base, placement)
-    made_of = _made_of(recipe, base, prepared, manifest, group.size)
+def _prepare(recipe: Recipe, opened: OpenModel, name: str, listener: Listener, group: Processes) -> Setup:
+    """Read, plan, load and attach, each step on all processes or on none."""
+    with group.agreed():
+        prepared, plan = _read(recipe, opened, listener)
+    with group.agreed():
+        listener.stage(f"loading {recipe.model}" + (" and quantizing it" if recipe.quantize else ""))
+        loaded = load_stored(opened, quantization=recipe.quantize)
+        base = registry.describe_base(loaded)
+        ready(loaded)
+        if recipe.adapter.init in LORA_ONLY:
+            listener.stage(f"beginning at {recipe.adapter.init}'s factors")
+        wrappers = begin(recipe, opened, loaded, prepared.train)
+        placement = place(loaded.model, recipe.adapter)
+        listener.stage(summary(recipe, prepared, wrappers) + notes(loaded.model, placement, wrappers))
+        manifest = manifest_of(recipe, loaded, prepared, wrappers, base, placement)
+    made_of = identity(recipe, base, prepared, manifest, group.size)
     group.check_same({part: str(value) for part, value in made_of.items()})
-    folder = RunFolder(
-        recipe, name, manifest, wrappers, len(layers_of(loaded.model)),
-        made_of=checkpoint.flat(made_of), writes=group.rank == 0,
-    )  # fmt: skip
-    start = None
-    if resume:
-        start = folder.go_on(force=force)
-    else:
-        folder.begin()
-    hear.started()
+    layers, writes = len(layers_of(loaded.model)), group.rank == 0
+    folder = RunFolder(recipe, name, manifest, wrappers, layers, made_of=runs.flat(made_of), writes=writes)
+    return Setup(loaded, prepared, plan, folder)
+
+
+def _begin(setup: Setup, start: Start | None, group: Processes, *, resume: bool, force: bool) -> Checkpoint | None:
+    """Make the run's folder, or open the one that is there; returns the checkpoint to go on from, on every process."""
+    folder, made = setup.folder, None
+    with group.agreed():
+        if start is not None:
+            settings, rows = folder.recipe.train, len(setup.prepared.train)
+            per_epoch = steps_per_epoch(
+                rows, batch_size=settings.batch_size, grad_accumulation=settings.grad_accumulation
+            )
+            steps = total_steps(settings, per_epoch)
+            check_same_run(folder.name, start, folder.made_of, steps, folder.recipe, force=force)
+            made = folder.go_on(start.stored, start.record)
+        elif not resume:
+            folder.begin()
+    return for_each(made, group) if resume else None
+
+
+def _run(setup: Setup, resumed: Checkpoint | None, listener: Listener, group: Processes, *, force: bool) -> TrainedRun:
+    """Train and store. Nothing is left of a run that ends before its first step."""
+    recipe, folder, plan = setup.folder.recipe, setup.folder, setup.plan
+    listener.started()
     events = train(
-        loaded.model,
-        prepared.train,
-        prepared.valid,
+        setup.loaded.model,
+        setup.prepared.train,
+        setup.prepared.valid,
         recipe.train,
         seed=recipe.seed,
-        trunk=take_apart(loaded.model),
+        trunk=take_apart(setup.loaded.model),
         packing=recipe.data.packing,
         scratch=folder.folder if folder.writes else None,
         processes=group,
         plan=plan,
-        resume=start,
-        should_stop=hear.should_stop,
+        resume=resumed,
+        should_stop=listener.should_stop,
     )
     try:
         with closing(events):
             for event in events:
-                folder.hear(event)
-                with suppress(OSError):  # a screen that has gone ends nothing
-                    hear.event(event)
+                folder.keep(event)
+                with suppress(OSError):  # the terminal may be gone, which is no reason to stop
+                    listener.event(event)
         assert folder.finished is not None
         if not folder.finished.iters:
-            folder.forget()
+            folder.discard()
             raise KeyboardInterrupt
-        path = folder.save(force=force or resume)
-        if plan and folder.writes and not resume:
-            _learn(plan, folder.finished, prepared)
+        path = folder.save(force=force or resumed is not None)
+        if plan and folder.writes and resumed is None:
+            _learn(plan, folder.finished, setup.prepared)
     except TrainingError:  # raised before the first step
-        folder.forget()
+        folder.discard()
         raise
     predicted = f", predicted {ui.size(plan.peak_memory_bytes)}" if plan else ""
-    hear.stage(f"peak memory {ui.size(folder.finished.peak_memory_bytes)}{predicted}")
-    return Run(name, path, folder.finished, loaded, prepared, plan)
+    listener.stage(f"peak memory {ui.size(folder.finished.peak_memory_bytes)}{predicted}")
+    return TrainedRun(
+        folder.name, path, folder.finished, setup.loaded, setup.prepared, plan, kept_old=folder.kept_old_adapter
+    )
 
 
-def _read(recipe: Recipe, opened: OpenModel, hear: Listener) -> tuple[Prepared, Plan | None]:
+def _read(recipe: Recipe, opened: OpenModel, listener: Listener) -> tuple[Prepared, Plan | None]:
     """The rows, and the plan for them where the model's memory can be planned; no weight is loaded for either."""
-    hear.stage(f"reading {recipe.data.path}")
+    listener.stage(f"reading {recipe.data.path}")
     prepared = prepare(
         str(recipe.data.path), recipe.data, opened.tokenizer,
-        seed=recipe.seed, progress=hear.progress, virtual=virtual_of(recipe.adapter),
+        seed=recipe.seed, progress=listener.progress, virtual=virtual_of(recipe.adapter),
     )  # fmt: skip
     if recipe.train.patience and not prepared.valid:
         raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
     try:
         return prepared, plan_rows(recipe, opened, prepared.train)
     except ModelError as error:
-        hear.stage(f"its memory can't be planned: {error.message}")
+        listener.stage(f"its memory can't be planned: {error.message}")
         return prepared, None
 
 
@@ -204,26 +247,29 @@ def _learn(plan: Plan, finished: Finished, prepared: Prepared) -> None:
         learn.remember(plan, finished.peak_memory_bytes, finished.seconds / finished.computed_tokens)
 
 
-def check(recipe: Recipe, *, force: bool) -> tuple[str, OpenModel]:
-    """The run's name and its base, once everything that can be known without loading is in order."""
+def required(recipe: Recipe) -> str:
+    """The run's name. Raises RecipeError for a recipe without a name, a model or data."""
     missing = [key for key, value in (("model", recipe.model), ("data.path", recipe.data.path)) if not value]
     if missing:
         raise RecipeError(f"the recipe doesn't say {' and '.join(missing)}", hint="--model MODEL --data PATH set them")
     if recipe.name is None:
         raise RecipeError("the run has no name", hint="--name NAME sets it")
-    assert recipe.model is not None
+    return recipe.name
+
+
+def check(recipe: Recipe, *, force: bool) -> str:
+    """The run's name, once everything that can be known without loading is in order."""
+    name = required(recipe)
     check_init(recipe)
-    opened = open_model(recipe.model)
-    target, folder = paths.room("adapters", recipe.name), paths.room("runs", recipe.name)
-    unfinished = bool(checkpoint.checkpoints(folder))
+    target, folder = paths.room("adapters", name), paths.room("runs", name)
+    record = runs.read_folder_or_damaged(folder)
+    unfinished = bool(record.checkpoints) and record.state != "finished"
     if (target.exists() or unfinished) and not force:
-        what = (
-            f"{folder} holds checkpoints of an unfinished run" if unfinished else f"an adapter {recipe.name!r} exists"
-        )
+        what = f"{folder} holds checkpoints of an unfinished run" if unfinished else f"an adapter {name!r} exists"
         go_on = "--resume to go on with it, " if unfinished else ""
         raise NameTaken(what, hint=f"{go_on}--name another one, or --force to replace it")
     paths.check_target(target, force=force)
-    return recipe.name, opened
+    return name
 
 
 def summary(recipe: Recipe, prepared: Prepared, wrappers: Wrappers) -> str:
@@ -239,53 +285,3 @@ def summary(recipe: Recipe, prepared: Prepared, wrappers: Wrappers) -> str:
         f"{len(prepared.train)} rows to train on{changed}, {len(prepared.valid)} to validate; {recipe.adapter.method}"
         f"{size} on {len(wrappers)} modules, {parameters:,} parameters"
     )
-
-
-def describe(
-    recipe: Recipe,
-    loaded: LoadedModel,
-    prepared: Prepared,
-    wrappers: Wrappers,
-    base: store.Base,
-    placement: Placement,
-) -> store.Manifest:
-    """The manifest of the adapter to come: with every module's own rank, which a reader needs to build it again."""
-    chat = prepared.format != "text" and recipe.data.template != "none" and loaded.tokenizer.has_chat_template
-    return store.Manifest(
-        method=recipe.adapter.method,
-        adapter=placement.config.model_dump(),
-        modules=list(wrappers),
-        scales={path: wrapper.scale for path, wrapper in wrappers.items()},
-        base=base,
-        tokenizer=fingerprint.of_tokenizer(loaded.path),
-        chat_template=fingerprint.of_template(loaded.tokenizer),
-        template="chat" if chat else "none",
-        recipe=shareable(recipe, base),
-        data=prepared.files,
-    )
-
-
-def shareable(recipe: Recipe, base: store.Base) -> dict[str, Any]:
-    """The recipe as a manifest holds it: an adapter may be given away, and paths of this machine stay here."""
-    values = recipe.model_dump()
-    values["model"] = base.name
-    values["data"]["path"] = Path(values["data"]["path"]).name
-    return values
-
-
-def _made_of(
-    recipe: Recipe, base: store.Base, prepared: Prepared, manifest: store.Manifest, processes: int
-) -> dict[str, Any]:
-    """What a run is made of, wherever its files lie: the same on every process of a group, and when it goes on."""
-    return {
-        "recipe": recipe.model_dump(
-            mode="json", exclude={"model": True, "name": True, "data": {"path"}, "train": {"memory_limit_gb"}}
-        ),
-        "tokenizer": {"files": manifest.tokenizer, "chat_template": manifest.chat_template},
-        "machine": {"processes": processes, "device": "gpu" if device.on_gpu() else "cpu", "mlx": version("mlx")},
-        "model": base.model_dump(mode="json", exclude={"name"}),
-        "data": {
-            str(number): f"{file['rows']} rows, sha256 {file['sha256'][:16]}"
-            for number, file in enumerate(prepared.files)
-        },
-    }

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from mlx_lora import paths
 from mlx_lora.data.read import sha256
 from mlx_lora.errors import AdapterError, TrainingError
 from mlx_lora.store.adapter import read_arrays
+from mlx_lora.store.run import checkpoint_folders
+from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Checkpoint
 
 WEIGHTS, STATE = "training.safetensors", "training.json"
@@ -79,6 +82,28 @@ class Progress:
         return sum(loss for loss, _ in self.recent) / tokens if tokens else None
 
 
+# What each of several processes has for itself, beside MLX's random key.
+OWN = ("computed_tokens", "real_tokens", "recomputes", "keeps_prefix")
+
+
+def gathered(made: Checkpoint, group: Processes) -> Checkpoint:
+    """A checkpoint that holds what every process of a group needs to go on; each calls this at the same step."""
+    if group.size == 1:
+        return made
+    own = {name: made.progress[name] for name in OWN} | {"random": made.arrays["random"].tolist()}
+    return replace(made, progress=made.progress | {"processes": group.gather(own)})
+
+
+def for_each(made: Checkpoint | None, group: Processes) -> Checkpoint | None:
+    """What `gathered` gave, from the first process to all, with each one's own part; the others pass None."""
+    if group.size == 1:
+        return made
+    step, progress = group.gather((made.step, made.progress) if made else None)[0]
+    arrays = group.arrays_of_first(made.arrays if made else {})
+    own = progress.pop("processes")[group.rank]
+    return Checkpoint(step, arrays | {"random": mx.array(own.pop("random"), mx.uint32)}, progress | own)
+
+
 @dataclass(frozen=True)
 class Stored:
     """A checkpoint read back. `best` are the arrays with the lowest validation loss so far, none without any.
@@ -95,9 +120,9 @@ class Stored:
     def progress(self) -> Progress:
         return Progress.read(self.checkpoint.progress)
 
-    def differences(self, made_of: dict[str, Any]) -> list[str]:
+    def differences(self, made_of: dict[str, Any], *, ignored: Collection[str] = ()) -> list[str]:
         """What differs between the run as it was and as it would go on, one line a key."""
-        keys = sorted(self.made_of.keys() | made_of.keys())
+        keys = sorted((self.made_of.keys() | made_of.keys()).difference(ignored))
         pairs = ((key, self.made_of.get(key), made_of.get(key)) for key in keys)
         return [f"{key} was {then!r}, is {now!r}" for key, then, now in pairs if then != now]
 
@@ -120,21 +145,15 @@ def write(
         }
         with paths.created(folder / STATE) as stream:
             stream.write(json.dumps(state, indent=1).encode())
-    for old in checkpoints(run)[:-KEPT]:
+    for old in checkpoint_folders(run)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return target
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    numbers = {path: path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*") if path.is_dir()}
-    return sorted((path for path, number in numbers.items() if number.isdecimal()), key=lambda path: int(numbers[path]))
 
 
 def newest(run: Path) -> Stored:
     """The newest checkpoint that can be read. Raises TrainingError when there is none."""
     faults = []
-    for folder in reversed(checkpoints(run)):
+    for folder in reversed(checkpoint_folders(run)):
         try:
             return _read(folder)
         except (AdapterError, OSError, ValueError, KeyError, TypeError) as error:
@@ -154,11 +173,3 @@ def _read(folder: Path) -> Stored:
     kept = {name: array for name, array in arrays.items() if not name.startswith("best.")}
     made = Checkpoint(int(state["step"]), kept, state["progress"])
     return Stored(made, best, state["made_of"], int(state["metrics_bytes"]))
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

@@ -15,6 +15,11 @@ from mlx_lora.config import Train
 Schedule = Callable[[mx.array], mx.array]
 
 
+def total_steps(settings: Train, per_epoch: int) -> int:
+    """Optimizer steps of a whole run, of which a pass over the rows takes `per_epoch`."""
+    return settings.iters or settings.epochs * per_epoch
+
+
 def schedule(settings: Train, steps: int) -> Schedule:
     """Learning rate as a function of the optimizer step, from 0: linear warm-up, then the chosen shape down to 0."""
     peak = settings.learning_rate

@@ -36,6 +36,7 @@ class Pending:
     norm: mx.array
     finite: mx.array
     stop: mx.array
+    save: mx.array
 
 
 class Stepper:
@@ -135,10 +136,10 @@ class Stepper:
 
         return call
 
-    def dispatch(self, batches: Iterable[Arrays], tokens: int, *, stop: bool = False) -> Pending:
+    def dispatch(self, batches: Iterable[Arrays], tokens: int, *, stop: bool = False, save: bool = False) -> Pending:
         """Start one step over micro-batches, of which there may be none here when other processes have some.
 
-        `tokens` are those with loss in `batches`; `stop` asks all processes to stop.
+        `tokens` are those with loss in `batches`; `stop` asks all processes to stop, `save` to save.
         """
         self._model.train()
         loss, totals = mx.array(0.0), self._zeros
@@ -146,11 +147,11 @@ class Stepper:
             self._remember(arrays)
             loss, totals = self._accumulate(loss, totals, arrays)
             mx.async_eval(loss, totals)  # so that one micro-batch's activations are freed before the next one's
-        counts = mx.array([float(tokens), float(stop)])
+        counts = mx.array([float(tokens), float(stop), float(save)])
         loss, totals, counts = self._processes.sum((loss, totals, counts))
         norm, finite = self._apply(loss, totals, counts[0])
         mx.async_eval(loss, counts, norm, finite, self._model.trainable_parameters(), self._memory)
-        return Pending(loss, counts[0], norm, finite, counts[1])
+        return Pending(loss, counts[0], norm, finite, counts[1], counts[2])
 
     def evaluate(self, arrays: Arrays) -> mx.array:
         """Σ weight · nll, lazily, with dropout off."""

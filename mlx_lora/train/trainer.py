@@ -40,15 +40,14 @@ from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import Verified, take_apart, verify
 from mlx_lora.train import optim, prefix
 from mlx_lora.train.budget.choose import Plan
-from mlx_lora.train.checkpoint import Progress
+from mlx_lora.train.checkpoint import Progress, gathered
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Interrupted, Note, Saved, Step
 from mlx_lora.train.objectives.likelihood import Arrays, Loss, as_arrays
+from mlx_lora.train.saving import SaveClock
 from mlx_lora.train.step import Pending, Stepper
 
 MOST_SKIPPED = 3
-# Where a recipe doesn't say how often to save, this many seconds may be lost.
-SAVE_SECONDS = 300.0
 
 
 def train(
@@ -85,9 +84,11 @@ def train(
         stack.callback(model.eval)
         if resume is not None:
             run.progress = Progress.read(resume.progress)
-        yield from run.prepare(scratch, stack)
-        if resume is not None:
-            run.stepper.restore(resume.arrays)
+        with run.processes.agreed():
+            notes = list(run.prepare(scratch, stack))
+            if resume is not None:
+                run.stepper.restore(resume.arrays)
+        yield from notes
         yield from _loop(run, should_stop)
 
 
@@ -116,12 +117,12 @@ def _loop(run: _Run, should_stop: Callable[[], bool]) -> Iterator[Event]:
             # save, so that little is lost
             if run.saves():
                 yield from run.collect()
-                yield run.checkpoint()
+                yield from run.save()
     yield from run.collect()
     if run.valid and run.evaluates(done.step) and done.evaluated_at < done.step and should_stop():
         stopped_by = "interrupted"  # in the last evaluation
-    if done.step and stopped_by in ("interrupted", "memory"):
-        yield run.checkpoint()
+    if done.step and (stopped_by in ("interrupted", "memory") or settings.schedule == "constant"):
+        yield run.checkpoint()  # to go on from; with a constant rate also to train on for longer
     if stopped_by == "memory":
         yield Note(f"stopped, to keep the machine from swapping: {run.exceeded}")
     if stopped_by == "interrupted":
@@ -183,7 +184,7 @@ class _Run:
         self.per_epoch = steps_per_epoch(
             len(rows), batch_size=settings.batch_size, grad_accumulation=settings.grad_accumulation
         )
-        self.steps = settings.iters or settings.epochs * self.per_epoch
+        self.steps = optim.total_steps(settings, self.per_epoch)
         self.rate = optim.schedule(settings, self.steps)
         self.prefix: prefix.Prefix | None = None
         self.cut_last = False
@@ -208,7 +209,8 @@ class _Run:
         self.stepper = Stepper(self.model, loss, self.settings, self.steps, self.seed, self.processes)
         mx.reset_peak_memory()
         self.dispatched = self.progress.step
-        self._start = self._mark = self._saved = time.perf_counter()
+        self._start = self._mark = time.perf_counter()
+        self.clock = SaveClock(self.settings.save_every, self.processes)
 
     def _verified(self, *, recompute: bool) -> Verified:
         """What holds for this model. Raises TrainingError where it can't be trained, or not on packed rows."""
@@ -293,8 +295,9 @@ class _Run:
 
     def step(self, batches: list[Batch], *, stop: bool) -> Iterator[Step | Note]:
         """Dispatch one optimizer step; yields the one before it, now that the device has something to do."""
-        tokens = sum(batch.trained for batch in batches)
-        pending = self.stepper.dispatch((self.arrays("train", batch) for batch in batches), tokens, stop=stop)
+        tokens, save = sum(batch.trained for batch in batches), self.clock.asks()
+        arrays = (self.arrays("train", batch) for batch in batches)
+        pending = self.stepper.dispatch(arrays, tokens, stop=stop, save=save)
         yield from self.collect()
         self.dispatched += 1
         self._pending = pending
@@ -319,6 +322,7 @@ class _Run:
         allocation.hold_back()
         done.count(loss, tokens, finite=finite)
         self.stop_asked |= pending.stop.item() > 0
+        self.clock.step_done(asked=pending.save.item() > 0)
         if self.plan and self.processes.size == 1:
             self.exceeded = limits.exceeded(self.plan.limit_bytes) or ""
         yield Step(
@@ -355,20 +359,21 @@ class _Run:
         return step == self.steps or bool(every and step % every == 0)
 
     def saves(self) -> bool:
-        """Whether it is time for a checkpoint; by the clock only where no other process has another one."""
-        if self.dispatched == self.steps:
-            return False
-        if every := self.settings.save_every:
-            return self.dispatched % every == 0
-        return self.processes.size == 1 and time.perf_counter() - self._saved > SAVE_SECONDS
+        """Whether it is time for a checkpoint."""
+        return self.dispatched < self.steps and self.clock.due(self.dispatched)
+
+    def save(self) -> Iterator[Checkpoint]:
+        """Yield a checkpoint and measure how long it takes to be written."""
+        began = time.perf_counter()
+        yield self.checkpoint()
+        self.clock.saved(time.perf_counter() - began)
 
     def checkpoint(self) -> Checkpoint:
         """The run as it is, between two steps."""
-        self._saved = time.perf_counter()
         progress = {**self.progress.as_dict(), "seconds": self._seconds()}
         if self.exceeded:  # it has to go on in another way
             progress |= {"recomputes": None, "most_positions": None}
-        return Checkpoint(self.progress.step, self.stepper.state(), progress)
+        return gathered(Checkpoint(self.progress.step, self.stepper.state(), progress), self.processes)
 
     def _seconds(self) -> float:
         return self.progress.seconds + time.perf_counter() - self._start

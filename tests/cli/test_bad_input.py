@@ -69,7 +69,7 @@ def test_a_role_the_template_refuses(run: Run, tmp_path: Path, tiny_path: Path) 
         (["train", "--name", "x"], 1, ["model", "data.path"]),
         (["train", "--model", "nowhere", "--data", "x", "--name", "../x"], 1, ["nowhere"]),
         (["train", "--resume"], 1, ["model", "data.path"]),
-        (["train", "--resume", "--name", "nowhere"], 1, ["no such recipe"]),
+        (["train", "--resume", "--name", "nowhere"], 1, ["no run 'nowhere'"]),
         (["plan"], 1, ["which model"]),
         (["study", "adapters"], 2, ["adapters"]),
         (["generate", "--model", "nowhere", "--prompt", "x"], 1, ["nowhere", "pull"]),
@@ -144,10 +144,13 @@ def test_a_damaged_adapter(run: Run, trained: Ran, home: Path) -> None:
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     from mlx_lora.cli import main
-    from mlx_lora.errors import ModelError
 
-    with pytest.raises(ModelError):
-        main(["generate", "--model", "nowhere", "--prompt", "x", "--debug"])
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--model", "no\x1bwhere", "--prompt", "x", "--debug"])
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert "Traceback (most recent call last)" in printed and "ModelError" in printed
+    assert "\x1b" not in printed and r"no\x1bwhere" in printed
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a directory that nobody can write to, not even root")

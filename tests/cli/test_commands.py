@@ -80,6 +80,17 @@ def test_train_again_is_refused_and_force_replaces_with_the_same_bytes(
     assert weights.read_bytes() == before
 
 
+def test_adapters_show_is_a_summary(trained: Ran, run: Run) -> None:
+    """A few short lines; the whole manifest is what `--json` prints."""
+    shown = dict(line.split(maxsplit=1) for line in run("adapters", "show", "mine").out.splitlines())
+    assert shown["targets"] == "k_proj, o_proj, q_proj, v_proj × 3 layers"
+    assert (shown["name"], shown["method"], shown["rank"], shown["scale"]) == ("mine", "lora", "4", "4")
+    assert shown["base"].startswith("tiny (") and "train.jsonl: 24 rows, " in shown["data"]
+    assert "best validation " in shown["loss"] and shown["steps"] == "4" and shown["size"].endswith("kB")
+    assert all(len(text) < 120 for text in shown.values())
+    assert len(run("adapters", "show", "mine", "--json").json["modules"]) == 12
+
+
 def test_eval_base_first_then_each_adapter(trained: Ran, run: Run, data: Path, tiny_path: Path) -> None:
     ran = run("eval", "--model", tiny_path, "--adapter", "mine", "--data", data, "--exact", "--max-tokens", 4, "--json")
     results = ran.json["results"]

@@ -203,7 +203,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
 def test_hostile_model_directories_are_refused(
     run: Run, tmp_path: Path, outside: Path, data: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template, "MOST_SECONDS", 0.5)
+    monkeypatch.setattr(template, "MOST_SECONDS", 1.0)
     change, said = DIRECTORIES[case]
     path = write_model(tmp_path / "model")
     change(path, outside)

@@ -82,6 +82,10 @@ def test_no_command_but_pull_tries_to_connect(
         ("study", "subspace", "a", "c"),
         ("study", "compare", recipe, "--name", "compared"),
         ("adapters", "rename", "a", "b"),
+        ("runs", "list"),
+        ("runs", "show", "b"),
+        ("runs", "path", "b"),
+        ("runs", "remove", "b", "--yes"),
         ("adapters", "remove", "b", "--yes"),
     ]
     known = set(every_command(typer.main.get_command(app)))

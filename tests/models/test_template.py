@@ -6,8 +6,10 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -119,6 +121,18 @@ def test_a_template_at_fault_ends_the_reading_of_rows(tokenizer_with: Make, monk
 def test_templates_reach_nothing(tokenizer_with: Make, text: str) -> None:
     with pytest.raises(ValueError):
         template.render(tokenizer_with(text), MESSAGES, (), prompt=False)
+
+
+def test_dates_are_those_of_this_machines_time_zone(tokenizer_with: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker can't read the zone's file any more when a template asks for the date."""
+    template._worker.stop()
+    monkeypatch.setenv("TZ", "Asia/Kathmandu")  # not a whole number of hours from any other
+    tokenizer = tokenizer_with("{{ strftime_now('%H:%M') }}")
+    hours = [datetime.now(ZoneInfo("Asia/Kathmandu")).strftime("%H:%M")]
+    tokens = template.render(tokenizer, MESSAGES, (), prompt=False)
+    hours.append(datetime.now(ZoneInfo("Asia/Kathmandu")).strftime("%H:%M"))
+    template._worker.stop()
+    assert tokenizer.decode(tokens) in hours
 
 
 def test_a_worker_that_was_killed_is_started_again(tokenizer_with: Make) -> None:

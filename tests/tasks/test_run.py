@@ -23,7 +23,10 @@ from mlx_lora.config import Recipe
 from mlx_lora.errors import MlxLoraError, NameTaken, TrainingError
 from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
-from mlx_lora.tasks.train import Listener, Run, train_adapter
+from mlx_lora.store import run as runs
+from mlx_lora.store.lock import locked
+from mlx_lora.store.run import checkpoint_folders
+from mlx_lora.tasks.train import Listener, TrainedRun, train_adapter
 from mlx_lora.train import checkpoint
 from mlx_lora.train.events import Step
 
@@ -123,7 +126,7 @@ def check_what_is_there(before: bytes, after: bytes) -> None:
     assert registry.names() == ["mine"]
     assert weights() in (before, after)
     store.read(registry.find("mine"))
-    for folder in checkpoint.checkpoints(paths.room("runs", "mine")):
+    for folder in checkpoint_folders(paths.room("runs", "mine")):
         checkpoint._read(folder)
 
 
@@ -156,7 +159,7 @@ def inject(recipe: Recipe, home: Path, numbers: Iterator[int]) -> int:
 
 def finish(recipe: Recipe, expected: bytes) -> None:
     """Go on where a checkpoint was reached: the same bytes in the end."""
-    if checkpoint.checkpoints(paths.room("runs", "mine")):
+    if checkpoint_folders(paths.room("runs", "mine")):
         train_adapter(recipe, resume=True)
         assert weights() == expected
 
@@ -175,16 +178,16 @@ def test_a_run_that_died_goes_on_to_the_same_bytes(recipe: Recipe) -> None:
     whole = train_adapter(recipe.model_copy(update={"name": "whole"}))
     interrupted(recipe)
     folder = paths.room("runs", "mine")
-    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
+    assert [path.name for path in checkpoint_folders(folder)] == ["checkpoint-1", "checkpoint-2"]
     went_on = train_adapter(recipe, resume=True)
     assert weights() == weights("whole")
     kept = {"iters", "epochs", "train_loss", "valid_loss", "best_valid_loss", "trained_tokens", "computed_tokens"}
     assert all(went_on.as_dict()[key] == whole.as_dict()[key] for key in kept)
     assert [line["step"] for line in metrics(went_on) if line["event"] == "step"] == [1, 2, 3, 4]
-    assert not checkpoint.checkpoints(folder)
+    assert not checkpoint_folders(folder)
 
 
-def metrics(of: Run) -> list[dict[str, Any]]:
+def metrics(of: TrainedRun) -> list[dict[str, Any]]:
     lines = paths.room("runs", of.name).joinpath("metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -230,15 +233,13 @@ def test_an_unfinished_run_is_not_overwritten(recipe: Recipe) -> None:
     with pytest.raises(NameTaken, match="unfinished run") as error:
         train_adapter(recipe)
     assert "--resume" in str(error.value.hint)
-    with pytest.raises(TrainingError, match="no checkpoint to go on from"):
-        train_adapter(recipe.model_copy(update={"name": "other"}), resume=True)
 
 
 def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(recipe: Recipe, home: Path) -> None:
     code = """if True:
         import time
-        from mlx_lora.store.registry import held
-        with held("mine"):
+        from mlx_lora.store.lock import locked
+        with locked("mine"):
             print("held", flush=True)
             time.sleep(99)
     """
@@ -268,7 +269,7 @@ def test_what_a_killed_process_left_is_cleared_and_put_back(recipe: Recipe, home
         (leftover / "inner").mkdir(parents=True)
     other = home / "adapters" / ".mine.2.abcd1234"  # of another name
     other.mkdir()
-    with registry.held("mine"):
+    with locked("mine"):
         assert weights() == before and other.exists()
     assert not aside.exists() and not list((home / "runs" / "mine").glob(".*"))
     assert [path.name for path in (home / "adapters").glob(".*")] == [other.name]
@@ -289,3 +290,139 @@ def test_a_finished_run_keeps_no_optimizer_state(recipe: Recipe, home: Path) -> 
         "recipe.yaml", "metrics.jsonl", "last", "last/adapters.safetensors", "last/adapter_config.json",
         "last/manifest.json",
     }  # fmt: skip
+
+
+def changed(recipe: Recipe, **train: Any) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
+
+
+def until_step(step: int) -> Listener:
+    """Ask to stop once a step is done, as Ctrl-C does."""
+    done: list[int] = []
+    return Listener(event=lambda event: done.append(getattr(event, "step", 0)), should_stop=lambda: step in done)
+
+
+def test_force_over_a_finished_adapter_keeps_it_until_the_new_run_has_finished(recipe: Recipe) -> None:
+    """Interrupted, the new run keeps its checkpoint, also when it is interrupted again; finished, it replaces."""
+    train_adapter(recipe)
+    before, other = weights(), recipe.model_copy(update={"seed": 7})
+    stopped = train_adapter(other, force=True, listener=until_step(2))
+    assert stopped.kept_old and stopped.finished.iters == 2 and weights() == before
+    assert stopped.path == paths.room("runs", "mine") / "last" and store.read(stopped.path).arrays
+    assert [entry.state for entry in registry.entries()] == ["finished"], "it is still the old one"
+    record = runs.read("mine")
+    assert record.state == "unfinished" and record.checkpoints[-1] == 2 and record.recipe and record.recipe.seed == 7
+    again = train_adapter(other, resume=True, listener=until_step(3))
+    assert again.kept_old and again.finished.iters == 3 and weights() == before
+    assert not train_adapter(other, resume=True).kept_old
+    after = weights()
+    train_adapter(other.model_copy(update={"name": "whole"}))
+    assert after == weights("whole") != before and runs.read("mine").state == "finished"
+
+
+def test_without_force_an_interrupted_run_is_stored_as_unfinished(recipe: Recipe) -> None:
+    stopped = train_adapter(recipe, listener=until_step(2))
+    assert not stopped.kept_old and stopped.path == registry.find("mine")
+    assert [(entry.name, entry.state) for entry in registry.entries()] == [("mine", "unfinished")]
+    train_adapter(recipe, resume=True)
+    assert [(entry.name, entry.state) for entry in registry.entries()] == [("mine", "finished")]
+
+
+@pytest.mark.parametrize("old", ["finished", "unfinished"])
+@pytest.mark.parametrize("ends", ["dies", "is stopped before a step", "fails before a step"])
+def test_the_old_run_stays_until_the_new_one_has_a_checkpoint(recipe: Recipe, old: str, ends: str) -> None:
+    recipe = changed(recipe, save_every=2)
+    if old == "finished":
+        train_adapter(recipe)
+    else:
+        interrupted(recipe)
+    before, kept = runs.read("mine"), weights() if old == "finished" else None
+    other = recipe.model_copy(update={"seed": 7})
+    if ends == "dies":
+        with pytest.raises(Stopped):
+            train_adapter(other, force=True, listener=stop_after(1))
+    elif ends == "fails before a step":
+        with pytest.raises(TrainingError):
+            train_adapter(changed(other, cache_prefix="on"), force=True)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            train_adapter(other, force=True, listener=Listener(should_stop=lambda: True))
+    assert runs.read("mine") == before
+    assert kept is None or weights() == kept
+    with locked("mine"):  # the next one who uses the name clears what a dead process has left
+        pass
+    assert [path.name for path in paths.room("runs", "mine").parent.iterdir()] == ["mine"]
+    if old == "unfinished":
+        assert train_adapter(recipe, resume=True).finished.iters == 4
+
+
+def test_a_forced_run_that_dies_after_its_checkpoint_goes_on_and_replaces(recipe: Recipe) -> None:
+    train_adapter(recipe)
+    before, other = weights(), recipe.model_copy(update={"seed": 7})
+    with pytest.raises(Stopped):
+        train_adapter(other, force=True, listener=stop_after(3))
+    assert weights() == before and runs.read("mine").state == "unfinished"
+    with pytest.raises(NameTaken, match="unfinished run"):
+        train_adapter(other)
+    train_adapter(other, resume=True)
+    train_adapter(other.model_copy(update={"name": "whole"}))
+    assert weights() == weights("whole")
+
+
+def test_resume_of_a_finished_run_says_so_and_how_to_train_on(recipe: Recipe) -> None:
+    train_adapter(recipe)
+    for again in (recipe, changed(recipe, iters=8)):
+        with pytest.raises(TrainingError, match="run 'mine' is finished after 4 steps") as error:
+            train_adapter(again, resume=True)
+        assert "--force train.iters=8" in str(error.value.hint) and "recipe.yaml" in str(error.value.hint)
+
+
+def test_resume_of_a_name_that_is_not_there_names_the_nearest(recipe: Recipe) -> None:
+    interrupted(recipe)
+    with pytest.raises(MlxLoraError, match="no run 'mien'; did you mean 'mine'?"):
+        train_adapter(recipe.model_copy(update={"name": "mien"}), resume=True)
+
+
+def test_a_finished_run_with_a_constant_rate_trains_on_to_the_bytes_of_a_longer_one(recipe: Recipe) -> None:
+    constant = changed(recipe, schedule="constant", warmup=0.0, save_every=None)
+    longer = changed(constant, iters=7)
+    train_adapter(constant)
+    before = weights()
+    assert runs.read("mine").state == "finished" and runs.read("mine").checkpoints == [4]
+    with pytest.raises(TrainingError, match="is finished") as error:
+        train_adapter(constant, resume=True)
+    assert "mlx-lora train --name mine --resume train.iters=8 trains on" in str(error.value.hint)
+    with pytest.raises(TrainingError, match="has done 4 steps, and 3 are asked for"):
+        train_adapter(changed(constant, iters=3), resume=True)
+    stopped = train_adapter(longer, resume=True, listener=until_step(6))
+    assert stopped.kept_old and stopped.finished.iters == 6 and weights() == before, "what was finished stays"
+    assert runs.read("mine").recipe == longer.model_copy(update={"data": runs.read("mine").recipe.data})  # type: ignore[union-attr]
+    train_adapter(longer, resume=True)
+    train_adapter(longer.model_copy(update={"name": "whole"}))
+    assert weights() == weights("whole") != before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"schedule": "cosine"}, "rates of a cosine schedule"), ({"schedule": "constant", "warmup": 0.3}, "warm-up")],
+)
+def test_a_longer_run_of_other_rates_is_refused(recipe: Recipe, change: dict[str, Any], said: str) -> None:
+    begun = changed(recipe, **change)
+    interrupted(begun)
+    with pytest.raises(TrainingError, match=said):
+        train_adapter(changed(begun, iters=12), resume=True)
+    assert train_adapter(begun, resume=True).finished.iters == 4
+
+
+def test_how_often_a_run_saves_may_change(recipe: Recipe) -> None:
+    interrupted(recipe)
+    assert train_adapter(changed(recipe, save_every="auto"), resume=True).finished.iters == 4
+
+
+def test_resume_reads_the_checkpoint_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(recipe)
+    read: list[Path] = []
+    real = checkpoint.read_arrays
+    monkeypatch.setattr(checkpoint, "read_arrays", lambda file: read.append(file) or real(file))
+    train_adapter(recipe, resume=True)
+    assert len(read) == 1

@@ -18,6 +18,7 @@ from mlx_lora.data import batch
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.verify import take_apart
+from mlx_lora.store.run import checkpoint_folders
 from mlx_lora.train import checkpoint
 from mlx_lora.train.budget.choose import Lengths, Plan, plan
 from mlx_lora.train.budget.costs import costs
@@ -101,9 +102,11 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny: LoadedModel) -> None:
 
 
 def test_without_save_every_the_clock_decides(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not of(list(events_of(tiny, save_every="auto")), Checkpoint)
+    monkeypatch.setattr("mlx_lora.train.saving.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("mlx_lora.train.saving.MOST_SHARE", 1.0)
+    assert len(of(list(events_of(tiny, save_every="auto")), Checkpoint)) == STEPS - 1
     assert not of(list(events_of(tiny, save_every=None)), Checkpoint)
-    monkeypatch.setattr("mlx_lora.train.trainer.SAVE_SECONDS", 0.0)
-    assert len(of(list(events_of(tiny, save_every=None)), Checkpoint)) == STEPS - 1
 
 
 def plan_of(loaded: LoadedModel, limit: int, **case: Any) -> Plan:
@@ -186,7 +189,7 @@ def test_a_checkpoint_reads_back_exactly(tmp_path: Path) -> None:
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 9, 10):
         checkpoint.write(tmp_path, example(step), best={}, made_of={}, metrics_bytes=0)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
 
 
 @pytest.mark.parametrize("damage", ["weights", "state", "version", "missing"])

@@ -1,0 +1,89 @@
+"""runs list, show, path, remove."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_lora import ui
+from mlx_lora.cli.options import Json
+
+if TYPE_CHECKING:
+    from mlx_lora.store.run import RunRecord
+
+app = typer.Typer(help="The training runs in the home directory.", no_args_is_help=True, rich_markup_mode=None)
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A run in the home.")]
+
+
+@app.command("list")
+def list_runs(json: Json = False) -> None:
+    """List the runs: how far they are, and which can go on."""
+    from mlx_lora.store import run as runs
+
+    summaries = [record.summary() for record in runs.list_runs()]
+    if json:
+        ui.as_json(summaries)
+    elif not summaries:
+        ui.note("no runs yet; `mlx-lora train` makes one")
+    else:
+        rows = [
+            (
+                s["name"], s["state"], f"{s['step']}/{s['steps'] or '?'}", s["train_loss"], s["best_valid_loss"],
+                ui.size(s["bytes"]), (s["started"] or "")[:16],
+            )
+            for s in summaries
+        ]  # fmt: skip
+        ui.table(["name", "state", "step", "train loss", "best valid loss", "size", "started"], rows)
+
+
+@app.command()
+def show(name: Name, json: Json = False) -> None:
+    """Show a run: its settings, its losses, why it stopped, and what can be done next."""
+    from mlx_lora.store.run import read
+    from mlx_lora.tasks.show_run import changed_settings, details, losses, next_step, reason
+
+    record = read(name)
+    if json:
+        ui.as_json(details(record))
+        return
+    _show_state(record, reason(record))
+    if record.recipe:
+        for key, value in changed_settings(record.recipe).items():
+            ui.result(f"  {key}={value}")
+    for text in record.notes:
+        ui.result(f"note: {text}")
+    if table := losses(record):
+        ui.table(["step", "train loss", "valid loss"], [tuple(line.values()) for line in table])
+    if hint := next_step(record):
+        ui.note(hint)
+
+
+def _show_state(record: RunRecord, reason: str | None) -> None:
+    stopped = f": {reason}" if reason else ""
+    ui.result(f"{record.name} is {record.state}, {record.step} of {record.planned_steps or '?'} steps{stopped}")
+    if record.finished:
+        ui.result(
+            f"{record.finished.trained_tokens} tokens trained in {record.finished.seconds:.0f} s, "
+            f"peak {ui.size(record.finished.peak_memory_bytes)}"
+        )
+
+
+@app.command()
+def path(name: Name) -> None:
+    """Print where a run lies."""
+    from mlx_lora.store import run as runs
+
+    ui.result(str(runs.find(name)))
+
+
+@app.command()
+def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False) -> None:
+    """Delete a run and its checkpoints; its adapter stays."""
+    from mlx_lora.store import run as runs
+
+    runs.find(name)
+    if not yes and not ui.confirm(f"remove run {name} and its checkpoints?"):
+        ui.note("nothing was removed; --yes removes without asking")
+        raise typer.Exit(code=1)
+    ui.result(f"removed {name}, {ui.size(runs.remove(name))} freed")
