@@ -3,7 +3,6 @@
 Every command that needs a model begins with `open_model`. Configuration and tokenizer are read once, when they are
 first asked for. Weights are `load.py`'s business.
 
-
 Nothing is ever fetched: a repo id that isn't on disk is an error that names `pull`. Nothing in a model directory is
 ever executed: configurations that ask for code, and weights that are pickles, are refused before they are opened. What
 is ignored (`auto_map`, an index that the files don't agree with) is noted in the log; the command line shows it.
@@ -93,7 +92,11 @@ def find_model(model: str) -> Path:
     if path and path.is_dir():
         return path
     if path:
-        hint = f"mlx-lora import-gguf {model} DIR" if path.suffix == ".gguf" else "name the directory that holds it"
+        hint = (
+            f"mlx-lora import-gguf {model} --name NAME"
+            if path.suffix == ".gguf"
+            else "name the directory that holds it"
+        )
         raise ModelError(f"{model} is a file, a model is a directory", hint=hint)
     if cached := in_hub_cache(model):
         return cached
