@@ -80,9 +80,10 @@ class Train(Section):
 
     grad_checkpoint `auto` recomputes layers where a step's activations would not fit the free memory; cache_prefix
     `auto` keeps what enters the first adapted layer where that is a later one, there is room, and rows come again.
-    memory_limit_gb, in units of 10⁹ bytes, is the most that training may take, less than the machine has. save_every
-    `auto` writes a checkpoint by the clock, so that at most half a minute of training is lost; null writes one only
-    when the run is stopped.
+    memory_limit_gb, in GiB, is what training may take, more or less than the machine recommends. on_memory says what
+    happens where that isn't enough: refuse, or warn and train in the smallest way. save_every `auto` writes a
+    checkpoint by the clock, so that at most half a minute of training is lost; null writes one only when the run is
+    stopped.
     """
 
     epochs: Integer = Field(default=1, ge=1, description="Passes over the training rows.")
@@ -118,7 +119,10 @@ class Train(Section):
         default="auto", description="Keep what enters the first adapted layer, for rows that come again."
     )
     memory_limit_gb: Number | None = Field(
-        default=None, gt=0, description="Most memory that training may take, in 10⁹ bytes."
+        default=None, gt=0, description="GiB that training may take; null is what the machine recommends."
+    )
+    on_memory: Literal["refuse", "warn"] = Field(
+        default="refuse", description="What happens where the memory isn't enough: refuse, or warn and try."
     )
 
     @model_validator(mode="after")

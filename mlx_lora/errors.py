@@ -3,6 +3,7 @@
     MlxLoraError                 what, where, and a hint; the command line prints it in one or two lines
     ├── RecipeError              a recipe or an override that can't be used
     ├── ModelError               a model that is missing, incomplete or refused
+    │   └── NotFinite            a model whose logits are NaN or infinite
     ├── DataError                rows that can't be used; carries every problem, not the first
     ├── AdapterError             an adapter that doesn't exist, doesn't load, or belongs to another base
     │   └── CannotFuse           the method, or the measured loss, forbids merging
@@ -36,6 +37,10 @@ class RecipeError(MlxLoraError):
 
 class ModelError(MlxLoraError):
     """A model directory is missing, incomplete, unsupported or unsafe."""
+
+
+class NotFinite(ModelError):
+    """The model's logits are NaN or infinite: nothing that it says means anything."""
 
 
 class AdapterError(MlxLoraError):

@@ -1,6 +1,8 @@
 """How much a changed model differs from the one it came from: KL, top-1 agreement, perplexity, delta survival.
 
-What `quantize --verify`, `fuse` and every export report. Both models see the same rows; nothing is sampled here.
+What `quantize`, `fuse` and every export report. Both models see the same rows; nothing is sampled here. They run one
+after the other: of the first one only its head and the states that enter it are kept, so two whole models are never in
+memory, nor are the logits of a whole row.
 """
 
 from __future__ import annotations
@@ -16,8 +18,16 @@ import numpy as np
 
 from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Row
-from mlx_lora.models.trunk.trunk import logits_at
+from mlx_lora.errors import NotFinite
+from mlx_lora.models.layers import release
+from mlx_lora.models.trunk.by_layer import release_embeddings, run_by_layer
+from mlx_lora.models.trunk.layers import layers_of
+from mlx_lora.models.trunk.states_file import StatesFile
+from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import take_apart
+
+# Bytes of one model's float32 logits at a time, unless these positions have more.
+TILE_BYTES, LEAST_POSITIONS = 16 << 20, 16
 
 
 @dataclass(frozen=True)
@@ -31,20 +41,74 @@ class Agreement:
     tokens: int
 
 
-def compare(
-    before: nn.Module, after: nn.Module, rows: Sequence[Row], *, on_row: Callable[[], None] = lambda: None
-) -> Agreement:
-    """Run both models over every row and compare their next-token distributions where the rows carry loss."""
-    models = [logits_at(take_apart(model)) for model in (before, after)]
-    totals, tokens = np.zeros(4), 0
-    for row in rows:
+@dataclass
+class Predictions:
+    """What a model says of some rows: the states that enter its head at the positions with loss, and the head.
+
+    The states, (N, d) for each row by its number, lie in a file. Of a model that can't be taken apart they are the
+    logits of these positions themselves, and the head hands them on.
+    """
+
+    trunk: Trunk
+    states: StatesFile
+
+    def free(self) -> None:
+        """Let go of all of the model but its head: it can't run afterwards, and these predictions still compare."""
+        if self.trunk.apart and 0 in self.states:
+            for layer in layers_of(self.trunk.model):
+                release(layer)
+            release_embeddings(self.trunk, self.states[0][None])
+
+
+def predictions(model: nn.Module, rows: Sequence[Row], *, on_row: Callable[[], None] = lambda: None) -> Predictions:
+    """Run a model over every row; it stays as it is."""
+    trunk, states = take_apart(model), StatesFile()
+    for number, row in enumerate(rows):
         batch = collate([row])
+        hidden = trunk.run(mx.array(batch.inputs))
+        states[number] = hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.with_loss()[0])]
         on_row()
+    return Predictions(trunk, states)
+
+
+def predictions_by_layer(
+    trunk: Trunk, rows: Sequence[Row], *, on_layer: Callable[[], None] = lambda: None
+) -> Predictions:
+    """The same of a model whose arrays are lazy, with only one of its layers in memory; it can't run afterwards."""
+    states, batches = StatesFile(), [collate([row]) for row in rows]
+    run_by_layer(trunk, [mx.array(batch.inputs) for batch in batches], states, on_layer=on_layer)
+    for number, batch in enumerate(batches):
+        states[number] = states[number][0, mx.array(batch.with_loss()[0])]
+    return Predictions(trunk, states)
+
+
+def compare(before: Predictions, after: Predictions, rows: Sequence[Row]) -> Agreement:
+    """Compare two models' next-token distributions where the rows carry loss, some positions at a time.
+
+    Raises NotFinite for a model whose logits aren't finite.
+    """
+    totals, tokens = np.zeros(4), 0
+    vocabulary = max(before.trunk.vocabulary, after.trunk.vocabulary)
+    step = max(TILE_BYTES // (4 * vocabulary), LEAST_POSITIONS)
+    for number, batch in enumerate(collate([row]) for row in rows):
         if not batch.trained:
             continue
-        positions, targets, weights = (mx.array(array) for array in batch.with_loss())
-        first, second = (_log_probabilities(logits(mx.array(batch.inputs), positions)) for logits in models)
-        totals += np.array(_sums(first, second, targets, weights).tolist())
+        states = [side.states[number] for side in (before, after)]
+        positions, targets, weights = batch.with_loss()
+        for start in range(0, len(positions), step):
+            tile = slice(start, start + step)
+            first, second = (
+                _log_probabilities(side.trunk.head(hidden[tile]))
+                for side, hidden in zip((before, after), states, strict=True)
+            )
+            sums = np.array(_sums(first, second, mx.array(targets[tile]), mx.array(weights[tile])).tolist())
+            if not np.isfinite(sums).all():
+                wrong = "after" if np.isfinite(sums[2]) else "before"
+                raise NotFinite(
+                    f"the logits of the model {wrong} the change aren't finite",
+                    hint="mlx-lora generate with that model names the part at fault",
+                )
+            totals += sums
         tokens += batch.trained
     kl, same, nll_before, nll_after = totals / max(tokens, 1)
     return Agreement(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_lora.data.encode import Row
-from mlx_lora.measure import as_dict, compare, rows_of_tokens, survival
+from mlx_lora.measure import Agreement, as_dict, compare, predictions, rows_of_tokens, survival
 
 VOCABULARY = 11
 
@@ -62,26 +62,33 @@ def reference(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
     }  # fmt: skip
 
 
+def agreement_of(before: nn.Module, after: nn.Module, rows: list[Row] = ROWS) -> Agreement:
+    return compare(predictions(before, rows), predictions(after, rows), rows)
+
+
 def test_agreement_is_what_numpy_says_over_the_positions_with_loss() -> None:
     seen: list[int] = []
-    agreement = compare(model(table(0)), model(table(1)), ROWS, on_row=lambda: seen.append(1))
+    first = predictions(model(table(0)), ROWS, on_row=lambda: seen.append(1))
+    agreement = compare(first, predictions(model(table(1)), ROWS), ROWS)
     assert as_dict(agreement) == pytest.approx(reference(table(0), table(1)), rel=1e-5)
     assert agreement.tokens == 9 and len(seen) == len(ROWS)
 
 
 def test_a_model_agrees_with_itself() -> None:
-    agreement = compare(model(table(0)), model(table(0)), ROWS)
+    agreement = agreement_of(model(table(0)), model(table(0)))
     assert (agreement.kl, agreement.top1_agreement) == (0.0, 1.0)
     assert agreement.perplexity_before == agreement.perplexity_after
 
 
 def test_rows_without_loss_count_for_nothing() -> None:
     silent = row([8, 2, 8], [0, 0, 0])
-    assert compare(model(table(0)), model(table(1)), [silent, *ROWS]) == compare(model(table(0)), model(table(1)), ROWS)
+    assert agreement_of(model(table(0)), model(table(1)), [silent, *ROWS]) == agreement_of(
+        model(table(0)), model(table(1))
+    )
 
 
 def test_half_precision_logits_are_compared_in_float32() -> None:
-    agreement = compare(model(table(0)), model(table(0), mx.bfloat16), ROWS)
+    agreement = agreement_of(model(table(0)), model(table(0), mx.bfloat16))
     assert agreement.top1_agreement == 1 and 0 < agreement.kl < 1e-3
 
 

@@ -19,7 +19,7 @@ from mlx_lora import methods
 from mlx_lora.adapters.base import check_ranks, smaller_dimension
 from mlx_lora.adapters.targets import bare_modules, find_targets, group_of
 from mlx_lora.config import Adapter
-from mlx_lora.errors import AdapterError
+from mlx_lora.errors import AdapterError, nearest
 from mlx_lora.models.architectures import unwrappable
 
 
@@ -41,9 +41,10 @@ def place(model: nn.Module, config: Adapter) -> Placement:
     """The places of `config`'s targets on the bare model, whatever is attached to it.
 
     Raises AdapterError when a target or a layer matches nothing, when the method can't serve what was named, or nothing
-    of a group, and for a rank above the smaller dimension of a weight.
+    of a group, for a rank above the smaller dimension of a weight, and for a pattern of a rank that matches no module.
     """
     modules = bare_modules(model)
+    _check_patterns(config, modules)
     places: dict[str, str] = {}
     reduced: dict[str, int] = {}
     left_out: dict[str, str] = {}
@@ -87,6 +88,16 @@ def refusal(path: str, model: nn.Module, modules: dict[str, nn.Module], config: 
     if reason := method.refusal(modules[path], config, path):
         return str(reason)
     return None if config.method == "full" else unwrappable(path, model, modules)  # a copy has a weight to be read
+
+
+def _check_patterns(config: Adapter, modules: dict[str, nn.Module]) -> None:
+    """Raise AdapterError where rank_pattern or alpha_pattern names nothing of the model: it would change no rank."""
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, setting):
+            named = Adapter(rank_pattern={pattern: 1})
+            if pattern not in modules and not any(map(named.has_own_rank, modules)):
+                known = {path.rpartition(".")[2] for path in modules if not path.endswith(tuple("0123456789"))}
+                raise AdapterError(f"adapter.{setting}: no module is called {pattern!r}{nearest(pattern, known)}")
 
 
 def _too_small(layers: dict[str, nn.Module], config: Adapter) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mlx_lora import ui
-from mlx_lora.cli.options import Force, Json
+from mlx_lora.cli.options import Base, Force, Json, progress
 from mlx_lora.methods import MERGES
 
 app = typer.Typer(help="The adapters in the home directory.", no_args_is_help=True, rich_markup_mode=None)
@@ -102,16 +103,36 @@ def merge(
     ] = None,
     density: Annotated[float | None, typer.Option("--density", help="Share of entries kept; 0.5 by default.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which entries dare drops.")] = 0,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Rows of an adapter's task, [NAME=]PATH: evaluate; repeatable.")
+    ] = None,
+    model: Base = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Add adapters of one base up into a new one, by their updates."""
     from mlx_lora.store.arithmetic import How
     from mlx_lora.tasks.merge import merge_adapters
+    from mlx_lora.tasks.merge_check import check_merge, commands, rows_of_parents
 
     how = How(str(method), rank=rank, tolerance=tolerance, density=density, seed=seed)
+    rows = rows_of_parents(adapters, data or [])
     with ui.working(f"merging {len(adapters)} adapters"):
         report = merge_adapters(adapters, name, how, force=force)
+    with ExitStack() as stack:
+        tasks = check_merge(name, rows, model=model, progress=progress(stack))
+    if tasks:
+        report["tasks"] = [task.as_dict() for task in tasks]
+    for task in tasks:
+        if task.fell:
+            ui.warning(
+                f"{name} has lost most of {task.parent}'s task: loss {task.merged_loss:.3f} on {task.data}, with "
+                f"{task.parent} {task.parent_loss:.3f}, without an adapter {task.base_loss:.3f}"
+            )
+    if not tasks:
+        ui.note("a merge can lose one of its tasks, so evaluate all of them (or merge with --data):")
+        for line in commands(adapters, name, model=model):
+            ui.note(f"  {line}")
     if json:
         ui.as_json(report)
         return
@@ -120,3 +141,7 @@ def merge(
         f"{report['adapter']}: {report['method']}, rank {report['rank']} on {report['modules']} modules, "
         f"{ui.size(report['bytes'])}{error}"
     )
+    if tasks:
+        header = ["task of", "rows", "loss of the base", "of the adapter", "of the merge", "gain kept"]
+        rows_shown = [(t.parent, t.data, t.base_loss, t.parent_loss, t.merged_loss, f"{t.kept:.0%}") for t in tasks]
+        ui.table(header, rows_shown)

@@ -72,7 +72,9 @@ def quantize(
     bits: Annotated[int | None, typer.Option("--bits", help="Bits per weight; the mode's own by default.")] = None,
     group_size: Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")] = None,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4: quantize the scales as well.")] = False,
-    verify: Annotated[str | None, typer.Option("--verify", help="Compare with the source on these rows.")] = None,
+    verify: Annotated[
+        str | None, typer.Option("--verify", help="Rows to measure on, in place of a text of ours; none: don't.")
+    ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -98,8 +100,10 @@ def quantize(
     ui.result(f"{out}: {report['bits_per_weight']:.2f} bits per weight, {ui.size(report['bytes'])}")
     for line in _carried(report["carried"]):
         ui.result(line)
+    if report["kept"]:
+        ui.result(f"{len(report['kept'])} layers keep the packing that they come from, without a second loss")
     ui.result(f"relative error of the weights {report['relative_error']:.4f}")
-    if verify:
+    if "kl" in report:
         ui.result(
             f"KL {report['kl']:.4f} nats, same top token {report['top1_agreement']:.1%}, "
             f"perplexity {report['perplexity_before']:.3f} -> {report['perplexity_after']:.3f}"
@@ -120,16 +124,17 @@ def fuse(
 
     with ExitStack() as stack:
         chosen = None if bits is None else str(bits)
-        fused = fuse_adapter(model, adapter, out, bits=chosen, data=data, force=force, progress=progress(stack))
+        bars = progress(stack)
+        report = fuse_adapter(model, adapter, out, bits=chosen, data=data, force=force, progress=bars).as_dict()
     if json:
-        ui.as_json(fused.as_dict())
+        ui.as_json(report)
         return
-    ui.result(f"{fused.out}: {fused.bits}, {ui.size(fused.bytes)}")
-    for line in _carried(fused.as_dict()["carried"]):
+    ui.result(f"{report['out']}: {report['bits']}, {ui.size(report['bytes'])}")
+    for line in _carried(report["carried"]):
         ui.result(line)
     ui.result(
-        f"{fused.delta_survival:.1%} of the update survived; against base and adapter: "
-        f"KL {fused.agreement.kl:.4f} nats, same top token {fused.agreement.top1_agreement:.1%}"
+        f"{report['delta_survival']:.1%} of the update survived; against base and adapter: "
+        f"KL {report['kl']:.4f} nats, same top token {report['top1_agreement']:.1%}"
     )
 
 

@@ -28,7 +28,7 @@ def plan(
     model: Base = None,
     data: Rows = None,
     memory_gb: Annotated[
-        float | None, typer.Option("--memory-gb", min=0.1, help="Plan for a machine with this much memory.")
+        float | None, typer.Option("--memory-gb", min=0.1, help="Plan for a machine with this much memory, in GiB.")
     ] = None,
     device: Annotated[
         Device | None, typer.Option("--device", help="Plan for a Mac's GPU, or for a processor; this one's by default.")
@@ -53,6 +53,8 @@ def plan(
 
 
 def _show(made: Plan) -> None:
+    from mlx_lora.tasks.plan import override
+
     facts = made.as_dict()
     ui.table(["part", "memory"], [*((part, ui.size(size)) for part, size in facts["parts"].items())])
     answer = "fits" if made.fits else "doesn't fit"
@@ -64,7 +66,11 @@ def _show(made: Plan) -> None:
     if made.seconds is not None:
         time = f"{made.seconds:.0f} s" if made.seconds < 120 else f"{made.seconds / 60:.0f} min"
         ui.result(f"about {time}, going by earlier runs on this machine")
+    else:
+        ui.result("how long it takes is not known yet: the first run here of some steps tells")
     if made.suggestion:
         ui.result(f"would fit: {' '.join(made.suggestion)}")
     elif not made.fits:
         ui.result("no recipe over this base fits: choose a smaller one")
+    if not made.fits:
+        ui.result(f"all the same: {override(made)}")

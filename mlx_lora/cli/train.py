@@ -155,7 +155,7 @@ def listener(stack: ExitStack, stop: StopSignal, *, quiet: bool = False) -> List
     untrained: float | None = None
     shown = 0
 
-    def hear(event: Any) -> None:
+    def show(event: Any) -> None:
         nonlocal advance, untrained, shown
         if isinstance(event, Step):
             if advance is None:
@@ -174,7 +174,7 @@ def listener(stack: ExitStack, stop: StopSignal, *, quiet: bool = False) -> List
                 ui.warning("the adapter is worse on the validation rows than the base without it")
 
     stage = (lambda text: None) if quiet else ui.note
-    return Listener(hear, stage, started=stop.install, progress=progress(bars), should_stop=stop)
+    return Listener(show, stage, started=stop.install, progress=progress(bars), should_stop=stop)
 
 
 def _step(event: Any) -> str:

@@ -19,7 +19,7 @@ from mlx_lora.config import Data
 from mlx_lora.data.example import Example, shorten
 from mlx_lora.data.read import Source
 from mlx_lora.errors import MlxLoraError, Problem
-from mlx_lora.models import template
+from mlx_lora.models import template, token_ids
 
 # Consecutive pieces of a split text share this fraction of the length: the later one has it as context, without loss.
 OVERLAP = 0.125
@@ -75,23 +75,31 @@ class Encoder:
         return result
 
     def tokens(self, example: Example) -> tuple[list[int], list[float]]:
-        """Token ids and loss weights of a whole example. Raises ValueError naming what can't be encoded."""
+        """Token ids and loss weights of a whole example.
+
+        Raises ValueError naming what can't be encoded, or a token that the model's embedding has no row for.
+        """
         if example.text is not None:
             if self.settings.template == "chat":
                 raise ValueError("template chat needs messages, the row is plain text")
-            return self._text(example.text)
-        if self.templated(example):
-            return self._chat(example)
-        return self._plain(example)
+            tokens, weights = self._text(example.text)
+        elif self.templated(example):
+            tokens, weights = self._chat(example)
+        else:
+            tokens, weights = self._plain(example)
+        return self._embedded(tokens), weights
 
     def prompt_tokens(self, example: Example) -> list[int]:
-        """The tokens that generation starts from: everything before the answer. Raises ValueError for plain text."""
+        """The tokens that generation starts from: everything before the answer.
+
+        Raises ValueError for plain text, and for a token that the model's embedding has no row for.
+        """
         if example.text is not None:
             raise ValueError("plain text has no prompt to answer")
         if self.templated(example):
-            return self._render(example.messages[: example.prompt_messages], example.tools, prompt=True)
+            return self._embedded(self._render(example.messages[: example.prompt_messages], example.tools, prompt=True))
         assert example.plain is not None
-        return self._without_end(self.tokenizer.encode(example.plain[0]))
+        return self._embedded(self._without_end(self.tokenizer.encode(example.plain[0])))
 
     def templated(self, example: Example) -> bool:
         """Whether an example goes through the chat template."""
@@ -103,6 +111,12 @@ class Encoder:
         if not available and (self.settings.template == "chat" or example.plain is None):
             raise ValueError("the tokenizer has no chat template")
         return available
+
+    def _embedded(self, tokens: list[int]) -> list[int]:
+        """`tokens`, each of which has a row in the model's embedding."""
+        if found := token_ids.fault(self.tokenizer, tokens):
+            raise ValueError(f"{found}: {token_ids.HINT}")
+        return tokens
 
     def _text(self, text: str) -> tuple[list[int], list[float]]:
         if self.settings.mask not in ("auto", "all"):

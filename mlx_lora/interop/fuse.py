@@ -3,11 +3,14 @@
 Requantizing a merged weight to 4 bits can erase the update in silence: it is often smaller than a quantization step.
 So over a quantized base the touched layers become 8-bit by default, or stay plain where even 8 bits would lose most of
 the update; survival is measured on the weights before anything is written, and losing more than half is refused.
+
+Neither the base nor the result is ever whole in memory: layers are read, merged, written and freed one by one. What a
+fused model says beside base and adapter is measured by its caller, who runs the two after each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,36 +18,35 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.attach import Wrappers, put
-from mlx_lora.adapters.base import AdapterLayer
-from mlx_lora.data.encode import Row
+from mlx_lora.adapters.attach import Wrappers
+from mlx_lora.adapters.base import AdapterLayer, layer_shape
 from mlx_lora.errors import CannotFuse
-from mlx_lora.measure import Agreement, as_dict, compare, survival
+from mlx_lora.measure import Agreement, as_dict, survival
 from mlx_lora.models.carry import Beside
-from mlx_lora.models.layers import dequantize_model, half, set_modules
-from mlx_lora.models.load import LoadedModel, ready
+from mlx_lora.models.layers import dequantize_model, half, release, set_modules
+from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.save import save
-from mlx_lora.quant.quantize import dequantize_layer, layer_settings, packed_layer, quantize
+from mlx_lora.quant.quantize import dequantize_layer, layer_settings, pack_lazily, packed_layer
 from mlx_lora.store.adapter import StoredAdapter, wrappers_for
 
 BITS = ("mixed", "keep", "8", "16")
 LEAST_SURVIVAL = 0.5
+EIGHT = {"mode": "affine", "bits": 8, "group_size": 64}
 
 
 @dataclass(frozen=True)
 class Fused:
-    """What fusing did; `delta_survival` is of the weights, the agreement of outputs on the measured rows."""
+    """What fusing wrote; `delta_survival` is of the weights."""
 
     out: Path
     bits: str
     delta_survival: float
     bytes: int
-    agreement: Agreement
     beside: Beside
 
-    def as_dict(self) -> dict[str, Any]:
-        """The keys of `fuse --json`."""
-        measured = {key: value for key, value in as_dict(self.agreement).items() if not key.startswith("perplexity")}
+    def as_dict(self, agreement: Agreement) -> dict[str, Any]:
+        """The keys of `fuse --json`, with how the outputs agree on the measured rows."""
+        measured = {key: value for key, value in as_dict(agreement).items() if not key.startswith("perplexity")}
         return {
             "out": str(self.out),
             "bits": self.bits,
@@ -56,92 +58,133 @@ class Fused:
 
 
 def fuse(
-    stored: LoadedModel,
-    reference: LoadedModel,
+    open_stored: Callable[[], LoadedModel],
     adapter: StoredAdapter,
     out: Path,
-    rows: Sequence[Row],
     *,
     bits: str | None = None,
     force: bool = False,
-    on_row: Callable[[], None] = lambda: None,
+    on_module: Callable[[], None] = lambda: None,
 ) -> Fused:
-    """Merge `adapter` into `stored` (tensors as on disk), write it to `out`, and compare it with `reference`.
+    """Merge `adapter` into its base and write the result to `out`.
 
-    `reference` is the same base ready to compute; it comes back carrying the adapter. `bits` is `keep` (each layer
-    its base's own format), `mixed` (touched layers at 8 bits, or plain where 8 bits lose most of their update), or `8`
-    or `16` (the whole model, `16` in half precision); the default is mixed over a quantized base and keep over a plain
-    one. Raises CannotFuse under 0.5 survival without `force`.
+    `open_stored` opens the base with its tensors as on disk and unread; it is called twice, because every layer is
+    freed once it was measured, and again once it was written. `bits` is `keep` (each layer its base's own format),
+    `mixed` (touched layers at 8 bits, or plain where 8 bits lose most of their update), or `8` or `16` (the whole
+    model, `16` in half precision); the default is mixed over a quantized base and keep over a plain one. Raises
+    CannotFuse under 0.5 survival without `force`, and then nothing is written.
     """
-    quantized = "quantization" in stored.config
-    bits = bits or ("mixed" if quantized else "keep")
-    wrappers = wrappers_for(stored.model, adapter)
-    set_modules(stored.model, {path: merge(wrapper, bits, stored.stored) for path, wrapper in wrappers.items()})
-    _convert(stored, list(wrappers), bits)
-    survived = survival(_updates(wrappers, dict(stored.model.named_modules())))
+    stored = open_stored()
+    bits = bits or ("mixed" if "quantization" in stored.config else "keep")
+    formats, survived = _measured(stored, wrappers_for(stored.model, adapter), bits)
     if survived < LEAST_SURVIVAL and not force:
         raise CannotFuse(
             f"only {max(survived, 0):.0%} of the adapter's update survives at bits={bits}; the fused model would not "
             "have learned what the adapter did",
             hint="--bits mixed keeps touched layers at 8 bits, --bits 16 keeps all of it; --force fuses anyway",
         )
-    saved = save(stored, out, force=force)
-    put(reference.model, wrappers_for(reference.model, adapter))
-    agreement = compare(reference.model, ready(stored).model, rows, on_row=on_row)
-    return Fused(out, bits, survived, saved.bytes, agreement, saved.beside)
+    stored = open_stored()
+    wrappers = wrappers_for(stored.model, adapter)
+    merged = {path: _merged(wrappers[path], bits, stored.stored, formats[path]) for path in wrappers}
+    set_modules(stored.model, merged)
+    _convert(stored, list(merged), bits)
+    del wrappers, merged
+    saved = save(stored, out, force=force, free=True, on_module=on_module)
+    return Fused(out, bits, survived, saved.bytes, saved.beside)
 
 
-def merge(wrapper: AdapterLayer, bits: str, dtype: mx.Dtype) -> nn.Module:
-    """The wrapped layer with its update merged, in the format that `bits` asks for.
+Format = dict[str, Any] | str | None
+# A layer that the method merges into the packed base, without packing anything anew.
+EXACT = "exact"
+
+
+def _measured(stored: LoadedModel, wrappers: Wrappers, bits: str) -> tuple[dict[str, Format], float]:
+    """The format of every touched layer by path, and how much of all updates survives; each layer is freed behind."""
+    formats: dict[str, Format] = {}
+
+    def pairs() -> Iterator[tuple[mx.array, mx.array]]:
+        for path in list(wrappers):
+            wrapper = wrappers.pop(path)
+            formats[path] = _format(wrapper, bits, stored.stored)
+            written = _as_written(_merged(wrapper, bits, stored.stored, formats[path]), bits, stored)
+            yield _update(wrapper, written)
+            if all(other.base is not wrapper.base for other in wrappers.values()):  # a tied head's is the embedding
+                release(wrapper.base)
+            del wrapper, written
+            mx.clear_cache()
+
+    survived = survival(pairs())
+    return formats, survived
+
+
+def _format(wrapper: AdapterLayer, bits: str, dtype: mx.Dtype) -> Format:
+    """How the wrapped layer is written: EXACT, settings to pack it by, or None for a plain layer.
 
     Under `mixed` that is 8 bits, unless 8 bits would lose most of this layer's update: then it stays plain. A short
     training moves weights by less than an 8-bit step. A method that merges exactly into the packed layer does so.
     """
-    if bits in ("mixed", "keep") and (packed := wrapper.fuse_packed()) is not None:
+    if bits in ("mixed", "keep") and wrapper.fuse_packed() is not None:
+        if bits == "keep" or survival([_update(wrapper, _merged(wrapper, bits, dtype, EXACT))]) >= LEAST_SURVIVAL:
+            return EXACT
+    base = wrapper.base
+    if not (hasattr(base, "to_quantized") or "scales" in base) or bits in ("8", "16"):  # a norm; the whole model
+        return None
+    if bits == "keep":
+        return layer_settings(base)
+    settings = eight_bits(base)
+    kept = survival([_update(wrapper, _merged(wrapper, bits, dtype, settings))]) >= LEAST_SURVIVAL
+    return settings if kept else None
+
+
+def merge(wrapper: AdapterLayer, bits: str, dtype: mx.Dtype) -> nn.Module:
+    """The wrapped layer with its update merged, in the format that `bits` asks for."""
+    return _merged(wrapper, bits, dtype, _format(wrapper, bits, dtype))
+
+
+def _merged(wrapper: AdapterLayer, bits: str, dtype: mx.Dtype, chosen: Format) -> nn.Module:
+    """The wrapped layer with its update merged, in the format that was chosen for it; lazily."""
+    if chosen == EXACT and (packed := wrapper.fuse_packed()) is not None:
         for name, array in packed.parameters().items():  # float32 beside halves would make every output float32
             packed[name] = array.astype(wrapper.base[name].dtype if name in wrapper.base else dtype)
-        if bits == "keep" or survival([_update(wrapper, packed)]) >= LEAST_SURVIVAL:
-            return packed
+        return packed
     plain = wrapper.fuse()
     plain.set_dtype(half(dtype) if bits == "16" else dtype)
-    if not hasattr(plain, "to_quantized"):  # a norm
-        return plain
-    if bits == "mixed":
-        packed = plain.to_quantized(**eight_bits(plain))
-        return packed if survival([_update(wrapper, packed)]) >= LEAST_SURVIVAL else plain
-    settings = layer_settings(wrapper.base)
-    return plain if settings is None or bits in ("8", "16") else packed_layer(plain, settings)
+    return packed_layer(plain, chosen) if isinstance(chosen, dict) else plain
+
+
+def _as_written(layer: nn.Module, bits: str, stored: LoadedModel) -> nn.Module:
+    """The layer as `_convert` leaves it, where that is about the whole model."""
+    if bits == "8" and hasattr(layer, "to_quantized") and layer["weight"].shape[-1] % EIGHT["group_size"] == 0:
+        return packed_layer(layer, EIGHT)
+    return layer
 
 
 def eight_bits(layer: nn.Module) -> dict[str, Any]:
-    """Affine 8-bit settings that divide a layer's input dimension. Raises CannotFuse when none does."""
-    columns = layer["weight"].shape[-1]
+    """Affine 8-bit settings that divide the input dimension of a layer, packed or not.
+
+    Raises CannotFuse when none does.
+    """
+    columns = layer_shape(layer)[-1]
     for group_size in (32, 64, 128):
         if columns % group_size == 0:
             return {"mode": "affine", "bits": 8, "group_size": group_size}
     raise CannotFuse(f"no 8-bit group size divides {columns} columns", hint="--bits 16")
 
 
-def _updates(wrappers: Wrappers, modules: dict[str, nn.Module]) -> Iterator[tuple[mx.array, mx.array]]:
-    """(intended, realised) updates of every touched weight."""
-    for path, wrapper in wrappers.items():
-        yield _update(wrapper, modules[path])
-
-
 def _update(wrapper: AdapterLayer, merged: nn.Module) -> tuple[mx.array, mx.array]:
+    """(intended, realised) updates of a touched weight."""
     base = dequantize_layer(wrapper.base, mx.float32)
     return wrapper.delta(), dequantize_layer(merged, mx.float32) - base
 
 
 def _convert(stored: LoadedModel, touched: list[str], bits: str) -> None:
     """Bring the untouched layers along where `bits` is about all of them, and make config.json say what is stored."""
-    eight = {"mode": "affine", "bits": 8, "group_size": 64}
     if bits == "16":
         dequantize_model(stored, half(stored.stored))
         stored.model.set_dtype(half(stored.stored))
     if bits == "8":
         dequantize_model(stored, stored.stored)
-        stored.config["quantization"] = quantize(stored.model, eight).config
+        stored.config["quantization"] = pack_lazily(stored.model, EIGHT).quantized.config
     if bits == "mixed" or (bits == "keep" and "quantization" in stored.config):
         modules = dict(stored.model.named_modules())
         layers = {
@@ -149,4 +192,4 @@ def _convert(stored: LoadedModel, touched: list[str], bits: str) -> None:
             for path in touched
             if hasattr(modules[path], "bits") or hasattr(modules[path], "to_quantized")
         }
-        stored.config["quantization"] = {**stored.config.get("quantization", eight), **layers}
+        stored.config["quantization"] = {**stored.config.get("quantization", EIGHT), **layers}

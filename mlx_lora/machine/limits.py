@@ -12,6 +12,7 @@ import psutil
 from mlx_lora import ui
 from mlx_lora.machine import device
 
+GIB = 1 << 30
 # Of what is free, this share is for arrays: the interpreter, its libraries and the allocator's gaps take the rest.
 FOR_ARRAYS = 0.9
 # Metal's recommendation for machines of this many bytes, and for larger ones.
@@ -23,25 +24,28 @@ LEAST_FREE = 256 << 20
 
 
 def limit_bytes(*, memory_gb: float | None = None, setting: float | None = None) -> int:
-    """Bytes that training may take here, or on a machine of `memory_gb` gigabytes, and never more than `setting` GB.
+    """Bytes that training may take: `setting` GiB where that is set, be it more or less than the machine recommends.
 
-    Of another machine it is the part that Metal recommends for one of that size.
+    Otherwise what this machine gives, or one with `memory_gb` GiB in all: the part that Metal recommends for that size.
     """
+    if setting is not None:
+        return int(setting * GIB)
     if memory_gb is not None:
-        total = int(memory_gb * (1 << 30))
-        limit = int(total * (OF_LARGE if total >= LARGE else OF_SMALL))
-    elif device.on_gpu():
-        limit = int(mx.device_info()["max_recommended_working_set_size"])
-    else:
-        available = psutil.virtual_memory().available
-        limit = int(mx.get_active_memory() + min(FOR_ARRAYS * available, available - LEAST_FREE))
-    return limit if setting is None else min(limit, int(setting * 1e9))
+        total = int(memory_gb * GIB)
+        return int(total * (OF_LARGE if total >= LARGE else OF_SMALL))
+    if device.on_gpu():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    available = psutil.virtual_memory().available
+    return int(mx.get_active_memory() + min(FOR_ARRAYS * available, available - LEAST_FREE))
 
 
-def exceeded(limit: int) -> str | None:
-    """Why training should stop and save, looking at the highest use so far and at what the machine has left."""
-    peak, free = int(mx.get_peak_memory()), int(psutil.virtual_memory().available)
-    if peak > SLACK * limit:
+def exceeded(limit: int | None, *, beside: int = 0) -> str | None:
+    """Why training should stop and save, or None, from the highest use so far and what the machine has left.
+
+    `beside` are bytes that training holds outside of MLX. Without a limit only a machine that is about to swap is one.
+    """
+    peak, free = int(mx.get_peak_memory()) + beside, int(psutil.virtual_memory().available)
+    if limit is not None and peak > SLACK * limit:
         return f"a step took {ui.size(peak)}, over the limit of {ui.size(limit)}"
     if free < LEAST_FREE:
         return f"only {ui.size(free)} of this machine's memory is left: it would swap"

@@ -16,6 +16,9 @@ import mlx.nn as nn
 # Its names, of which a model has one.
 TRUNKS = ("model", "backbone", "transformer")
 
+# Settings of config.json that say how many rows the embedding has; phixtral has a name of its own.
+VOCABULARY_SIZES = ("vocab_size", "num_vocab")
+
 # ---- Token mixers and routers: what `adapter.targets` means by attention and by all-linear ----
 
 Modules = Mapping[str, nn.Module]

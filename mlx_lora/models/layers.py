@@ -1,20 +1,18 @@
-"""Layers put into a model, and packed ones taken back to plain ones."""
+"""Layers put into a model, packed ones taken back to plain ones, and layers whose memory is given back."""
 
 from __future__ import annotations
+
+from collections.abc import Container
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_lora.errors import ModelError
-from mlx_lora.machine import allocation
 from mlx_lora.models import QuantizedSwitchLinear, SwitchLinear
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.quant import nf4
 from mlx_lora.quant.quantize import dequantize_layer
-
-with allocation.file_limits_kept():
-    pass
 
 
 def half(dtype: mx.Dtype) -> mx.Dtype:
@@ -22,12 +20,12 @@ def half(dtype: mx.Dtype) -> mx.Dtype:
     return dtype if dtype in (mx.float16, mx.bfloat16) else mx.float16
 
 
-def dequantize_model(loaded: LoadedModel, dtype: mx.Dtype = mx.float16) -> None:
-    """Take every packed layer back to a plain one in `dtype`, in place."""
+def dequantize_model(loaded: LoadedModel, dtype: mx.Dtype = mx.float16, *, keep: Container[str] = ()) -> None:
+    """Take every packed layer but those at the paths of `keep` back to a plain one in `dtype`, in place and lazily."""
     replaced = {
         path: plain_layer(module, dequantize_layer(module, dtype))
         for path, module in loaded.model.named_modules()
-        if "scales" in module
+        if "scales" in module and path not in keep
     }
     set_modules(loaded.model, replaced)
     for key in ("quantization", "quantization_config"):
@@ -57,3 +55,14 @@ def set_modules(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
     """Put modules at dotted paths; an empty mapping changes nothing."""
     if replaced:
         model.update_modules(tree_unflatten(list(replaced.items())))
+
+
+def release(module: nn.Module) -> None:
+    """Let go of every array of a module and of those inside it; it can't run afterwards.
+
+    Arrays that somebody else refers to stay alive there.
+    """
+    for inner in module.modules():
+        for name, value in inner.items():
+            if isinstance(value, mx.array):
+                inner[name] = mx.zeros((0,), value.dtype)

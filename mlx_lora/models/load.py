@@ -17,11 +17,12 @@ from mlx_lora import files
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError
 from mlx_lora.machine import allocation, device
-from mlx_lora.models import carry, index
+from mlx_lora.models import carry, index, token_ids
+from mlx_lora.models.config_faults import naming_settings
 from mlx_lora.models.open import Model, open_model
 from mlx_lora.quant import nf4
 from mlx_lora.quant.matmul import use_fast_multiply
-from mlx_lora.quant.quantize import Quantized, named_arrays, pack, quantize
+from mlx_lora.quant.quantize import Quantized, named_arrays, pack, pack_lazily, quantize
 
 with allocation.file_limits_kept():
     import mlx_lm.utils as mlx_lm_utils
@@ -57,22 +58,36 @@ def load(model: Model, *, quantization: Quantize | None = None) -> LoadedModel:
 
 
 def load_stored(
-    model: Model, *, quantization: Quantize | None = None, on_layer: Callable[[str], None] = lambda path: None
+    model: Model,
+    *,
+    quantization: Quantize | None = None,
+    lazily: bool = False,
+    on_layer: Callable[[str], None] = lambda path: None,
 ) -> LoadedModel:
-    """Load with every tensor as the files hold it, lazily, then quantize when asked; for hashing and saving."""
+    """Load with every tensor as the files hold it, lazily, then quantize when asked; for hashing and saving.
+
+    With `lazily` quantizing waits too, until somebody computes with a layer, and `relative_error` isn't known.
+    """
     opened = open_model(model)
     path, config = opened.path, dict(opened.config)
     if found := index.disagreement(path, opened.weights):
         log.info("%s: ignored, what counts is what the files hold", found)
-    with files.refusing(ModelError, f"{path}: can't be loaded"), index.naming_tensors(path):
+    named = naming_settings(config, where=str(path / "config.json"))
+    with files.refusing(ModelError, f"{path}: can't be loaded"), named, index.naming_tensors(path):
         network, config = _load_network(path, config)
         carry.tie_again(path, network)
         # mlx_lm writes settings of its own into these (as tie_word_embeddings), which other readers would believe.
         config |= {part: copy.deepcopy(opened.config[part]) for part in PARTS if part in opened.config}
-        network(mx.zeros((1, 2), mx.int32))  # never computed: a setting that doesn't fit shows while this is built
+        # never computed: a setting that doesn't fit shows while this is built
+        logits = network(mx.zeros((1, 2), mx.int32))
+    token_ids.remember_rows(opened.tokenizer, logits.shape[-1])  # the embedding and the head have as many rows
     loaded = LoadedModel(network, opened.tokenizer, config, path, _stored_dtype(network))
     if quantization is not None:
-        loaded.quantized = quantize(loaded.model, quantization.complete(), on_layer=on_layer)
+        settings = quantization.complete()
+        if lazily:
+            loaded.quantized = pack_lazily(loaded.model, settings).quantized
+        else:
+            loaded.quantized = quantize(loaded.model, settings, on_layer=on_layer)
         loaded.config["quantization"] = loaded.config["quantization_config"] = loaded.quantized.config
     return loaded
 
@@ -98,14 +113,17 @@ def _load_network(path: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[s
     return network, read | {"quantization": settings, "quantization_config": settings}
 
 
-def ready(loaded: LoadedModel) -> LoadedModel:
-    """Cast to the dtype this device computes in, choose its multiply, and freeze: a base never trains."""
+def ready(loaded: LoadedModel, *, read: bool = True) -> LoadedModel:
+    """Cast to the dtype this device computes in, choose its multiply, and freeze: a base never trains.
+
+    Without `read` all of this waits until somebody computes with an array: its weights are then read one by one.
+    """
     if not device.on_gpu():
         use_fast_multiply(loaded.model)
     nf4.compute_in(loaded.model, _stored_dtype(loaded.model) if device.on_gpu() else mx.float32)
     loaded.model.freeze()
     loaded.model.eval()
-    for _, array in tree_flatten(loaded.model.parameters()):
+    for _, array in tree_flatten(loaded.model.parameters()) if read else ():
         mx.eval(array)  # one by one: the stored array behind each is freed before the next is read
     return loaded
 

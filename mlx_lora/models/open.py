@@ -23,6 +23,7 @@ import mlx.nn as nn
 from mlx_lora import files, paths
 from mlx_lora.errors import ModelError, nearest
 from mlx_lora.machine import allocation
+from mlx_lora.models import token_ids
 
 with allocation.file_limits_kept():
     import mlx_lm.utils as mlx_lm_utils
@@ -190,6 +191,14 @@ def check_architecture(config: dict[str, Any]) -> tuple[type[nn.Module], Any]:
         ) from None
 
 
+def _arguments(config: dict[str, Any]) -> type | None:
+    """mlx_lm's class of a model's settings, None for an architecture that it doesn't have."""
+    try:
+        return check_architecture(config)[1]  # type: ignore[no-any-return]
+    except ModelError:
+        return None
+
+
 def check_files(path: Path) -> None:
     """Raise ModelError listing everything a model directory lacks or holds damaged, before anything is loaded."""
     missing, weights = [], weight_files(path)
@@ -227,7 +236,7 @@ def load_tokenizer(model: Model) -> Any:
     Made anew in every call; `OpenModel.tokenizer` makes it once.
     """
     opened = open_model(model)
-    _ = opened.config  # refuses what would run code
+    config = opened.config  # refuses what would run code
     if faults := _faults_of_texts(opened.path):
         raise ModelError(f"{opened.path}: " + "\n  ".join(faults))
     with files.refusing(ModelError, f"{opened.path}: its tokenizer can't be loaded"):
@@ -235,4 +244,6 @@ def load_tokenizer(model: Model) -> Any:
         if not isinstance(ends, list | None) or any(not isinstance(end, int) for end in ends or []):
             raise ModelError(f"{opened.path}: eos_token_id is neither a number nor a list of numbers")
         never = {"trust_remote_code": False}  # left open, transformers asks at the terminal whether to run the code
-        return mlx_lm_utils.load_tokenizer(opened.path, never, eos_token_ids=ends)
+        tokenizer = mlx_lm_utils.load_tokenizer(opened.path, never, eos_token_ids=ends)
+        token_ids.remember_rows(tokenizer, token_ids.rows_of(config, _arguments(config)))
+    return tokenizer

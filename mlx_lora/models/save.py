@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import mlx.core as mx
 
 from mlx_lora import paths
 from mlx_lora.machine import allocation
 from mlx_lora.models import carry
+from mlx_lora.models.layers import release
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.open import read_config, weight_files
+from mlx_lora.models.shards import write_shards
 from mlx_lora.quant.quantize import named_arrays
 
 with allocation.file_limits_kept():
@@ -34,10 +38,20 @@ class Saved:
     beside: carry.Beside
 
 
-def save(loaded: LoadedModel, out: Path, *, force: bool = False) -> Saved:
+def save(
+    loaded: LoadedModel,
+    out: Path,
+    *,
+    force: bool = False,
+    free: bool = False,
+    computed_with: Mapping[str, mx.array] | None = None,
+    on_module: Callable[[], None] = lambda: None,
+) -> Saved:
     """Write a model directory that mlx_lm loads as it is, unless in nf4. Appears whole, or not.
 
-    What the model's own directory holds beside the text model (vision, audio, processors) goes along unchanged.
+    What the model's own directory holds beside the text model (vision, audio, processors) goes along unchanged. With
+    `free` the model's arrays are computed, written and freed a module at a time, and the model can't run afterwards;
+    `computed_with` has arrays by module path that are evaluated together with that module's own.
     """
     beside = carry.beside(loaded.path, weight_files(loaded.path), loaded.model)
     config = dict(loaded.config)
@@ -45,9 +59,13 @@ def save(loaded: LoadedModel, out: Path, *, force: bool = False) -> Saved:
         config["quantization"] = packed
     if config.get("vision_config") and not beside.tensors:
         log.info("%s: its vision part is not known here, what is written is the text model alone", loaded.path)
-    needs = sum(array.nbytes for _, array in named_arrays(loaded.model)) + beside.bytes
+    arrays = named_arrays(loaded.model)
+    needs = sum(array.nbytes for _, array in arrays) + beside.bytes
+    parameters = mlx_lm_utils.get_total_parameters(loaded.model)
     with paths.written_whole(out, force=force, needs=needs) as folder:
-        mlx_lm_utils.save_model(folder, loaded.model)
+        if free:
+            release(loaded.model)
+        write_shards(folder, arrays, parameters=parameters, computed_with=computed_with, on_module=on_module)
         carry.write(beside, folder)
         mlx_lm_utils.save_config(config, folder / "config.json", keep_vision_config=bool(beside.tensors))
         for file in tokenizer_files(loaded.path):

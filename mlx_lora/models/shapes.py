@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from mlx_lora import files
 from mlx_lora.errors import ModelError
+from mlx_lora.models.config_faults import naming_settings
 from mlx_lora.models.open import Model, check_architecture, open_model, weight_files
 from mlx_lora.quant.matmul import use_fast_multiply
 from mlx_lora.quant.quantize import pack
@@ -87,15 +88,9 @@ def _named(config: dict[str, Any]) -> Any:
 
 
 def _bare(config: dict[str, Any]) -> nn.Module:
-    kind = config.get("model_type")
     model_class, arguments = check_architecture(config)
-    try:
+    with naming_settings(config):
         model: nn.Module = model_class(arguments.from_dict(config))
-    except Exception as error:  # whatever a configuration with missing or odd values makes an architecture raise
-        raise ModelError(
-            f"config.json: no {kind!r} model can be made of it: {error} ({type(error).__name__})",
-            hint="compare it with the config.json of another model of that architecture",
-        ) from None
     if config.get("tie_word_embeddings", True) and hasattr(model, "sanitize"):
         with suppress(Exception):  # some drop a head of their own where the files have none; others want every tensor
             model.sanitize({})

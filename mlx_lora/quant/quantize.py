@@ -18,16 +18,21 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.errors import ModelError
 from mlx_lora.methods import MODES
-from mlx_lora.quant import nf4
+from mlx_lora.quant import grid, nf4
 from mlx_lora.quant.matmul import dequantize
 
 # Modes whose packed layers compute in the activations' own dtype.
 FLOAT_SCALES = ("affine", nf4.MODE)
+# Elements of a weight whose error is computed at a time.
+BLOCK = 1 << 22
 
 
 @dataclass
 class Quantized:
-    """What quantizing did. Sizes in bytes; `relative_error` is ‖W − Q(W)‖ / ‖W‖ over all quantized weights."""
+    """What quantizing did. Sizes in bytes; `relative_error` is ‖W − Q(W)‖ / ‖W‖ over all weights that were packed.
+
+    Layers that were packed before, and keep that packing, are in `kept`; `left_alone` has the layers that stay plain.
+    """
 
     settings: dict[str, Any]
     bits_per_weight: float
@@ -35,6 +40,25 @@ class Quantized:
     relative_error: float
     config: dict[str, Any]
     left_alone: list[str] = field(default_factory=list)
+    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Packing:
+    """A model whose layers have been replaced by packed ones that nobody has computed yet.
+
+    `errors` has an array (2,) for each of those by path, ‖W − Q(W)‖² and ‖W‖², to be evaluated together with its
+    layer's arrays, because the plain weight is freed behind them. `quantized` becomes whole with `finish`.
+    """
+
+    quantized: Quantized
+    errors: dict[str, mx.array]
+
+    def finish(self) -> Quantized:
+        """The account, once every layer has been computed."""
+        error, norm = (sum(float(np.array(pair)[part]) for pair in self.errors.values()) for part in (0, 1))
+        self.quantized.relative_error = math.sqrt(error / norm) if norm else 0.0
+        return self.quantized
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -52,29 +76,52 @@ def quantize(
     """
     if is_quantized(model):
         raise ModelError("the model is quantized already", hint="dequantize it first, or use it as it is")
-    chosen, left_alone = choices(model, settings)
-    if not chosen:
+    packing = pack_lazily(model, settings)
+    modules = _leaves(model)
+    for path, error in packing.errors.items():
+        mx.eval(modules[path].parameters(), error)
+        on_layer(path)
+    mx.eval(model.parameters())
+    return packing.finish()
+
+
+def pack_lazily(
+    model: nn.Module,
+    settings: dict[str, Any],
+    *,
+    kept: dict[str, dict[str, Any]] | None = None,
+    on_own_grid: dict[str, dict[str, Any]] | None = None,
+) -> Packing:
+    """`quantize` without computing anything: each layer is read and packed when its arrays are evaluated.
+
+    `kept` are the settings of layers that are packed already, `on_own_grid` those of plain layers whose weights lie on
+    a grid of their own (`grid.py`), both by path. Raises ModelError when nothing can be quantized.
+    """
+    kept, on_own_grid = kept or {}, on_own_grid or {}
+    chosen, left_alone = choices(model, settings, on_own_grid)
+    if not chosen and not kept:
         raise ModelError(f"no layer can be quantized with group size {settings['group_size']}")
-    leaves, error, norm = _leaves(model), 0.0, 0.0
+    leaves, errors = _leaves(model), {}
     for path, its in chosen.items():
         layer = leaves.pop(path)
-        packed = packed_layer(layer, its)
-        layer_error, layer_norm = _squared_error(layer, packed)
-        error, norm = error + layer_error, norm + layer_norm
+        packed = packed_layer(layer, its, on_own_grid=path in on_own_grid)
+        errors[path] = _squared_error(layer, packed)
         model.update_modules(tree_unflatten([(path, packed)]))
-        on_layer(path)
     if settings["mode"] not in FLOAT_SCALES:  # these unpack to bfloat16: beside float16 activations would be float32
         model.apply(lambda array: array.astype(mx.bfloat16) if array.dtype == mx.float16 else array)
-    mx.eval(model.parameters())
     size = model_bytes(model)
-    return Quantized(
+    own = {path: its for path, its in {**chosen, **kept}.items() if its != settings}
+    config = {**settings, **own}
+    account = Quantized(
         settings=dict(settings),
         bits_per_weight=8 * size / parameter_count(model),
         bytes=size,
-        relative_error=math.sqrt(error / norm) if norm else 0.0,
-        config={**settings, **{path: its for path, its in chosen.items() if its is not settings}},
+        relative_error=math.nan,
+        config=config,
         left_alone=left_alone,
+        kept={**kept, **{path: its for path, its in chosen.items() if path in on_own_grid}},
     )
+    return Packing(account, errors)
 
 
 def choices(
@@ -117,17 +164,34 @@ def pack(model: nn.Module, stored: dict[str, Any]) -> None:
     model.update_modules(tree_unflatten(list(packed.items())))
 
 
-def packed_layer(layer: nn.Module, settings: dict[str, Any]) -> nn.Module:
+def packed_layer(layer: nn.Module, settings: dict[str, Any], *, on_own_grid: bool = False) -> nn.Module:
     """The packed form of a Linear, Embedding or SwitchLinear, by `{mode, bits, group_size}`; not evaluated.
 
-    Raises ValueError for settings that the mode doesn't have, or a layer that nf4 doesn't serve.
+    With `on_own_grid` the weights are packed on the grid that they lie on, not on one of MLX's choice. Raises
+    ValueError for settings that the mode doesn't have, or a layer that nf4 doesn't serve.
     """
     if settings["mode"] != nf4.MODE:
-        return layer.to_quantized(**settings)  # type: ignore[no-any-return]
+        packed: nn.Module = layer.to_quantized(**settings)
+        if on_own_grid:
+            packed.weight, packed.scales, packed.biases = grid.pack_on_grid(layer["weight"], settings["bits"])
+        elif settings["mode"] != "affine":  # MLX packs these on a CPU with thirty copies of the weight
+            packed.weight, packed.scales = _quantized_by_rows(layer["weight"], settings)
+        return packed
     make, (bits, groups) = nf4.class_for(layer), MODES[nf4.MODE]
     if make is None or settings["bits"] not in bits or settings["group_size"] not in groups:
         raise ValueError(f"nf4 doesn't serve a {type(layer).__name__} with {settings}")
     return make(layer, settings["group_size"], settings.get("double_quant", False))
+
+
+def _quantized_by_rows(weight: mx.array, settings: dict[str, Any]) -> list[mx.array]:
+    """[packed, scales] of `mx.quantize` in a mode without biases, a block of rows after the other."""
+    step = max(BLOCK // math.prod(weight.shape[1:]), 1)
+    parts: list[list[mx.array]] = []
+    for start in range(0, weight.shape[0], step):
+        block = weight[start : start + step]
+        (block,) = mx.depends([block], parts[-1]) if parts else (block,)
+        parts.append(list(mx.quantize(block, **settings)))
+    return [mx.concatenate(list(blocks)) for blocks in zip(*parts, strict=True)]
 
 
 def _leaves(model: nn.Module) -> dict[str, nn.Module]:
@@ -135,30 +199,52 @@ def _leaves(model: nn.Module) -> dict[str, nn.Module]:
     return dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
 
 
-def _squared_error(layer: nn.Module, packed: nn.Module) -> tuple[float, float]:
-    weight = layer["weight"].astype(mx.float32)
-    restored = dequantize_layer(packed, mx.float32)
-    pair = mx.stack([mx.square(weight - restored).sum(), mx.square(weight).sum()])
-    error, norm = np.array(pair).tolist()
-    return error, norm
+def _squared_error(layer: nn.Module, packed: nn.Module) -> mx.array:
+    """(2,) ‖W − Q(W)‖² and ‖W‖², lazily and a block of rows after the other: no whole float32 copy is made."""
+    weight = layer["weight"]
+    step = max(BLOCK // math.prod(weight.shape[1:]), 1)
+    total = mx.zeros((2,))
+    for start in range(0, weight.shape[0], step):
+        part = slice(start, start + step)
+        (block,) = mx.depends([weight[part]], [total])
+        block = block.astype(mx.float32)
+        away = block - dequantize_layer(packed, mx.float32, rows=part)
+        total = total + mx.stack([mx.square(away).sum(), mx.square(block).sum()])
+    return total
 
 
-def dequantize_layer(layer: nn.Module, dtype: mx.Dtype) -> mx.array:
+def dequantize_layer(layer: nn.Module, dtype: mx.Dtype, *, rows: slice = slice(None)) -> mx.array:
     """A layer's weight as a float array of shape (out, in), or (experts, out, in), in `dtype`; packed or not.
 
-    Scales are cast before they are used: with half-precision scales MLX computes in half whatever dtype is asked for.
+    `rows` are those of its first dimension. Scales are cast before they are used: with half-precision scales MLX
+    computes in half whatever dtype is asked for.
     """
+    weight = layer["weight"]
     if "scales" not in layer:
-        return layer["weight"].astype(dtype)
-    if layer.mode == nf4.MODE:
-        return nf4.unpack(layer.arrays()).astype(dtype)
+        return weight[rows].astype(dtype)
     if layer.get("global_scale") is not None:
         raise ModelError("a layer has nvfp4 weights with a scale per expert, which can't be unpacked here")
-    scales, biases = layer["scales"], layer.get("biases")
-    if biases is not None:
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    start, stop, _ = rows.indices(weight.shape[0])
+    step = max(BLOCK * layer.bits // 32 // math.prod(weight.shape[1:]), 1)
+    blocks: list[mx.array] = []
+    for first in range(start, stop, step):  # one after the other: float32 copies of a whole layer are never alive
+        block = _unpacked_rows(layer, slice(first, min(first + step, stop)), blocks[-1:])
+        blocks.append(block.astype(dtype))
+    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks)
+
+
+def _unpacked_rows(layer: nn.Module, rows: slice, after: list[mx.array]) -> mx.array:
+    """Float32 rows of a packed layer, computed once `after` is."""
+    if layer.mode == nf4.MODE:
+        (weight,) = mx.depends([layer["weight"]], after) if after else (layer["weight"],)
+        return nf4.unpack([weight, *layer.arrays()[1:]], rows)
+    arrays = [layer["weight"][rows], layer["scales"][rows]]
+    arrays += [layer["biases"][rows]] if layer.get("biases") is not None else []
+    weight, scales, *biases = mx.depends(arrays, after) if after else arrays
+    if biases:
+        scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
     settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-    return dequantize(layer["weight"], scales, biases, **settings).astype(dtype)
+    return dequantize(weight, scales, biases[0] if biases else None, **settings)
 
 
 def layer_settings(layer: nn.Module) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora import paths, ui
-from mlx_lora.errors import AdapterError, MlxLoraError, nearest
+from mlx_lora.errors import AdapterError, MlxLoraError, NotFinite, nearest
 from mlx_lora.serve.answer import Answer, first_answer, prompt_tokens, stream_text
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.store import adapter as store
@@ -55,6 +55,8 @@ class Chat:
                 continue
             try:
                 self.command(line) if line.startswith("/") else self.say(line)
+            except NotFinite:  # nothing that this model says means anything
+                raise
             except MlxLoraError as fault:
                 ui.error(fault)
             except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from mlx_lora.data.encode import common
 from mlx_lora.data.virtual import Virtual
 from mlx_lora.errors import AdapterError, MlxLoraError, nearest
 from mlx_lora.machine import allocation
+from mlx_lora.models import finite, token_ids
 from mlx_lora.models.load import LoadedModel
 
 with allocation.file_limits_kept():
@@ -92,7 +93,10 @@ class Engine:
         """Yield token ids after `prompt` until an end token (not yielded) or `max_tokens`.
 
         A prompt that continues the last one reuses its cache. `first_answer` is where the first answer in it starts,
-        for an adapter with an infix; by default the prompt has none. Raises MlxLoraError for an empty prompt.
+        for an adapter with an infix; by default the prompt has none.
+
+        Raises MlxLoraError for an empty prompt, ModelError for a token that the embedding has no row for, and NotFinite
+        where the model's logits aren't finite.
         """
         if not prompt:
             raise MlxLoraError("the prompt is empty")
@@ -100,13 +104,16 @@ class Engine:
         if sampling.seed is not None:
             mx.random.seed(sampling.seed)
         layers, rest = self._resume(self._complete(prompt, first_answer))
-        sampler = make_sampler(temp=sampling.temperature, top_p=sampling.top_p if sampling.top_p < 1 else 0.0)
+        top_p = sampling.top_p if sampling.top_p < 1 else 0.0
+        sampler = finite.marking(make_sampler(temp=sampling.temperature, top_p=top_p))
         steps = generate_step(
             mx.array(rest), self.loaded.model, max_tokens=max_tokens, sampler=sampler, prompt_cache=layers
         )
         try:
             with allocation.memory_limits():
                 for token, _ in steps:
+                    if token == finite.NOT_FINITE:
+                        raise finite.error(self.loaded.model, mx.array([self.cache.tokens]))
                     self.cache.tokens.append(int(token))
                     if int(token) in self.ends:
                         return
@@ -126,13 +133,14 @@ class Engine:
     ) -> Iterator[tuple[int, list[int]]]:
         """Answer many prompts greedily, several at a time; yield (index of the prompt, its tokens) as they end.
 
-        `first_answers` are the prompts' `first_answer`, as `stream` takes it.
+        `first_answers` are the prompts' `first_answer`, as `stream` takes it. Raises as `stream` does.
         """
         places = first_answers or [None] * len(prompts)
         complete = [self._complete(prompt, place) for prompt, place in zip(prompts, places, strict=True)]
         generator = BatchGenerator(
-            self.loaded.model, stop_tokens=[[end] for end in sorted(self.ends)], max_tokens=max_tokens
-        )
+            self.loaded.model, stop_tokens=[[end] for end in sorted(self.ends)], max_tokens=max_tokens,
+            sampler=finite.marking(make_sampler(temp=0.0)),
+        )  # fmt: skip
         try:
             indices = {uid: i for i, uid in enumerate(generator.insert(complete))}
             answers: dict[int, list[int]] = {uid: [] for uid in indices}
@@ -141,6 +149,9 @@ class Engine:
                 if not responses:
                     return
                 for response in responses:
+                    if response.token == finite.NOT_FINITE:
+                        tokens = complete[indices[response.uid]] + answers[response.uid]
+                        raise finite.error(self.loaded.model, mx.array([tokens]))
                     if response.token not in self.ends:
                         answers[response.uid].append(int(response.token))
                     if response.finish_reason is not None:
@@ -154,6 +165,7 @@ class Engine:
         return set(self.loaded.tokenizer.eos_token_ids)
 
     def _complete(self, prompt: Sequence[int], first_answer: int | None) -> list[int]:
+        token_ids.check(self.loaded.tokenizer, prompt)
         virtual = self.virtual
         return virtual.prompt(prompt, first_answer) if virtual else list(prompt)
 

@@ -23,13 +23,8 @@ from mlx_lora.errors import ModelError
 from mlx_lora.models import carry
 from mlx_lora.models.open import weight_files
 from mlx_lora.models.save import tokenizer_files
+from mlx_lora.models.shards import DTYPES
 from mlx_lora.quant.quantize import named_arrays
-
-# MLX's dtype names, as safetensors writes them.
-DTYPES = {
-    "float16": "F16", "bfloat16": "BF16", "float32": "F32", "uint32": "U32", "uint8": "U8", "int8": "I8",
-    "int32": "I32", "int64": "I64", "uint16": "U16", "int16": "I16", "uint64": "U64", "bool": "BOOL",
-}  # fmt: skip
 
 
 def of_directory(path: Path) -> str:

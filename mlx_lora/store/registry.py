@@ -169,8 +169,11 @@ def open_base(model: Model, belonging: Sequence[StoredAdapter] = ()) -> LoadedMo
     return ready(open_stored(model, belonging))
 
 
-def open_stored(model: Model, belonging: Sequence[StoredAdapter] = ()) -> LoadedModel:
-    """Like `open_base`, with the tensors as stored: for saving what comes of them."""
+def open_stored(model: Model, belonging: Sequence[StoredAdapter] = (), *, lazily: bool = False) -> LoadedModel:
+    """Like `open_base`, with the tensors as stored: for saving what comes of them.
+
+    With `lazily` a base that is quantized on the way isn't computed yet either.
+    """
     from mlx_lora.models.load import load_stored
     from mlx_lora.models.open import open_model
 
@@ -190,7 +193,7 @@ def open_stored(model: Model, belonging: Sequence[StoredAdapter] = ()) -> Loaded
         raise AdapterError("these adapters were trained over different quantizations of the base")
     settings = needed[0] if needed else None
     chosen = Quantize(**{key: settings[key] for key in Quantize.model_fields if key in settings}) if settings else None
-    return load_stored(opened, quantization=chosen)
+    return load_stored(opened, quantization=chosen, lazily=lazily)
 
 
 def quantization_needed(adapter: StoredAdapter, path: Path) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from mlx_lora.data.example import Example
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.read import HINT, find_splits, read
 from mlx_lora.errors import DataError, Problem
+from mlx_lora.models import finite
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.serve.engine import Engine
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
@@ -111,13 +112,16 @@ def evaluate(
 
 
 def mean_loss(engine: Engine, rows: Sequence[Row], on_row: Callable[[], None]) -> tuple[float, int]:
-    """(mean loss per token, tokens) over `rows` with whatever is attached."""
+    """(mean loss per token, tokens) over `rows` with whatever is attached. Raises NotFinite where a loss isn't."""
     model, virtual = engine.loaded.model, engine.virtual
     rows = [virtual.row(row) for row in rows] if virtual else rows
     loss_sum = Loss(take_apart(model))
     total, tokens = 0.0, 0
     for batch in by_length(rows, BATCH):
-        total += float(mx.array(loss_sum(as_arrays(batch))).item())
+        loss = float(mx.array(loss_sum(as_arrays(batch))).item())
+        if not math.isfinite(loss):
+            raise finite.error(model, mx.array(batch.inputs))
+        total += loss
         tokens += batch.trained
         for _ in batch.inputs:
             on_row()

@@ -20,6 +20,7 @@ from mlx_lora.data.batch import collate, epoch_steps
 from mlx_lora.data.encode import Row
 from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import RecipeError
+from mlx_lora.models import finite
 from mlx_lora.models.load import LoadedModel, load_stored
 from mlx_lora.models.open import OpenModel
 
@@ -42,21 +43,25 @@ def check_init(recipe: Recipe) -> None:
 
 
 def begin(recipe: Recipe, opened: OpenModel, loaded: LoadedModel, rows: Sequence[Row]) -> Wrappers:
-    """The wrappers of a recipe on its loaded base, ready to train. Raises AdapterError as `attach` does."""
-    settings = recipe.adapter
-    directions: dict[str, mx.array] = {}
-    if settings.init == "eva":
-        settings = place(loaded.model, settings).config  # the ranks that there are to redistribute
-        wanted = build(loaded.model, settings, seed=recipe.seed)  # raises where nothing has activations
-        layers = {path: wrapper.base for path, wrapper in wanted.items() if "lora_a" in wrapper}
-        settings, directions = eva(loaded.model, layers, settings, _batches(recipe, rows))
-    wrappers = attach(loaded.model, settings, seed=recipe.seed)
-    for path, columns in directions.items():
-        wrappers[path].lora_a = columns
-    if settings.init == "loftq":
-        loftq(wrappers, _originals(opened, wrappers))
-    for wrapper in wrappers.values():
-        mx.eval(wrapper.parameters())  # one after another: a weight taken apart is freed before the next
+    """The wrappers of a recipe on its loaded base, ready to train.
+
+    Raises AdapterError as `attach` does, and NotFinite for weights or activations that no factors can be made of.
+    """
+    with finite.explaining(loaded.model):
+        settings = recipe.adapter
+        directions: dict[str, mx.array] = {}
+        if settings.init == "eva":
+            settings = place(loaded.model, settings).config  # the ranks that there are to redistribute
+            wanted = build(loaded.model, settings, seed=recipe.seed)  # raises where nothing has activations
+            layers = {path: wrapper.base for path, wrapper in wanted.items() if "lora_a" in wrapper}
+            settings, directions = eva(loaded.model, layers, settings, _batches(recipe, rows))
+        wrappers = attach(loaded.model, settings, seed=recipe.seed)
+        for path, columns in directions.items():
+            wrappers[path].lora_a = columns
+        if settings.init == "loftq":
+            loftq(wrappers, _originals(opened, wrappers))
+        for wrapper in wrappers.values():
+            mx.eval(wrapper.parameters())  # one after another: a weight taken apart is freed before the next
     return wrappers
 
 

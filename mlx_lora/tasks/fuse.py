@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
 
 from mlx_lora import paths
+from mlx_lora.adapters.attach import put
 from mlx_lora.config import Data
 from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.errors import NameTaken
 from mlx_lora.interop.fuse import Fused, fuse
-from mlx_lora.measure import rows_of_tokens
-from mlx_lora.models.load import LoadedModel
+from mlx_lora.measure import Agreement, Predictions, compare, predictions, rows_of_tokens
+from mlx_lora.models.load import LoadedModel, load
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
@@ -20,6 +26,18 @@ from mlx_lora.study.evaluate import VALID_FIRST, questions
 
 GENERATED_ROWS, GENERATED_TOKENS = 8, 64
 MOST_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A fused model, and how its outputs agree with base and adapter on the measured rows."""
+
+    fused: Fused
+    agreement: Agreement
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of `fuse --json`."""
+        return self.fused.as_dict(self.agreement)
 
 
 def fuse_adapter(
@@ -31,26 +49,44 @@ def fuse_adapter(
     data: str | None = None,
     force: bool = False,
     progress: OnFile = silent,
-) -> Fused:
+) -> Measured:
     """Merge into `model`, by default the adapter's own base, and measure.
 
-    Raises before loading when `out` exists, and CannotFuse when the update doesn't survive.
+    The base with its adapter runs after the result was written, and the result after the base was freed. Raises before
+    loading when `out` exists, and CannotFuse when the update doesn't survive.
     """
     paths.check_target(out, force=force)
     stored_adapter = read(registry.find(adapter))
     opened = base_for(model, [stored_adapter])
     if out.resolve() == opened.path.resolve():
         raise NameTaken(f"{out} is the model itself", hint="choose another directory")
+    rows = None if data is None else _rows(data, stored_adapter, opened.tokenizer, progress)
+
+    def open_stored() -> LoadedModel:
+        return registry.open_stored(opened, [stored_adapter], lazily=True)
+
+    fused = fuse(open_stored, stored_adapter, out, bits=bits, force=force)
     reference = registry.open_base(opened, [stored_adapter])
-    if data is not None:
-        settings = Data.model_validate((stored_adapter.manifest.recipe or {}).get("data", {}))
-        asked = questions(data, settings, reference.tokenizer, exact=False, prefer=VALID_FIRST, progress=progress)
-        rows = asked.rows[:MOST_ROWS]
-    else:
+    if rows is None:
         rows = generated_rows(reference, stored_adapter, progress=progress)
-    stored = registry.open_stored(opened, [stored_adapter])
-    advance = progress("comparing with base and adapter", len(rows))
-    return fuse(stored, reference, stored_adapter, out, rows, bits=bits, force=force, on_row=advance)
+    put(reference.model, wrappers_for(reference.model, stored_adapter))
+    before = predictions(reference.model, rows, on_row=progress("running base and adapter", len(rows)))
+    before.free()
+    del reference
+    mx.clear_cache()
+    return Measured(fused, agreement_with(before, out, rows, progress=progress))
+
+
+def agreement_with(before: Predictions, out: Path, rows: Sequence[Row], *, progress: OnFile = silent) -> Agreement:
+    """How the fused model in `out` agrees with what base and adapter predict on these rows."""
+    after = predictions(load(out).model, rows, on_row=progress("running the fused model", len(rows)))
+    after.free()
+    return compare(before, after, rows)
+
+
+def _rows(data: str, adapter: StoredAdapter, tokenizer: Any, progress: OnFile) -> list[Row]:
+    settings = Data.model_validate((adapter.manifest.recipe or {}).get("data", {}))
+    return questions(data, settings, tokenizer, exact=False, prefer=VALID_FIRST, progress=progress).rows[:MOST_ROWS]
 
 
 def generated_rows(loaded: LoadedModel, adapter: StoredAdapter, *, progress: OnFile = silent) -> list[Row]:

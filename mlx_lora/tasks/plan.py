@@ -7,28 +7,32 @@ Reads config.json, and the rows where they are there: a tokenizer needs no weigh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import files, paths
+from mlx_lora import files, paths, ui
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Recipe
 from mlx_lora.data.batch import padded
 from mlx_lora.data.encode import Row
-from mlx_lora.data.prepare import OnFile, prepare, silent
+from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
 from mlx_lora.data.virtual import virtual_of
-from mlx_lora.errors import ModelError, RecipeError
+from mlx_lora.errors import ModelError, RecipeError, TrainingError
 from mlx_lora.machine import device, limits
 from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.shapes import describe, network, stored_dtype
 from mlx_lora.recipe import load_recipe
 from mlx_lora.train.budget import learn
-from mlx_lora.train.budget.choose import Lengths, Plan, plan
+from mlx_lora.train.budget.choose import Lengths, Plan, Way, plan
 from mlx_lora.train.budget.costs import Costs, costs
+from mlx_lora.train.events import Finished
 
+# What a run must have been for its peak and its pace to be believed: smaller ones are mostly overhead.
+ENOUGH_STEPS, ENOUGH_BYTES = 3, 64 << 20
 # No row is suggested to be cut below this many tokens.
 SHORTEST = 128
 FEW_BITS = 4
@@ -61,9 +65,61 @@ def plan_recipe(
     return made if made.fits else replace(made, suggestion=suggest(config, recipe, rows, machine))
 
 
-def plan_shape(config: dict[str, Any], recipe: Recipe, rows: Lengths | None, machine: Machine) -> Plan:
+def plan_rows(recipe: Recipe, model: OpenModel, prepared: Prepared, smaller_than: Way | None = None) -> Plan:
+    """The plan of a run on its rows, on this machine; smaller than the way that a run was stopped for, if one was.
+
+    Where it doesn't fit, `train.on_memory` decides. Raises TrainingError, saying what would fit and how to go on all
+    the same, or returns the smallest plan as overruled.
+    """
+    config, lengths = describe(model), lengths_of(prepared.train, prepared.valid)
+    machine = Machine(device.on_gpu(), limits.limit_bytes(setting=recipe.train.memory_limit_gb))
+    made = plan_shape(config, recipe, lengths, machine, smaller_than)
+    if made.fits:
+        return made
+    if recipe.train.on_memory == "warn":
+        return replace(made, overruled=True)
+    fits = suggest(config, recipe, lengths, machine)
+    raise TrainingError(over_limit(made), hint=f"{_what_fits(fits)}; {override(made)}")
+
+
+def over_limit(made: Plan) -> str:
+    """That a plan doesn't fit, in words."""
+    needs, limit = ui.size(made.peak_memory_bytes), ui.size(made.limit_bytes)
+    return f"training would take {needs}, and {limit} may be used"
+
+
+def override(made: Plan) -> str:
+    """How to train all the same."""
+    enough = -(-made.peak_memory_bytes * 100 // limits.GIB) / 100
+    return f"train.memory_limit_gb={enough:g} allows that much, train.on_memory=warn tries it without a limit"
+
+
+def _what_fits(overrides: list[str] | None) -> str:
+    return f"this would fit: {' '.join(overrides)}" if overrides else "choose a smaller model"
+
+
+def learn_from(plan: Plan, finished: Finished, prepared: Prepared) -> None:
+    """Let what a run measured correct the next plan, where it was what had been planned, and large enough to say much.
+
+    A run that was stopped for taking too much teaches from its first step on: what it took is the least that it takes.
+    """
+    stopped = finished.stopped_by == "memory"
+    longest = max(len(row) for row in prepared.train)
+    trained_most = all(len(row) <= longest for row in prepared.valid)  # else an evaluation made the peak
+    as_planned = finished.largest_micro_batch == plan.micro.positions and trained_most
+    enough = finished.iters >= ENOUGH_STEPS and plan.peak_memory_bytes - plan.fixed >= ENOUGH_BYTES
+    if not stopped and not (enough and as_planned):
+        return
+    pace = finished.seconds / finished.computed_tokens if enough else None
+    with suppress(OSError):  # the adapter is stored: nothing was lost
+        learn.remember(plan, finished.peak_memory_bytes, pace, stopped=stopped)
+
+
+def plan_shape(
+    config: dict[str, Any], recipe: Recipe, rows: Lengths | None, machine: Machine, smaller_than: Way | None = None
+) -> Plan:
     """The plan of a recipe over the base that `config` describes; rows of the longest allowed where there are none."""
-    return _plan(costs_of(config, recipe, gpu=machine.gpu), recipe, rows, machine.limit)
+    return _plan(costs_of(config, recipe, gpu=machine.gpu), recipe, rows, machine.limit, smaller_than)
 
 
 def costs_of(config: dict[str, Any], recipe: Recipe, *, gpu: bool) -> Costs:
@@ -75,9 +131,11 @@ def costs_of(config: dict[str, Any], recipe: Recipe, *, gpu: bool) -> Costs:
         return costs(model, recipe.train, dtype=stored_dtype(config) if gpu else mx.float32, gpu=gpu)
 
 
-def _plan(cost: Costs, recipe: Recipe, rows: Lengths | None, limit: int) -> Plan:
-    known = rows or guessed(recipe)
-    made = plan(cost, known, recipe.train, limit, packing=recipe.data.packing, shown=learn.shown)
+def _plan(cost: Costs, recipe: Recipe, rows: Lengths | None, limit: int, smaller_than: Way | None = None) -> Plan:
+    made = plan(
+        cost, rows or guessed(recipe), recipe.train, limit,
+        packing=recipe.data.packing, experience=learn.experience, smaller_than=smaller_than,
+    )  # fmt: skip
     return replace(made, seconds=_seconds(recipe, rows, made))
 
 
@@ -93,9 +151,9 @@ def read_lengths(recipe: Recipe, model: OpenModel, progress: OnFile = silent) ->
     )
 
 
-def lengths_of(rows: Sequence[Row]) -> Lengths:
-    """What a plan has to know of rows."""
-    return Lengths([len(row) for row in rows], max(row.trained for row in rows))
+def lengths_of(rows: Sequence[Row], valid: Sequence[Row] = ()) -> Lengths:
+    """What a plan has to know of training and validation rows."""
+    return Lengths([len(row) for row in rows], max(row.trained for row in rows), [len(row) for row in valid])
 
 
 def guessed(recipe: Recipe) -> Lengths:

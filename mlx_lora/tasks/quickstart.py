@@ -15,6 +15,7 @@ from mlx_lora import paths
 from mlx_lora.config import Data, Quantize, Recipe
 from mlx_lora.errors import TrainingError
 from mlx_lora.interop.fuse import fuse
+from mlx_lora.measure import predictions
 from mlx_lora.models.load import load_stored
 from mlx_lora.models.save import save
 from mlx_lora.recipe import load_recipe
@@ -22,6 +23,7 @@ from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
 from mlx_lora.study.evaluate import Questions, evaluate, questions
+from mlx_lora.tasks.fuse import agreement_with
 from mlx_lora.tasks.train import Listener, train_adapter
 
 TASKS = ("notes", "mail", "sql")
@@ -124,10 +126,11 @@ def _fuse(engine: Engine, adapter: StoredAdapter) -> tuple[bool, dict[str, Any]]
     task = TASKS[0]
     asked = _questions(task, engine)
     out = paths.room("models", "quickstart-fused")
-    fused = fuse(load_stored(BASE), engine.loaded, adapter, out, asked.rows[:FUSED_ROWS], force=True)
-    prompts = asked.prompts[:FUSED_ROWS]
+    fused = fuse(lambda: load_stored(BASE), adapter, out, force=True)
+    rows, prompts = asked.rows[:FUSED_ROWS], asked.prompts[:FUSED_ROWS]
     engine.use(task)
+    agreement = agreement_with(predictions(engine.loaded.model, rows), out, rows)
     expected = dict(engine.batch(prompts, max_tokens=MAX_TOKENS))
     answers = dict(Engine(registry.open_base(str(out))).batch(prompts, max_tokens=MAX_TOKENS))
     same = sum(answers[index] == answer for index, answer in expected.items()) / len(expected)
-    return same >= SAME_ANSWERS, {**fused.as_dict(), "same_answers": same}
+    return same >= SAME_ANSWERS, {**fused.as_dict(agreement), "same_answers": same}

@@ -5,7 +5,7 @@ What it leaves on disk is `tasks.run`'s business. Training text is never written
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +16,12 @@ from mlx_lora.adapters.attach import Wrappers
 from mlx_lora.adapters.placement import place
 from mlx_lora.config import Recipe
 from mlx_lora.data.batch import steps_per_epoch
-from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
 from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import ModelError, NameTaken, RecipeError, TrainingError
-from mlx_lora.machine import device, limits
 from mlx_lora.methods import LORA_ONLY, LOW_RANK, parts
 from mlx_lora.models.load import LoadedModel, load_stored, ready
 from mlx_lora.models.open import OpenModel, open_model
-from mlx_lora.models.shapes import describe as describe_model
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.store import registry
@@ -33,19 +30,15 @@ from mlx_lora.store.lock import locked
 from mlx_lora.tasks.begin import begin, check_init
 from mlx_lora.tasks.manifest import identity, manifest_of
 from mlx_lora.tasks.notes import notes
-from mlx_lora.tasks.plan import Machine, lengths_of, plan_shape, suggest
+from mlx_lora.tasks.plan import learn_from, over_limit, plan_rows
 from mlx_lora.tasks.resume import Start, check_same_run, find_start
 from mlx_lora.tasks.run import RunFolder
-from mlx_lora.train.budget import learn
-from mlx_lora.train.budget.choose import Plan
+from mlx_lora.train.budget.choose import Plan, Way
 from mlx_lora.train.checkpoint import for_each
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Checkpoint, Event, Finished
 from mlx_lora.train.optim import total_steps
 from mlx_lora.train.trainer import train
-
-# What a run must have been for its peak and its pace to be believed: smaller ones are mostly overhead.
-ENOUGH_STEPS, ENOUGH_BYTES = 3, 64 << 20
 
 
 @dataclass
@@ -117,7 +110,8 @@ def train_adapter(
             if resume and group.rank == 0:
                 start = find_start(name, recipe)
         try:
-            setup = _prepare(recipe, opened, name, listener, group)
+            stopped = start.stored.progress.too_large if start else None
+            setup = _prepare(recipe, opened, name, listener, group, Way(*stopped) if stopped else None)
             resumed = _begin(setup, start, group, resume=resume, force=force)
             return _run(setup, resumed, listener, group, force=force)
         except OSError as error:
@@ -125,10 +119,14 @@ def train_adapter(
             raise TrainingError(f"the run can't go on: {error}", hint=hint) from error
 
 
-def _prepare(recipe: Recipe, opened: OpenModel, name: str, listener: Listener, group: Processes) -> Setup:
+def _prepare(
+    recipe: Recipe, opened: OpenModel, name: str, listener: Listener, group: Processes, smaller_than: Way | None
+) -> Setup:
     """Read, plan, load and attach, each step on all processes or on none."""
     with group.agreed():
-        prepared, plan = _read(recipe, opened, listener)
+        prepared, plan = _read(recipe, opened, listener, smaller_than)
+        if plan and plan.overruled:
+            listener.stage(f"train.on_memory is warn: {over_limit(plan)}; the machine may swap, or end this program")
     with group.agreed():
         listener.stage(f"loading {recipe.model}" + (" and quantizing it" if recipe.quantize else ""))
         loaded = load_stored(opened, quantization=recipe.quantize)
@@ -193,8 +191,8 @@ def _run(setup: Setup, resumed: Checkpoint | None, listener: Listener, group: Pr
             folder.discard()
             raise KeyboardInterrupt
         path = folder.save(force=force or resumed is not None)
-        if plan and folder.writes and resumed is None:
-            _learn(plan, folder.finished, setup.prepared)
+        if plan and folder.writes:
+            learn_from(plan, folder.finished, setup.prepared)
     except TrainingError:  # raised before the first step
         folder.discard()
         raise
@@ -205,7 +203,9 @@ def _run(setup: Setup, resumed: Checkpoint | None, listener: Listener, group: Pr
     )
 
 
-def _read(recipe: Recipe, opened: OpenModel, listener: Listener) -> tuple[Prepared, Plan | None]:
+def _read(
+    recipe: Recipe, opened: OpenModel, listener: Listener, smaller_than: Way | None
+) -> tuple[Prepared, Plan | None]:
     """The rows, and the plan for them where the model's memory can be planned; no weight is loaded for either."""
     listener.stage(f"reading {recipe.data.path}")
     prepared = prepare(
@@ -215,36 +215,10 @@ def _read(recipe: Recipe, opened: OpenModel, listener: Listener) -> tuple[Prepar
     if recipe.train.patience and not prepared.valid:
         raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
     try:
-        return prepared, plan_rows(recipe, opened, prepared.train)
+        return prepared, plan_rows(recipe, opened, prepared, smaller_than)
     except ModelError as error:
         listener.stage(f"its memory can't be planned: {error.message}")
         return prepared, None
-
-
-def plan_rows(recipe: Recipe, model: OpenModel, rows: Sequence[Row]) -> Plan:
-    """The plan of a recipe on its rows. Raises TrainingError, saying what would fit, where it doesn't fit here."""
-    config, lengths = describe_model(model), lengths_of(rows)
-    machine = Machine(device.on_gpu(), limits.limit_bytes(setting=recipe.train.memory_limit_gb))
-    made = plan_shape(config, recipe, lengths, machine)
-    if made.fits:
-        return made
-    fits = suggest(config, recipe, lengths, machine)
-    raise TrainingError(
-        f"training would take {ui.size(made.peak_memory_bytes)}, and {ui.size(made.limit_bytes)} may be used",
-        hint=f"this would fit: {' '.join(fits)}" if fits else "choose a smaller model",
-    )
-
-
-def _learn(plan: Plan, finished: Finished, prepared: Prepared) -> None:
-    """Let what was measured correct the next plan, where it was what had been planned, and large enough to say much."""
-    varying = plan.peak_memory_bytes - plan.fixed
-    as_planned = finished.largest_micro_batch == plan.micro.positions
-    longest = max(len(row) for row in prepared.train)
-    trained_most = all(len(row) <= longest for row in prepared.valid)  # else an evaluation made the peak
-    if finished.iters < ENOUGH_STEPS or varying < ENOUGH_BYTES or not (as_planned and trained_most):
-        return
-    with suppress(OSError):  # the adapter is stored: nothing was lost
-        learn.remember(plan, finished.peak_memory_bytes, finished.seconds / finished.computed_tokens)
 
 
 def required(recipe: Recipe) -> str:

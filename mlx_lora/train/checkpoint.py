@@ -35,7 +35,10 @@ LOSS_WINDOW = 10
 
 @dataclass
 class Progress:
-    """Counters of a run, and what it chose by itself, which must not change on the way. `seconds` are of the loop."""
+    """Counters of a run, and what it chose by itself, which must not change on the way. `seconds` are of the loop.
+
+    `too_large` is the way of running (recompute, most positions) that a run was stopped for: the next one is smaller.
+    """
 
     step: int = 0
     trained_tokens: int = 0
@@ -52,11 +55,12 @@ class Progress:
     recomputes: bool | None = None
     most_positions: int | None = None
     keeps_prefix: bool | None = None
+    too_large: list[Any] | None = None
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Progress:
         """The counters that `as_dict` gave. Raises TrainingError when they aren't those of this version."""
-        if values.keys() != {one.name for one in fields(cls)}:
+        if not {one.name for one in fields(cls)} - {"too_large"} <= values.keys() <= {one.name for one in fields(cls)}:
             raise TrainingError("the checkpoint is of another version of mlx-lora", hint="start again with --force")
         recent = deque(((float(loss), int(tokens)) for loss, tokens in values["recent"]), maxlen=LOSS_WINDOW)
         return cls(**{**values, "recent": recent})

@@ -30,7 +30,7 @@ from mlx_lora.models.trunk.verify import verify_start
 
 # numpy has no bfloat16: its bits are kept.
 STORED = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
-# The rest of the memory is for training, the rest of the disk for everyone else.
+# Without a plan of the memory, the rest of it is for training; the rest of the disk is for everyone else.
 MEMORY_SHARE, DISK_SHARE = 1 / 4, 1 / 2
 # Kept states may differ by rounding between shapes of batches, and by no more.
 TOLERANCE = 1e-3
@@ -38,14 +38,14 @@ Home = Mapping[str, Callable[[int], Batch | None]]
 HINT = "free some space, or train without keeping hidden states"
 
 
-def place(bytes_needed: int, available_memory: int, free_disk: int) -> str:
-    """Where to keep that much: "memory", else "file", else the reason why neither has room."""
-    if bytes_needed <= available_memory * MEMORY_SHARE:
+def place(bytes_needed: int, memory: int, free_disk: int) -> str:
+    """Where to keep that much: "memory" where it has that many bytes for it, else "file", else why neither has room."""
+    if bytes_needed <= memory:
         return "memory"
     if bytes_needed <= free_disk * DISK_SHARE:
         return "file"
     return (
-        f"the hidden states take {ui.size(bytes_needed)}, too much for {ui.size(available_memory)} of memory "
+        f"the hidden states take {ui.size(bytes_needed)}, too much for {ui.size(memory)} of memory "
         f"and {ui.size(free_disk)} of disk"
     )
 
@@ -182,6 +182,11 @@ class Prefix:
         difference = self.difference(batch)
         return None if difference <= TOLERANCE else f"kept states differ from computed ones by {difference:.2g}"
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the states take in memory, outside of MLX; none where they are in a file."""
+        return sum(store.bytes for store in self._stores.values()) if self._where == "memory" else 0
+
     def close(self) -> None:
         for store in self._stores.values():
             store.close()
@@ -191,8 +196,18 @@ def _segments(batch: Batch) -> mx.array | None:
     return None if batch.segments is None else mx.array(batch.segments)
 
 
-def plan(trunk: Trunk, rows: dict[str, list[int]], folder: Path | None, home: Home | None = None) -> Prefix | str:
-    """Stores for the rows' states, given the lengths of each set of rows, or the reason why there can't be any."""
+def make(
+    trunk: Trunk,
+    rows: dict[str, list[int]],
+    folder: Path | None,
+    home: Home | None = None,
+    *,
+    memory: int | None = None,
+) -> Prefix | str:
+    """Stores for the rows' states, given the lengths of each set of rows, or the reason why there can't be any.
+
+    They may take `memory` bytes of memory, by default a part of what is free; what takes more goes to a file.
+    """
     first = lowest_trainable(trunk.model)
     if isinstance(first, str):
         return first
@@ -205,7 +220,8 @@ def plan(trunk: Trunk, rows: dict[str, list[int]], folder: Path | None, home: Ho
     positions = {name: [length - 1 for length in lengths] for name, lengths in rows.items()}
     needed = sum(bytes_of(lengths, width, dtype) for lengths in positions.values())
     free = shutil.disk_usage(folder or tempfile.gettempdir()).free
-    where = place(needed, psutil.virtual_memory().available, free)
+    memory = int(psutil.virtual_memory().available * MEMORY_SHARE) if memory is None else memory
+    where = place(needed, memory, free)
     if where not in ("memory", "file"):
         return where
     try:

@@ -288,6 +288,14 @@ def test_a_projection_that_two_layers_share_is_wrapped_once_and_seen_by_both() -
     assert first.v_proj is second.v_proj and not attached(model)
 
 
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_names_no_module_is_refused(setting: str) -> None:
+    model = network("llama")
+    with pytest.raises(AdapterError, match=f"adapter.{setting}: no module is called 'q_porj'; did you mean 'q_proj'"):
+        attach(model, Adapter(rank=2, **{setting: {"q_porj": 4}}))
+    attach(model, Adapter(rank=2, **{setting: {"layers.1.self_attn.(q|k)_proj": 4}}))
+
+
 def _check_shared_gradient(model: nn.Module, wrapper: Any, last: str) -> None:
     """The gradient at the last place of a shared array is all of it, as a small step shows."""
     wrapper.lora_b = 0.1 * mx.random.normal(wrapper.lora_b.shape, key=mx.random.key(1))

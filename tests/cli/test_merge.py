@@ -153,3 +153,26 @@ def test_what_users_get_wrong(trained: Ran, run: Run, home: Path) -> None:
 def test_words_with_weights() -> None:
     words = ["sql", "sql:2", "sql:-0.5", "./a:b/sql:1e-2"]
     assert [parse(word) for word in words] == [("sql", 1.0), ("sql", 2.0), ("sql", -0.5), ("./a:b/sql", 0.01)]
+
+
+@pytest.mark.usefixtures("both")
+def test_adapters_merge_says_to_evaluate_both_tasks(run: Run) -> None:
+    """A merge said no word of a task that fell from 0.73 to 0."""
+    ran = run("adapters", "merge", "mine", "yours", "--name", "sum")
+    assert ran.code == 0
+    for parent in ("mine", "yours"):
+        assert f"mlx-lora eval --model tiny --adapter {parent} --adapter sum --data ROWS_OF_{parent} --exact" in ran.err
+
+
+@pytest.mark.usefixtures("both")
+def test_adapters_merge_with_data_warns_when_a_task_fell(run: Run, data: Path, tiny_path: Path) -> None:
+    words = ["adapters", "merge", "mine:-1", "yours", "--name", "sum", "--model", tiny_path, "--data", f"mine={data}"]
+    ran = run(*words, "--json")
+    (task,) = ran.json["tasks"]
+    assert ran.code == 0 and task["parent"] == "mine" and task["fell"] is True and task["kept"] < 0.5
+    assert task["merged_loss"] > task["parent_loss"] < task["base_loss"]
+    assert "lost most of mine's task" in ran.err
+    kept = run("adapters", "merge", "mine", "--name", "same", "--model", tiny_path, "--data", data)
+    assert kept.code == 0 and "lost most" not in kept.err and "100%" in kept.out
+    refused = run("adapters", "merge", "mine", "--name", "no", "--data", f"other={data}")
+    assert refused.code == 1 and "'other' is none of the adapters" in refused.err

@@ -32,9 +32,9 @@ def test_this_machine_gives_most_of_what_is_free_and_what_is_held_already(monkey
 
 def test_a_recipe_may_ask_for_less_and_never_get_more(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 10 * GIB)
-    assert limits.limit_bytes(setting=2.5) == 2_500_000_000
-    assert limits.limit_bytes(setting=1000) == limits.limit_bytes()
-    assert limits.limit_bytes(memory_gb=8, setting=1) == 1_000_000_000
+    assert limits.limit_bytes(setting=2.5) == 2.5 * GIB
+    assert limits.limit_bytes(setting=1000) == 1000 * GIB > limits.limit_bytes(), "also above what is recommended"
+    assert limits.limit_bytes(memory_gb=8, setting=1) == GIB
 
 
 def test_on_a_gpu_the_limit_is_its_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,3 +60,19 @@ def test_a_step_over_the_limit_and_a_machine_about_to_swap_are_reasons_to_stop(
     monkeypatch.setattr(limits.mx, "get_peak_memory", lambda: peak)
     reason = limits.exceeded(2 * GIB)
     assert reason is None if says is None else reason and says in reason
+
+
+def test_an_overruled_limit_stops_nothing_and_a_machine_about_to_swap_still_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free(monkeypatch, 10 * GIB)
+    monkeypatch.setattr(limits.mx, "get_peak_memory", lambda: 99 * GIB)
+    assert limits.exceeded(None) is None
+    free(monkeypatch, 100 << 20)
+    assert limits.exceeded(None)
+
+
+def test_what_is_held_beside_mlx_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, 10 * GIB)
+    monkeypatch.setattr(limits.mx, "get_peak_memory", lambda: 2 * GIB)
+    assert limits.exceeded(2 * GIB) is None and limits.exceeded(2 * GIB, beside=GIB)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 
 from mlx_lora.config import Recipe
-from mlx_lora.errors import DataError, ModelError, RecipeError
+from mlx_lora.data.prepare import prepare
+from mlx_lora.errors import DataError, ModelError, RecipeError, TrainingError
+from mlx_lora.models.open import open_model
 from mlx_lora.recipe import load_recipe
-from mlx_lora.tasks.plan import Machine, guessed, plan_recipe, plan_shape, suggest
+from mlx_lora.tasks.plan import Machine, guessed, plan_recipe, plan_rows, plan_shape, suggest
 from mlx_lora.train.budget import learn
 from tests.conftest import questions
 from tests.models.test_shapes import LLAMA_65B
@@ -37,7 +40,7 @@ def recipe(model: Path | None, *overrides: str) -> Recipe:
 
 
 def limited(asked: Recipe, gigabytes: float) -> Recipe:
-    return load_recipe(None, [f"train.memory_limit_gb={gigabytes:.9f}"], settings=asked.model_dump())
+    return load_recipe(None, [f"train.memory_limit_gb={gigabytes * 1e9 / 2**30:.9f}"], settings=asked.model_dump())
 
 
 @pytest.mark.parametrize(("memory_gb", "fits"), [(8, False), (16, False), (32, True), (64, True)])
@@ -59,11 +62,11 @@ def test_a_processor_takes_twice_the_weights_of_half_precision(llama_7b: Path) -
         (20e9, ["train.grad_checkpoint=off"], ["train.grad_checkpoint=on"]),
         (8e9, [], ["quantize.bits=4"]),
         (20e9, ["train.grad_checkpoint=off", "quantize.bits=8"], ["train.grad_checkpoint=on"]),
-        (6e9, ["train.grad_checkpoint=off"], ["train.grad_checkpoint=on", "quantize.bits=4"]),
-        (6e9, ["quantize.bits=8"], ["quantize.bits=4"]),
+        (7e9, ["train.grad_checkpoint=off"], ["train.grad_checkpoint=on", "quantize.bits=4"]),
+        (7e9, ["quantize.bits=8"], ["quantize.bits=4"]),
         (4.5e9, ["data.too_long=split"], ["quantize.bits=4", "data.max_seq_length"]),
         (4.5e9, [], ["quantize.bits=4", "data.max_seq_length", "data.too_long=truncate-start"]),
-        (6.9e9, ["adapter.rank=64", "adapter.targets=all-linear"], ["quantize.bits=4", "adapter.layers"]),
+        (8.6e9, ["adapter.rank=64", "adapter.targets=all-linear"], ["quantize.bits=4", "adapter.layers"]),
         (3e9, [], None),
     ],
 )
@@ -151,3 +154,22 @@ def test_the_recipes_for_macs_fit_them(name: str, memory_gb: int, shape: tuple[i
     asked = load_recipe(Path(f"recipes/{name}.yaml"), settings={"model": str(tmp_path)})
     made = plan_recipe(asked, memory_gb=memory_gb, gpu=True)
     assert made.fits and made.peak_memory_bytes > 0.15 * made.limit_bytes
+
+
+def test_a_plan_that_doesn_t_fit_is_refused_with_the_way_to_go_on(
+    tiny_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    """The limit that the hint names lets the very same run fit."""
+    asked = recipe(tiny_path, f"data.path={write_rows(questions(24))}", "train.memory_limit_gb=0.0001")
+    opened = open_model(tiny_path)
+    prepared = prepare(str(asked.data.path), asked.data, opened.tokenizer, seed=0)
+    with pytest.raises(TrainingError, match="and 107 kB may be used") as refused:
+        plan_rows(asked, opened, prepared)
+    hint = str(refused.value.hint)
+    assert "train.on_memory=warn" in hint
+    (enough,) = re.findall(r"train.memory_limit_gb=([0-9.]+)", hint)
+    changed = load_recipe(None, [f"train.memory_limit_gb={enough}"], settings=asked.model_dump())
+    assert plan_rows(changed, opened, prepared).fits
+    changed = load_recipe(None, ["train.on_memory=warn"], settings=asked.model_dump())
+    overruled = plan_rows(changed, opened, prepared)
+    assert overruled.overruled and not overruled.fits

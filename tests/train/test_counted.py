@@ -19,7 +19,7 @@ from mlx_lora.data.batch import collate
 from mlx_lora.data.encode import Row
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.verify import Verified, take_apart
-from mlx_lora.train import step, trainer
+from mlx_lora.train import session, step
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Finished
 from mlx_lora.train.objectives import likelihood
@@ -134,18 +134,18 @@ def test_little_more_than_the_trained_tokens_enters_the_head_and_little_is_padde
 def test_the_last_layer_runs_for_positions_with_loss(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On rows like WikiSQL's for less than half of them, to the same losses; where layers are recomputed for all."""
     made: list[tuple[int, int]] = []
-    original = trainer.as_arrays
+    original = session.as_arrays
 
     def noted(batch: Any, states: Any = None, columns: Any = None) -> Any:
         made.append((batch.inputs.size, batch.inputs.size if columns is None else columns.size))
         return original(batch, states, columns)
 
-    monkeypatch.setattr(trainer, "as_arrays", noted)
+    monkeypatch.setattr(session, "as_arrays", noted)
     rows = like_wikisql(48)
     ours = run(network(monkeypatch, 2), rows, epochs=1, grad_checkpoint=checkpoint)
     positions, computed = (sum(sizes) for sizes in zip(*made, strict=True))
     assert computed == positions if checkpoint == "on" else computed < 0.5 * positions
-    monkeypatch.setattr(trainer, "verify", lambda *_, **__: Verified(columns=False))
+    monkeypatch.setattr(session, "verify", lambda *_, **__: Verified(columns=False))
     assert run(network(monkeypatch, 2), rows, epochs=1).train_loss == pytest.approx(ours.train_loss, rel=1e-5)
 
 

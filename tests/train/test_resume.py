@@ -20,7 +20,7 @@ from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.store.run import checkpoint_folders
 from mlx_lora.train import checkpoint
-from mlx_lora.train.budget.choose import Lengths, Plan, plan
+from mlx_lora.train.budget.choose import Lengths, Plan, Way, plan
 from mlx_lora.train.budget.costs import costs
 from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Note, Saved, Step
 from mlx_lora.train.trainer import train
@@ -139,6 +139,27 @@ def test_over_the_limit_a_run_saves_and_stops(tiny: LoadedModel) -> None:
     assert_same_end(list(events_of(tiny)), list(events_of(tiny, resume=saved)))
 
 
+def test_after_a_memory_stop_the_run_goes_on_in_the_next_smaller_way(tiny: LoadedModel) -> None:
+    """Stopped at its first step, a run used to be planned again as it was, and to stop there again."""
+    made = replace(plan_of(tiny, 1 << 40), limit_bytes=1)
+    (saved,) = of(list(events_of(tiny, plan=made, save_every=None, grad_checkpoint="auto")), Checkpoint)
+    stopped = Way(*saved.progress["too_large"])
+    assert stopped == made.way
+    attach(tiny.model, Adapter(rank=4, dropout=0.1), seed=5)
+    settings = Train(batch_size=4, iters=STEPS)
+    lengths = Lengths([len(row) for row in ROWS], max(row.trained for row in ROWS))
+    counted = costs(tiny.model, settings, dtype=mx.float32, gpu=False)
+    smaller = plan(counted, lengths, settings, 1 << 40, smaller_than=stopped)
+    assert smaller.way != stopped and smaller.peak_memory_bytes < made.peak_memory_bytes
+    rest = list(events_of(tiny, plan=smaller, resume=saved, grad_checkpoint="auto"))
+    assert of(rest, Finished)[0].iters == STEPS
+
+
+def test_an_overruled_run_isn_t_stopped_by_its_limit(tiny: LoadedModel) -> None:
+    made = replace(plan_of(tiny, 1 << 40), limit_bytes=1, overruled=True)
+    assert of(list(events_of(tiny, plan=made)), Finished)[0].stopped_by == "iters"
+
+
 def test_a_batch_over_the_limit_is_split_with_the_same_gradient(tiny: LoadedModel) -> None:
     limit = plan_of(tiny, 1, batch_size=14).peak_memory_bytes + 4096
     unsplit, split_up = plan_of(tiny, 1 << 40), plan_of(tiny, limit)
@@ -155,7 +176,7 @@ def test_the_data_state_is_a_counter(tiny: LoadedModel, monkeypatch: pytest.Monk
     made = of(list(events_of(tiny)), Checkpoint)[5]
     collated = []
     original = batch.collate
-    monkeypatch.setattr("mlx_lora.train.trainer.collate", lambda *a, **k: collated.append(a) or original(*a, **k))
+    monkeypatch.setattr("mlx_lora.train.session.collate", lambda *a, **k: collated.append(a) or original(*a, **k))
     rest = list(events_of(tiny, resume=made))
     assert len(of(rest, Step)) == len(collated) == STEPS - 6
 

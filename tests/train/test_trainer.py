@@ -19,7 +19,7 @@ from mlx_lora.data.encode import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.verify import take_apart
-from mlx_lora.train import optim, step, trainer
+from mlx_lora.train import optim, session, step
 from mlx_lora.train.events import Checkpoint, Evaluated, Finished, Interrupted, Saved, Step
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 from mlx_lora.train.trainer import train
@@ -249,7 +249,7 @@ def test_every_optimizer_learns(tiny: LoadedModel, optimizer: str) -> None:
 
 def ahead_of_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dispatch each step before the figures of the last one are read, as on a GPU."""
-    monkeypatch.setattr(trainer, "device", SimpleNamespace(on_gpu=lambda: True))
+    monkeypatch.setattr(session, "device", SimpleNamespace(on_gpu=lambda: True))
 
 
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -375,13 +375,13 @@ def test_a_small_budget_of_positions_changes_neither_steps_nor_result(
     settings = {"epochs": 1, "batch_size": 6, "optimizer": optimizer, "learning_rate": 1e-3, "eval_every": 2}
     whole = run(tiny, rows, make_rows(6, seed=1), **settings)
     micros: list[int] = []
-    original = trainer.as_arrays
+    original = session.as_arrays
 
     def noted(one: Batch, *states: Any) -> Any:
         micros.append(len(one.lines))
         return original(one, *states)
 
-    monkeypatch.setattr(trainer, "as_arrays", noted)
+    monkeypatch.setattr(session, "as_arrays", noted)
     monkeypatch.setattr(batch, "MOST_POSITIONS", 48)
     parts = run(tiny, rows, make_rows(6, seed=1), **settings)
     assert max(micros) < 6 and len(micros) > 8, "the budget has to cut steps"

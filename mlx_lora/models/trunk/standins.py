@@ -2,6 +2,7 @@
 
     Held      a trunk that returns hidden states it was given: what follows is the model's own head
     Box       a layer that computes nothing: its input, or given states, go through
+    Fed       a layer that computes from given states, whatever it is called with
     Entry     a layer that notes what it is called with
     Fetched   a layer's cache that notes the keys and values of attention, or hands given ones out
 
@@ -53,6 +54,17 @@ class Box(_Lending):
         # both are other array objects: some trunks change theirs in place
         self.entered = mx.stop_gradient(x)
         return x if self._hidden is None else self._hidden.astype(self._hidden.dtype)
+
+
+class Fed(_Lending):
+    """Stands in for a layer: the layer itself, but what enters it is `hidden`, whatever it is called with."""
+
+    def __init__(self, layer: nn.Module, hidden: mx.array):
+        super().__init__(layer)
+        self._hidden = hidden
+
+    def __call__(self, _: Any, *arguments: Any, **named: Any) -> Any:
+        return self._original(self._hidden, *arguments, **named)
 
 
 class Entry(_Lending):

@@ -15,7 +15,6 @@ logits, and `head` hands them on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +43,7 @@ class Trunk:
     language: str | None = None
     vocabulary: int = 0
     hands_keys_on: bool = False  # in its cache: it is another model without one
+    finite: bool = True  # its logits, on the few tokens that `take_apart` ran
     trial: Trial | None = field(default=None, repr=False, compare=False)  # for `verify`, once
 
     @property
@@ -111,16 +111,3 @@ class Trunk:
         boxes = [Box(layer, hidden) for layer in layers[:start]]
         tokens = mx.zeros(hidden.shape[:2], mx.int32)
         return trunk_with(self.module, self.model, [*boxes, *rest])(tokens, cache=cache)  # type: ignore[no-any-return]
-
-
-def logits_at(trunk: Trunk) -> Callable[[mx.array, mx.array], mx.array]:
-    """A function (tokens (B, T), positions (N,) in the flattened batch) -> logits (N, V).
-
-    Only those positions enter the output head; of a model that can't be taken apart they are picked afterwards.
-    """
-
-    def logits(tokens: mx.array, positions: mx.array) -> mx.array:
-        hidden = trunk.run(tokens)
-        return trunk.head(hidden.reshape(-1, hidden.shape[-1])[positions])
-
-    return logits

@@ -18,6 +18,7 @@ import mlx.nn as nn
 
 from mlx_lora.errors import ModelError
 from mlx_lora.models.architectures import OWN_LOOPS, TRUNKS
+from mlx_lora.models.finite import all_finite
 from mlx_lora.models.trunk import lean as lean_module
 from mlx_lora.models.trunk.last import columns_of, columns_of_layer
 from mlx_lora.models.trunk.layers import layers_of
@@ -86,7 +87,9 @@ def take_apart(model: nn.Module) -> Trunk:
                     return trunk
                 trunk.trial = trial_of(trunk, tokens, hidden, calls)
                 return trunk
-    return Trunk(model, vocabulary=whole.shape[-1], hands_keys_on=hands_keys_on)
+    # NaN agrees with nothing, so a model whose logits aren't finite always ends here
+    finite = all_finite(whole[0][mx.array(ROWS)])
+    return Trunk(model, vocabulary=whole.shape[-1], hands_keys_on=hands_keys_on, finite=finite)
 
 
 def _served(model: nn.Module, tokens: mx.array) -> mx.array | None:

@@ -9,13 +9,14 @@ the limit the plan doesn't fit, and only another recipe would.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mlx_lora.config import Train
 from mlx_lora.data.batch import MOST_POSITIONS, PACKED_POSITIONS, padded
+from mlx_lora.errors import TrainingError
 from mlx_lora.train.budget.costs import Costs
 from mlx_lora.train.budget.predict import Micro, Parts, predict
 
@@ -24,8 +25,8 @@ GOOD_POSITIONS = 512
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What earlier runs have shown: `correction` multiplies all but weights, adapter and optimizer state; `seconds`
+class Experience:
+    """What earlier runs have taught: `correction` multiplies all but weights, adapter and optimizer state; `seconds`
     are those of a multiplication, None where none was timed."""
 
     correction: float = 1.0
@@ -34,10 +35,19 @@ class Shown:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each row, and the most of a row's that carry loss."""
+    """Tokens of each training row, the most of a row's that carry loss, and the tokens of the validation rows."""
 
     tokens: Sequence[int]
     trained: int
+    valid: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run is run: whether layers are computed again, and the most positions of a micro-batch."""
+
+    recompute: bool
+    most_positions: int
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,10 @@ class Plan:
     """What a run will hold at its peak, beside what it may, and how it has to be run for that.
 
     `recompute` is gradient checkpointing; micro-batches hold at most `most_positions`, or a single line, and `micro` is
-    the largest of them. `fixed` are the bytes that no choice changes, `work` the multiplications of a position, `pace`
-    the seconds of one where they are known, and `kind` tells runs apart that don't correct each other.
+    the largest of them. `states_bytes` of kept hidden states are in memory, and in `parts` under overhead: they get
+    what everything else has left. `overruled` says that the run goes on although it doesn't fit. `fixed` are the bytes
+    that no choice changes, `work` the multiplications of a position, `pace` the seconds of one where they are known.
+    `kind` tells runs apart that don't correct each other.
     """
 
     parts: Parts
@@ -61,6 +73,17 @@ class Plan:
     pace: float | None = None
     seconds: float | None = None
     suggestion: list[str] | None = None
+    states_bytes: int = 0
+    overruled: bool = False
+
+    @property
+    def way(self) -> Way:
+        return Way(self.recompute, self.most_positions)
+
+    @property
+    def room_for_states(self) -> int:
+        """Bytes that the limit leaves for kept hidden states, beside everything else."""
+        return max(self.limit_bytes - self.peak_memory_bytes + self.states_bytes, 0)
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -82,6 +105,7 @@ class Plan:
             "grad_checkpoint": "on" if self.recompute else "off",
             "most_positions": self.most_positions,
             "micro_batch": asdict(self.micro),
+            "kept_states_bytes": self.states_bytes,
         }
 
 
@@ -92,36 +116,71 @@ def plan(
     limit: int,
     *,
     packing: bool = False,
-    shown: Callable[[str], Shown] = lambda kind: Shown(),
+    experience: Callable[[str], Experience] = lambda kind: Experience(),
+    smaller_than: Way | None = None,
 ) -> Plan:
-    """The fastest way to run `settings` on `rows` within `limit` bytes, or the smallest where none fits."""
+    """The fastest way to run `settings` on `rows` within `limit` bytes, or the smallest where none fits.
+
+    Ways are tried in the order of this file's head; `smaller_than` leaves out the ones up to a way that was tried and
+    took too much. Raises TrainingError where that was the smallest.
+    """
+    ways = _ways(rows, settings, packing)
+    tried = list(ways).index(smaller_than) + 1 if smaller_than in ways else 0
+    if tried == len(ways):
+        raise TrainingError(
+            "the smallest way to run this has been stopped for taking too much memory",
+            hint="a smaller model, shorter rows (data.max_seq_length) or fewer adapter.layers; or a higher "
+            "train.memory_limit_gb",
+        )
+    for way, micro in list(ways.items())[tried:]:
+        made = _plan(costs, micro, limit, way, experience)
+        if made.fits:
+            break
+    states = states_bytes(costs, rows, settings)
+    if 0 < states <= limit - made.peak_memory_bytes:
+        parts = replace(made.parts, overhead=made.parts.overhead + states)
+        made = replace(made, parts=parts, states_bytes=states, fixed=made.fixed + states)
+    return made
+
+
+def states_bytes(costs: Costs, rows: Lengths, settings: Train) -> int:
+    """Bytes of the hidden states that later epochs read instead of running the layers below the adapter; 0 without."""
+    per_step = settings.batch_size * settings.grad_accumulation
+    passes = settings.epochs if settings.iters is None else settings.iters * per_step / len(rows.tokens)
+    if settings.cache_prefix == "off" or not costs.below or (passes <= 1 and settings.cache_prefix == "auto"):
+        return 0
+    return costs.size * costs.hidden * sum(length - 1 for length in [*rows.tokens, *rows.valid])
+
+
+def _ways(rows: Lengths, settings: Train, packing: bool) -> dict[Way, Micro]:
+    """The ways that differ for these rows, from fast to small, each with its largest micro-batch."""
     choices = {"auto": (False, True), "on": (True,), "off": (False,)}[settings.grad_checkpoint]
     widths = _widths(rows, settings, packing)
     sizes = [MOST_POSITIONS]
     while sizes[-1] > max(widths):
         sizes.append(max(sizes[-1] // 2, max(widths)))
     good = [size for size in sizes if size >= GOOD_POSITIONS] or sizes[-1:]
-    for recompute, most in [(recompute, most) for some in (good, sizes) for recompute in choices for most in some]:
-        micro = largest(widths, rows.trained, settings.batch_size, most)
-        made = _plan(costs, micro, limit, recompute=recompute, most=most, shown=shown)
-        if made.fits:
-            break
-    return made
+    ways: dict[Way, Micro] = {}
+    for way in [Way(recompute, most) for some in (good, sizes) for recompute in choices for most in some]:
+        micro = largest(widths, rows.trained, settings.batch_size, way.most_positions)
+        if (way.recompute, micro) not in [(other.recompute, its) for other, its in ways.items()]:
+            ways[way] = micro
+    return ways
 
 
-def _plan(costs: Costs, micro: Micro, limit: int, *, recompute: bool, most: int, shown: Callable[[str], Shown]) -> Plan:
+def _plan(costs: Costs, micro: Micro, limit: int, way: Way, experience: Callable[[str], Experience]) -> Plan:
     device = "gpu" if costs.gpu else "cpu"
-    kind = f"{device}, {costs.bits or 8 * costs.size} bits, layers {'computed again' if recompute else 'kept'}"
-    before = shown(kind)
+    kind = f"{device}, {costs.bits or 8 * costs.size} bits, layers {'computed again' if way.recompute else 'kept'}"
+    before = experience(kind)
     return Plan(
-        parts=predict(costs, micro, recompute=recompute, correction=before.correction),
+        parts=predict(costs, micro, recompute=way.recompute, correction=before.correction),
         limit_bytes=limit,
         micro=micro,
-        recompute=recompute,
-        most_positions=most,
+        recompute=way.recompute,
+        most_positions=way.most_positions,
         kind=kind,
         fixed=costs.fixed,
-        work=costs.work(recompute=recompute),
+        work=costs.work(recompute=way.recompute),
         correction=before.correction,
         pace=before.seconds,
     )

@@ -41,8 +41,8 @@ CHOSEN = ("top_k", "num_experts_per_tok")
 
 @dataclass(frozen=True)
 class Layer:
-    """Numbers a position: `kept` for the backward pass, `late` those of them that only what follows attention needs,
-    `inner` the widest linear's output, `heads` of queries.
+    """Numbers a position: `kept` for the backward pass, `after_attention` those of them that only what follows it
+    needs, `inner` the widest linear's output, `heads` of queries.
 
     `scores` is how many numbers a position and key attention keeps: none where it is lean, one for each head whose
     scores are handed to it as a mask, of which there are `masked`. `weight` is the size of the largest weight. `scans`
@@ -51,7 +51,7 @@ class Layer:
     """
 
     kept: int
-    late: int
+    after_attention: int
     inner: int
     heads: int
     scores: int
@@ -158,7 +158,7 @@ def _layer(layer: nn.Module, hidden: int, notes: Handed) -> Layer:
     for path in linears:
         blocks[path.rpartition(".")[0]].append(path)
     heads = 0 if runs and not notes.attends else _attribute(layer, HEADS) or max(hidden // 64, 1)
-    kept, late, scores, inner, mixing, mixed = _norms(layer, linears, hidden), 0, 0, 0, 0, 0
+    kept, after_attention, scores, inner, mixing, mixed = _norms(layer, linears, hidden), 0, 0, 0, 0, 0
     for block, paths in blocks.items():
         outputs = {path: layer_shape(linears[path])[-2] * _times(layer, linears[path]) for path in paths}
         last = [path for path in paths if layer_shape(linears[path])[-2] == hidden][-1:]
@@ -171,7 +171,7 @@ def _layer(layer: nn.Module, hidden: int, notes: Handed) -> Layer:
             mixed += inside if runs else 0
         else:
             here += 0 if lean_here or not inside else ACTIVATION * max(outputs.values())
-            late += here
+            after_attention += here
             inner = max(inner, *outputs.values())
         kept += here
     routed = _routed(layer, linears, hidden)
@@ -179,7 +179,7 @@ def _layer(layer: nn.Module, hidden: int, notes: Handed) -> Layer:
     largest = max(math.prod(layer_shape(linear)[-2:]) for linear in linears.values())
     return Layer(
         kept + _mixed(notes) + routed,
-        late + routed,
+        after_attention + routed,
         inner or mixing,
         heads,
         scores + masked,

@@ -1,4 +1,4 @@
-"""What earlier runs on this machine have shown: how far a prediction was off, and how fast it computes.
+"""What earlier runs on this machine have taught: how far a prediction was off, and how fast it computes.
 
 One small file in the home, `plan.json`, with a few numbers for each kind of run (device, bits of the base, gradient
 checkpointing). No name of a model, of data or of a run is in it. A file that can't be read is as good as none.
@@ -13,33 +13,43 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mlx_lora import paths
-from mlx_lora.train.budget.choose import Plan, Shown
+from mlx_lora.train.budget.choose import Experience, Plan
 
-# A run counts as much as all before it together; no run is believed to be this many times off.
-WEIGHT, MOST = 0.5, 2.0
+# A run counts as much as all before it together. Corrections are clamped to 2×; those of runs that were stopped for
+# taking too much, to 8×: to predict too little again would stop the next run as well.
+WEIGHT, MOST, MOST_STOPPED = 0.5, 2.0, 8.0
 
 
-def shown(kind: str) -> Shown:
-    """What runs of this kind have shown; nothing, for the first."""
+def experience(kind: str) -> Experience:
+    """What runs of this kind have taught; nothing, before the first."""
     entry = _read().get(kind)
     try:
-        found = Shown(**entry) if isinstance(entry, dict) else Shown()
-        return found if 1 / MOST <= found.correction <= MOST and (found.seconds or 0) >= 0 else Shown()
+        found = Experience(**entry) if isinstance(entry, dict) else Experience()
+        return found if 1 / MOST <= found.correction <= MOST_STOPPED and (found.seconds or 0) >= 0 else Experience()
     except TypeError:
-        return Shown()
+        return Experience()
 
 
-def remember(plan: Plan, measured_bytes: int, seconds_per_position: float | None = None) -> None:
-    """Let a run's own peak, and the time that a position took in it, correct the next plan of its kind."""
-    before = shown(plan.kind)
+def remember(
+    plan: Plan, measured_bytes: int, seconds_per_position: float | None = None, *, stopped: bool = False
+) -> None:
+    """Let a run's own peak, and the time that a position took in it, correct the next plan of its kind.
+
+    A run that was `stopped` for taking too much has shown a part of its peak: that raises the correction at once, and
+    never lowers it.
+    """
+    before = experience(plan.kind)
     uncorrected = (plan.peak_memory_bytes - plan.fixed) / plan.correction
-    ratio = min(max((measured_bytes - plan.fixed) / uncorrected, 1 / MOST), MOST)
-    correction = before.correction + WEIGHT * (ratio - before.correction)
+    ratio = max((measured_bytes - plan.fixed) / uncorrected, 1 / MOST)
+    if stopped:
+        correction = max(before.correction, min(ratio, MOST_STOPPED))
+    else:
+        correction = before.correction + WEIGHT * (min(ratio, MOST) - before.correction)
     seconds = before.seconds
     if seconds_per_position is not None:
         here = seconds_per_position / plan.work
         seconds = here if seconds is None else seconds + WEIGHT * (here - seconds)
-    _write(_read() | {plan.kind: asdict(Shown(correction, seconds))})
+    _write(_read() | {plan.kind: asdict(Experience(correction, seconds))})
 
 
 def _file() -> Path:

@@ -18,10 +18,13 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
 from mlx_lora.machine.allocation import HELD_BACK
-from mlx_lora.models.trunk.attention import SCORES_BYTES
+from mlx_lora.models.trunk.attention import SCORES_BYTES, SCORES_BYTES_GPU
 from mlx_lora.quant.matmul import BLOCK_BYTES
 from mlx_lora.train.budget.costs import Costs
 from mlx_lora.train.objectives.likelihood import LEAST_ROWS, TILE_BYTES, TILE_BYTES_GPU
+
+# MLX's own limits on how far it runs ahead of a GPU: command buffers, and bytes of results in each.
+COMMAND_BUFFERS, COMMAND_BYTES = 10, 50 << 20
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Coefficients:
     """How many are alive at once: `tiles` of logits, `states` of the hidden states with loss; in attention's backward
     pass, parts of its `scores`, `squares` that it is handed as a mask, and arrays of the `hidden` size; in that of a
     recurrence, arrays of all that is `mixed`; in that of what follows them, arrays of the `inner` size and unpacked
-    `blocks` of weights; `updates` of the adapter's arrays; and `ahead`, how much MLX's CPU backend runs
-    ahead of itself, of what `allocation.hold_back` lets it."""
+    `blocks` of weights; `updates` of the adapter's arrays; and `prepared`, how much MLX's CPU
+    backend allocates before it computes, of what `allocation.hold_back` lets it."""
 
     tiles: float
     states: float
@@ -39,7 +42,7 @@ class Coefficients:
     inner: float
     blocks: float
     updates: float
-    ahead: float
+    prepared: float
     squares: float
     mixed: float
 
@@ -52,7 +55,7 @@ COEFFICIENTS = Coefficients(
     inner=4.659,
     blocks=1.46,
     updates=2.765,
-    ahead=0.518,
+    prepared=0.518,
     squares=3.4,
     mixed=1.8,
 )
@@ -108,8 +111,18 @@ def predict(
         optimizer=costs.state + costs.adapter + gradients,
         activations=activations,
         loss=loss,
-        overhead=0 if costs.gpu else int(using.ahead * min(HELD_BACK, temporary // 8)),
+        overhead=_next_step(costs, temporary) if costs.gpu else int(using.prepared * min(HELD_BACK, temporary // 8)),
     )
+
+
+def _next_step(costs: Costs, temporary: int) -> int:
+    """What a GPU holds of the step that is dispatched before the last one has ended.
+
+    Its adapter and optimizer state are new arrays, while the step before still reads the old ones. MLX encodes up to
+    COMMAND_BUFFERS ahead of the GPU, each ended after COMMAND_BYTES of results, so no more temporaries than these are
+    allocated early. These are the settings of MLX's sources; nothing here is fitted.
+    """
+    return costs.state + costs.adapter + min(COMMAND_BUFFERS * COMMAND_BYTES, temporary)
 
 
 def _loss(costs: Costs, micro: Micro, using: Coefficients) -> float:
@@ -123,21 +136,24 @@ def _loss(costs: Costs, micro: Micro, using: Coefficients) -> float:
 def _backward(costs: Costs, micro: Micro, recompute: bool, using: Coefficients) -> Iterator[float]:
     """Beside what all layers keep: temporaries of each layer's attention or recurrence, and of what follows it.
 
-    A layer that is computed again holds all that it keeps; of one that isn't, attention finds the rest gone.
+    A layer that is computed again holds all that it keeps. Without checkpointing, what only the part after attention
+    needs (MLP activations) is already freed when attention's backward runs.
     """
     size = costs.size * micro.positions
     for place, layer in enumerate(costs.below + costs.layers):
         adapted = place >= len(costs.below)
         again = costs.kept_by(layer, micro.lines, micro.width) if recompute and adapted else 0
-        gone = size * layer.late if adapted and not recompute else 0
-        scores = using.scores * min(SCORES_BYTES, 4 * micro.lines * layer.heads * micro.width**2)
+        freed = size * layer.after_attention if adapted and not recompute else 0
+        scores = using.scores * min(
+            SCORES_BYTES_GPU if costs.gpu else SCORES_BYTES, 4 * micro.lines * layer.heads * micro.width**2
+        )
         if layer.masked:  # squares as a whole; a layer that is computed again makes them once more
             scores = (using.squares + recompute) * size * layer.masked * micro.width
         sliced = size * layer.sliced * micro.width
-        yield again - gone + scores + using.hidden * size * costs.hidden + sliced
+        yield again - freed + scores + using.hidden * size * costs.hidden + sliced
         if layer.scans:
             mixer = max(using.mixed * size * layer.mixed, costs.span_bytes(layer, micro.lines, micro.width))
-            yield again - gone + mixer
+            yield again - freed + mixer
         blocks = min(BLOCK_BYTES, 4 * layer.weight) if costs.bits and not costs.gpu else 0
         directions = 3 if recompute else 1  # measured: products of the pass that is made again overlap
         yield again + using.inner * size * layer.inner + using.blocks * directions * blocks

@@ -14,7 +14,7 @@ def run(model: str, data: str, rows: int, settings: dict[str, Any]) -> dict[str,
 
     from mlx_lora.config import Data, Quantize
     from mlx_lora.data.prepare import prepare
-    from mlx_lora.measure import as_dict, compare
+    from mlx_lora.measure import as_dict, compare, predictions
     from mlx_lora.models.load import load, load_stored, ready
     from mlx_lora.quant.quantize import quantize
 
@@ -28,7 +28,7 @@ def run(model: str, data: str, rows: int, settings: dict[str, Any]) -> dict[str,
     packed.model.set_dtype(mx.float16)
     chosen = Quantize(**settings).complete()
     report = quantize(packed.model, chosen)
-    agreement = as_dict(compare(before.model, ready(packed).model, encoded))
+    agreement = as_dict(compare(predictions(before.model, encoded), predictions(ready(packed).model, encoded), encoded))
     return {
         **chosen, **agreement, "bits_per_weight": report.bits_per_weight, "relative_error": report.relative_error,
         "left_alone": report.left_alone,

@@ -9,7 +9,8 @@ import pytest
 
 from mlx_lora.config import Train
 from mlx_lora.data.batch import MOST_POSITIONS, epoch_steps, padded
-from mlx_lora.train.budget.choose import GOOD_POSITIONS, Lengths, Plan, Shown, largest, plan
+from mlx_lora.errors import TrainingError
+from mlx_lora.train.budget.choose import GOOD_POSITIONS, Experience, Lengths, Plan, Way, largest, plan, states_bytes
 from mlx_lora.train.budget.predict import Micro, predict
 from tests.train.budget.test_costs import cost
 
@@ -19,8 +20,11 @@ ROWS = Lengths([257] * 32, 256)
 
 def chosen(limit: int, rows: Lengths = ROWS, **settings: Any) -> Plan:
     packing = settings.pop("packing", False)
-    shown = settings.pop("shown", lambda kind: Shown())
-    return plan(COSTS, rows, Train(**{"batch_size": 8, **settings}), limit, packing=packing, shown=shown)
+    more = {"smaller_than": settings.pop("smaller_than", None)}
+    experience = settings.pop("experience", lambda kind: Experience())
+    return plan(
+        COSTS, rows, Train(**{"batch_size": 8, **settings}), limit, packing=packing, experience=experience, **more
+    )
 
 
 def peak(lines: int, *, recompute: bool) -> int:
@@ -79,10 +83,49 @@ def test_packed_lines_are_as_wide_as_packing_makes_them() -> None:
 
 
 def test_what_runs_have_shown_of_a_kind_corrects_it() -> None:
-    half = chosen(1 << 40, shown=lambda kind: Shown(0.5, 1e-9 if "kept" in kind else None))
+    half = chosen(1 << 40, experience=lambda kind: Experience(0.5, 1e-9 if "kept" in kind else None))
     assert half.correction == 0.5 and half.pace == 1e-9
     assert half.peak_memory_bytes - half.fixed == pytest.approx((peak(8, recompute=False) - half.fixed) / 2, abs=8)
     assert half.kind == "cpu, 32 bits, layers kept"
+
+
+def test_after_a_memory_stop_the_next_smaller_plan_is_taken_until_there_is_none() -> None:
+    """Stopped again and again, each run is smaller than the one before, and the smallest is refused in plain words."""
+    made, ways = chosen(1 << 40), []
+    while len(ways) < 99:
+        ways.append(made.way)
+        try:
+            made = chosen(1 << 40, smaller_than=made.way)
+        except TrainingError as error:
+            assert "the smallest way to run this has been stopped" in error.message
+            break
+    assert ways == list(dict.fromkeys(ways)) and ways[0] == Way(False, MOST_POSITIONS)
+    assert ways[-1] == Way(True, 256), "one row at a time, layers computed again"
+    assert chosen(1 << 40, smaller_than=Way(True, 3)).way == ways[0], "a way that these rows don't have"
+
+
+LAST = cost(layers=2)
+
+
+def test_kept_states_are_counted_and_yield_first() -> None:
+    """They get what the step leaves of the limit: a byte less, and they go to a file, with the same micro-batches."""
+    train = Train(batch_size=8, epochs=2)
+    without = plan(LAST, ROWS, train.model_copy(update={"cache_prefix": "off"}), 1 << 40)
+    states = 4 * LAST.hidden * 32 * 256
+    assert states_bytes(LAST, ROWS, train) == states
+    room = without.peak_memory_bytes + states
+    for limit, inside in ((room, states), (room - 1, 0)):
+        made = plan(LAST, ROWS, train, limit)
+        assert made.states_bytes == inside and made.way == without.way
+        assert made.peak_memory_bytes == without.peak_memory_bytes + inside
+        assert made.parts.overhead == without.parts.overhead + inside and made.fixed == without.fixed + inside
+    assert states_bytes(LAST, Lengths([257] * 32, 256, [257]), train) == states + 4 * LAST.hidden * 256
+
+
+def test_states_are_kept_only_where_rows_come_again_and_layers_lie_below() -> None:
+    assert states_bytes(LAST, ROWS, Train(batch_size=8, epochs=1)) == 0
+    assert states_bytes(LAST, ROWS, Train(batch_size=8, iters=5)) > 0 == states_bytes(LAST, ROWS, Train(iters=4))
+    assert states_bytes(COSTS, ROWS, Train(epochs=3)) == 0
 
 
 def test_the_json_keys() -> None:

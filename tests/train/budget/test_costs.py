@@ -71,7 +71,7 @@ def test_a_layer_keeps_what_its_backward_pass_reads() -> None:
     assert found.kept(2, 10) == 4 * 2 * 10 * LAYERS * KEPT and found.entering(2, 10) == 4 * 2 * 10 * LAYERS * WIDTH
     everywhere = cost(targets="all-linear").layers[0]
     assert everywhere.kept == KEPT + WIDTH + INNER + 3 * RANK  # the inputs of gate and up, and of down
-    assert everywhere.late == 2 * INNER + WIDTH + INNER + 3 * RANK
+    assert everywhere.after_attention == 2 * INNER + WIDTH + INNER + 3 * RANK
     assert cost(gpu=True).kept(1, 10) == found.kept(1, 10) // 2
 
 
@@ -94,7 +94,7 @@ def test_every_architecture_has_costs(name: str) -> None:
     kind, changes = MODELS[name]
     found = cost({"model_type": kind, **COMMON, **changes})
     assert (found.vocabulary, found.hidden) == (COMMON["vocab_size"], COMMON["hidden_size"])
-    assert all(layer.kept > layer.late > 0 and layer.heads == 4 for layer in found.layers)
+    assert all(layer.kept > layer.after_attention > 0 and layer.heads == 4 for layer in found.layers)
     assert all(bool(layer.scores) == (kind == "gemma2") for layer in found.layers)
 
 
@@ -140,11 +140,11 @@ def test_only_the_chosen_experts_are_kept_and_multiplied_and_all_are_trained() -
     experts, chosen, width, inner = 4, 2, 64, 64
     dense, routed = cost(TINY["qwen3_moe"]).layers  # the first layer has no experts
     outputs = chosen * (2 * inner + width) + experts  # gate, up and down, and the router's
-    assert routed.late == outputs + 2 * experts and routed.inner == chosen * max(inner, width)
+    assert routed.after_attention == outputs + 2 * experts and routed.inner == chosen * max(inner, width)
     everywhere = cost(TINY["qwen3_moe"], targets="all-linear", layers=1)
     attention = 4 * RANK * width + 2 * RANK * (width + 2 * 16)
     assert everywhere.adapter == 4 * (attention - 0 + experts * 3 * RANK * (width + inner))
-    assert everywhere.layers[0].scans == () and dense.late == 2 * 128
+    assert everywhere.layers[0].scans == () and dense.after_attention == 2 * 128
     assert everywhere.work(recompute=True) - everywhere.work(recompute=False) == (
         2 * width * width + 2 * width * 32 + chosen * 3 * width * inner + experts * width
     )

@@ -14,7 +14,7 @@ from tests.train.budget.test_costs import cost
 
 
 def made(bits: int | None = None) -> Plan:
-    return plan(cost(bits=bits), Lengths([129] * 4, 128), Train(), 1 << 40, shown=learn.shown)
+    return plan(cost(bits=bits), Lengths([129] * 4, 128), Train(), 1 << 40, experience=learn.experience)
 
 
 def test_without_runs_nothing_is_corrected(home: Path) -> None:
@@ -41,6 +41,17 @@ def test_the_pace_is_that_of_a_multiplication() -> None:
     assert made().pace == pytest.approx(2e-6 / plan.work), "a run that wasn't timed changes no pace"
     learn.remember(plan, plan.peak_memory_bytes, 4e-6)
     assert made().pace == pytest.approx(3e-6 / plan.work)
+
+
+def test_a_stopped_run_raises_the_correction_at_once_and_never_lowers_it() -> None:
+    first = made()
+    varying = first.peak_memory_bytes - first.fixed
+    learn.remember(first, first.fixed + 3 * varying, stopped=True)
+    assert made().correction == pytest.approx(3.0)
+    learn.remember(made(), first.fixed + varying, stopped=True)
+    assert made().correction == pytest.approx(3.0), "it was stopped before it had shown its peak"
+    learn.remember(made(), 1 << 60, stopped=True)
+    assert made().correction == learn.MOST_STOPPED
 
 
 @pytest.mark.parametrize("measured", [0, 1 << 50])

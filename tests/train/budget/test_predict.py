@@ -15,9 +15,10 @@ from mlx_lora.config import Adapter, Train
 from mlx_lora.data.encode import Row
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.shapes import network
+from mlx_lora.models.trunk.attention import SCORES_BYTES, SCORES_BYTES_GPU
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train.budget.costs import costs
-from mlx_lora.train.budget.predict import COEFFICIENTS, Micro, predict
+from mlx_lora.train.budget.predict import COEFFICIENTS, COMMAND_BUFFERS, COMMAND_BYTES, Micro, predict
 from mlx_lora.train.events import Step
 from mlx_lora.train.trainer import train
 from tests.bench import results
@@ -48,6 +49,25 @@ def test_more_positions_more_layers_and_wider_numbers_take_more() -> None:
     assert total(layers=1) < total(layers=3) < total() < total(targets="all-linear")
     assert total(recompute=True) < total() and total(bits=4) < total(bits=8) < total()
     assert total(gpu=True) < total() and total(Micro(4, 128, 16)) <= total()
+
+
+def test_a_gpu_takes_larger_parts_of_attention_and_holds_the_step_dispatched_ahead() -> None:
+    """Predicted with a GPU's constants beside a computation by hand, of a step whose peak is attention's."""
+    costs = replace(cost(gpu=True), vocabulary=1, adapter=100, state=200)
+    micro = Micro(8, 2048, 8)
+    scores = 4 * 8 * costs.layers[0].heads * 2048**2
+    assert SCORES_BYTES < SCORES_BYTES_GPU < scores
+    attention = max(
+        -costs.size * micro.positions * layer.after_attention
+        + COEFFICIENTS.hidden * costs.size * 8 * 2048 * costs.hidden
+        for layer in costs.layers
+    )
+    temporary = int(costs.kept(8, 2048) + attention + COEFFICIENTS.scores * SCORES_BYTES_GPU)
+    parts = predict(costs, micro, recompute=False)
+    assert parts.activations == pytest.approx(temporary, rel=1e-6)
+    assert parts.overhead == 200 + 100 + COMMAND_BUFFERS * COMMAND_BYTES
+    small = predict(costs, Micro(1, 8, 8), recompute=False)
+    assert small.overhead == 300 + small.activations + small.loss + (small.optimizer - 300)
 
 
 def test_a_large_adapter_on_a_short_row_peaks_when_it_is_updated() -> None:

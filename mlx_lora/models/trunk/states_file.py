@@ -1,0 +1,43 @@
+"""Arrays in a file without a name: hidden states of many rows, of which only one is in memory at a time.
+
+The file lies in the home's folder, is readable by nobody else, and is gone when the process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora import paths
+
+
+class StatesFile:
+    """Float arrays by number; one that is put again takes the place of the one before."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(dir=paths.home())
+        weakref.finalize(self, self._file.close)
+        self._places: dict[int, tuple[int, tuple[int, ...], mx.Dtype]] = {}
+        self._end = 0
+
+    def __setitem__(self, number: int, array: mx.array) -> None:
+        start, shape, dtype = self._places.get(number, (self._end, (), array.dtype))
+        if shape != array.shape or dtype != array.dtype:
+            start, self._end = self._end, self._end + array.nbytes
+        self._file.seek(start)
+        raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+        self._file.write(np.ascontiguousarray(np.array(raw)).data)
+        self._places[number] = (start, tuple(array.shape), array.dtype)
+
+    def __getitem__(self, number: int) -> mx.array:
+        start, shape, dtype = self._places[number]
+        bytes_ = int(np.prod(shape)) * dtype.size
+        self._file.seek(start)
+        raw = np.frombuffer(self._file.read(bytes_), np.uint8)
+        return mx.array(raw).view(dtype).reshape(shape)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._places
