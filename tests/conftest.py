@@ -5,6 +5,7 @@ The model directory is a real one, with random weights: everything that loads, t
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mlx_lora.machine import blas, offline
+from mlx_lora.machine import blas, device, offline
 
 offline.set_hub_variables()
 if "PYTEST_XDIST_WORKER" in os.environ:  # of several: threads that wait for each other would take their time
@@ -27,6 +28,30 @@ import mlx.core as mx  # noqa: E402  (after the BLAS it binds to)
 from mlx.utils import tree_flatten  # noqa: E402
 
 from mlx_lora.models.load import LoadedModel, load  # noqa: E402
+
+AS_GPU = Path(__file__).with_name("as_gpu")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--as-gpu", action="store_true", help="take the package's branches for a GPU, on the CPU backend")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module is imported, so that what those ask for at their top is answered alike."""
+    if config.getoption("--as-gpu"):
+        importlib.import_module("tests.as_gpu.sitecustomize")
+        paths = [str(AS_GPU), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # of the processes that tests start
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is about the other kind of device, with the marker's reason."""
+    other = "processor" if device.on_gpu() else "gpu"
+    for item in items:
+        if marker := item.get_closest_marker(other):
+            (reason,) = marker.args
+            item.add_marker(pytest.mark.skip(reason=f"about a {other}: {reason}"))
+
 
 TEMPLATE = (
     "{% for m in messages %}"

@@ -13,7 +13,8 @@ if __name__ == "__main__":
     blas.load_blas()  # before anything that imports mlx
 
     from mlx_lora import paths
-    from mlx_lora.tasks.checks import RECORD, record
+    from mlx_lora.tasks.checks import record
+    from mlx_lora.tasks.subject import RECORD
 
     file = paths.bundled("data", "base", RECORD)
     file.write_text(json.dumps(record(), indent=1) + "\n", encoding="utf-8")

@@ -139,3 +139,34 @@ def test_commands_that_load_no_model_start_without_heavy_imports(words: str, tmp
 
 def test_readme_shows_the_commands_as_they_are() -> None:
     assert README.read_text() == written(), "run: python -m tests.readme"
+
+
+def test_the_device_is_asked_through_its_module() -> None:
+    """As `device.on_gpu()`, when it matters: `pytest --as-gpu` changes the answer there, and MLX's may change as well.
+
+    A name imported from the module, a default value, or what a module asks while it is imported would keep an old one.
+    """
+    for file in FILES:
+        if file == PACKAGE / "machine" / "device.py":
+            continue
+        tree = ast.parse(file.read_text())
+        names = list(imports(tree))
+        assert not [name for name in names if name.startswith("mlx_lora.machine.device.")], file
+        inside = {
+            id(node)
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef | ast.Lambda)
+            for part in (function.body if isinstance(function, ast.FunctionDef) else [function.body])
+            for node in ast.walk(part)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in ("on_gpu", "activation_dtype"):
+                assert isinstance(node.value, ast.Name) and node.value.id == "device", (file, node.lineno)
+                assert id(node) in inside, (file, node.lineno)
+            asked = isinstance(node, ast.Attribute) and node.attr in ("is_available", "metal")
+            assert not asked or ast.unparse(node).split(".")[0] not in ("mx", "mlx"), (file, node.lineno)
+
+
+def test_the_package_knows_nothing_of_pytests_mode() -> None:
+    for file in FILES:
+        assert not any(word in file.read_text().lower() for word in ("as_gpu", "as-gpu", "sitecustomize")), file

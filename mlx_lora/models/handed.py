@@ -35,18 +35,22 @@ TOKENS = 8
 class Scan:
     """A recurrence in chunks. Numbers: `inputs` and `output` a position, `state` after a span of chunks.
 
-    `chunk_bytes` is what a chunk of `recurrence.chunks.CHUNK` positions holds in the backward pass.
+    `chunk_bytes` is what a chunk holds in the backward pass, of as many positions as it has on this device: `chunk`.
     """
 
     inputs: int
     output: int
     state: int
     chunk_bytes: int
+    chunk: int = chunks.CHUNK
 
     def span(self, lines: int, *, gpu: bool) -> int:
-        """Positions of a span of `lines` lines, as `recurrence.chunks.span_length` chooses them on that device."""
-        most = chunks.SPAN_BYTES_GPU if gpu else chunks.SPAN_BYTES
-        return chunks.CHUNK * max(most // (lines * self.chunk_bytes), 1)
+        """Positions of a span of `lines` lines, as `recurrence.chunks.span_length` chooses them on that device.
+
+        For another kind of device than this one, a chunk is taken to hold as much a position as here.
+        """
+        most, chunk = (chunks.SPAN_BYTES_GPU, chunks.CHUNK_GPU) if gpu else (chunks.SPAN_BYTES, chunks.CHUNK)
+        return chunk * max(most * self.chunk // (lines * self.chunk_bytes * chunk), 1)
 
 
 @dataclass
@@ -180,7 +184,7 @@ def _noting_scan(update: Any, open_layers: list[Handed]) -> Callable[..., Any]:
         made = update.__globals__["scan"](step, state, sequences, *others, **named)
         if open_layers:
             inputs, output = (sum(math.prod(array.shape[2:]) for array in part) for part in (sequences, made[:1]))
-            open_layers[-1].scans.append(Scan(inputs, output, state.size, held[-1]))
+            open_layers[-1].scans.append(Scan(inputs, output, state.size, held[-1], chunks.longest()))
         return made
 
     noting = types.SimpleNamespace(**{**vars(chunks), "span_length": span_length})

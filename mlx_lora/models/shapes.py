@@ -19,6 +19,7 @@ from mlx_lora import files
 from mlx_lora.errors import ModelError
 from mlx_lora.models.config_faults import naming_settings
 from mlx_lora.models.open import Model, check_architecture, open_model, weight_files
+from mlx_lora.quant import nf4
 from mlx_lora.quant.matmul import use_fast_multiply
 from mlx_lora.quant.quantize import pack
 
@@ -67,11 +68,13 @@ def describe(model: Model) -> dict[str, Any]:
     config, path = opened.config, opened.path
     if _named(config) is not None:
         return config
+    # those of nf4 are float32 in a model of any dtype
+    float32_scales = nf4.SCALES if (config.get("quantization") or {}).get("mode") == "nf4" else ()
     sizes: dict[str, int] = {}
     for file in weight_files(path):
         if files.safetensors_fault(file) is None:
             with safe_open(file, framework="numpy") as tensors:
-                for part in (tensors.get_slice(name) for name in tensors.keys()):
+                for part in (tensors.get_slice(name) for name in tensors.keys() if not name.endswith(float32_scales)):
                     sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + math.prod(part.get_shape())
     floats = [kind for kind in sorted(sizes, key=lambda kind: -sizes[kind]) if kind in HEADERS]
     return config | ({"torch_dtype": HEADERS[floats[0]]} if floats else {})

@@ -14,6 +14,7 @@ from mlx_lora import paths
 from mlx_lora.config import Data
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.read import sha256
+from mlx_lora.models.unpack import unpack_once
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
@@ -56,7 +57,9 @@ def evaluate_adapters(
     if warning := _trained_on(file, data, stored):
         warn(warning)
     stage(f"loading {model or registry.base_name(opened.path)}")
-    engine = Engine(registry.open_base(opened, stored))
+    loaded = registry.open_base(opened, stored)
+    unpack_once(loaded)
+    engine = Engine(loaded)
     chosen: dict[str | None, Data] = {None: settings(_own(stored[0]) if stored else None)}
     for adapter, name in zip(stored, _names(stored), strict=True):
         engine.add(name, wrappers_for(engine.loaded.model, adapter))

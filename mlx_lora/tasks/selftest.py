@@ -16,8 +16,9 @@ import mlx.core as mx
 
 from mlx_lora import __version__
 from mlx_lora.machine import device, facts
-from mlx_lora.tasks.checks import CPU, PARTS, Check, Place, Subject, computing_on
+from mlx_lora.tasks.checks import PARTS
 from mlx_lora.tasks.doctor import versions
+from mlx_lora.tasks.subject import CPU, Check, Place, Subject, computing_on
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def selftest(
 
 def places() -> list[Place]:
     """This device in the files' dtype and in float32, then the CPU backend; without a GPU, that alone."""
-    gpu = mx.Device(mx.gpu)
+    gpu = mx.default_device()
     on_gpu = [Place(gpu, mx.float16), Place(gpu, mx.float32)] if device.on_gpu() else []
     return [*on_gpu, CPU]
 

@@ -66,12 +66,11 @@ class Stepper:
     def _compile(self) -> None:
         model, optimizer, rule, memory, loss_sum = self._model, self._optimizer, self._rule, self._memory, self._loss
         most = self._settings.max_grad_norm  # not through self: a cycle would keep the graphs of a run that is over
-        loss_and_gradients = nn.value_and_grad(model, loss_sum.differentiable)
         state = [model.state, memory, mx.random.state]
 
         def accumulate(loss: mx.array, totals: Any, arrays: Arrays) -> tuple[mx.array, Any]:
             with arrays_kept(model):
-                loss_here, gradients = loss_and_gradients(arrays)
+                loss_here, gradients = loss_sum.with_gradients(arrays)
             return loss + loss_here, tree_map(mx.add, totals, gradients)
 
         def apply(loss: mx.array, totals: Any, tokens: mx.array) -> tuple[mx.array, mx.array]:

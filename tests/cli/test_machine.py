@@ -10,7 +10,7 @@ import pytest
 
 from mlx_lora import paths
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.tasks import checks, selftest
+from mlx_lora.tasks import selftest, subject
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -39,7 +39,9 @@ def test_selftest_passes_here_and_says_where(run: Run, home: Path) -> None:
     assert ran.json.keys() >= {"version", "system", "device", "name", "packages", "lines"}
     assert all(line.keys() >= {"name", "difference", "tolerance", "passed"} for line in ran.json["lines"])
     named = " ".join(line["name"] for line in ran.json["lines"])
-    for word in ("forward", "gradient", "affine 3", "mxfp8 8", "nvfp4 4", "20 steps", "swap", "fuse"):
+    plain = ("forward", "gradient", "affine 3", "mxfp8 8", "nvfp4 4", "20 steps", "swap", "fuse")
+    single = ("products", "attention", "delta rule", "packed rows", "in bfloat16", "ahead", "counted memory", "limits")
+    for word in (*plain, *single):
         assert word in named
     assert "training" in ran.err, "it says what it is at"
     assert str(home) not in ran.out, "it is made to be sent"
@@ -50,8 +52,8 @@ def test_selftest_that_fails_says_which_and_exits_with_one(run: Run, monkeypatch
         loaded.model.model.norm.weight = loaded.model.model.norm.weight * 1.01
         return original(loaded)
 
-    original = checks.ready
-    monkeypatch.setattr(checks, "ready", altered)
+    original = subject.ready
+    monkeypatch.setattr(subject, "ready", altered)
     monkeypatch.setattr(selftest, "PARTS", {"base": selftest.PARTS["base"]})
     ran = run("selftest")
     rows = {line.split("  ")[0]: line for line in ran.out.splitlines() if "float32: " in line}

@@ -68,7 +68,7 @@ def test_memory_limits_are_put_back() -> None:
         mx.set_cache_limit(cache)
 
 
-@pytest.mark.skipif(device.on_gpu(), reason="a GPU has another limit")
+@pytest.mark.processor("MLX waits for each operation, below a limit")
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_cpu_waits_for_each_operation_inside_and_has_its_old_limit_back(fails: bool) -> None:
     original = mx.set_memory_limit(3 << 30)
@@ -83,7 +83,29 @@ def test_a_cpu_waits_for_each_operation_inside_and_has_its_old_limit_back(fails:
         mx.set_memory_limit(original)
 
 
-@pytest.mark.skipif(device.on_gpu() or not hasattr(ctypes.CDLL(None), "mallopt"), reason="for a CPU with glibc")
+@pytest.mark.gpu("memory is wired, and none is held back")
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_gpu_wires_what_metal_recommends_and_has_its_old_limits_back(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read from the calls, since MLX's CPU backend takes a wired limit and does nothing with it."""
+    wired: list[int] = []
+    original = mx.set_wired_limit
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: wired.append(limit) or original(limit))  # type: ignore[func-returns-value]
+    recommended, memory = mx.device_info()["max_recommended_working_set_size"], limit_now()
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        with allocation.memory_limits():
+            cache = mx.set_cache_limit(0)
+            mx.set_cache_limit(cache)
+            assert (wired, cache) == ([recommended], recommended // 8)
+            allocation.hold_back()
+            assert limit_now() == memory
+            assert not fails or 1 / 0
+    assert wired == [recommended, 0]
+
+
+@pytest.mark.processor("the C library holds its memory")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's own")
 def test_freed_memory_is_kept_inside_and_given_back_behind() -> None:
     """Counted in pages that the system had to hand out: each of 20 arrays of 64 MB again, or few in all."""
 
@@ -102,7 +124,7 @@ def test_freed_memory_is_kept_inside_and_given_back_behind() -> None:
     assert inside < pages / 4
 
 
-@pytest.mark.skipif(device.on_gpu(), reason="a GPU isn't held back")
+@pytest.mark.processor("a GPU isn't held back")
 def test_memory_is_held_back_a_little_below_its_peak_and_never_below_nothing() -> None:
     original = mx.set_memory_limit(3 << 30)
     try:
@@ -158,13 +180,25 @@ def test_the_exponential_of_zero_is_one_and_of_very_little_is_zero(compiled: Cal
     assert not np.array(exponential(mx.array(little.astype(np.float32)))).any()
 
 
-@pytest.mark.skipif(device.on_gpu(), reason="MLX's own")
+@pytest.mark.processor("a GPU takes MLX's own")
 def test_the_exponential_never_rises_where_it_falls_and_is_hardly_ever_denormal(compiled: Callable[..., Any]) -> None:
     x = np.linspace(-95, 0, 1_000_001).astype(np.float32)
     ours = np.array(compiled(elementary.exp_below_one)(mx.array(x)))
     assert (np.diff(ours.astype(np.float64)) >= -1e-6 * ours[:-1]).all()
     denormal = x[(ours > 0) & (ours < SMALLEST)]
     assert denormal.size == 0 or np.ptp(denormal) < np.log(2) / 2 + 1e-3
+
+
+@pytest.mark.gpu("has an exponential of its own, in every dtype")
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_on_a_gpu_the_elementary_functions_are_mlxs_own(dtype: mx.Dtype) -> None:
+    x = (-mx.abs(mx.random.normal((4, 50), key=mx.random.key(0))) * 5).astype(dtype)
+    for ours, theirs in (
+        (elementary.exp_below_one(x), mx.exp(x)),
+        (elementary.sigmoid(x), mx.sigmoid(x)),
+        (elementary.softmax(x), mx.softmax(x, axis=-1, precise=True)),
+    ):
+        assert ours.dtype == dtype and mx.array_equal(ours, theirs)
 
 
 def test_the_exponential_of_nan_is_nan() -> None:

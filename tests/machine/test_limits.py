@@ -24,6 +24,7 @@ def test_another_machine_gives_what_metal_recommends_for_its_size(memory_gb: flo
     assert limits.limit_bytes(memory_gb=memory_gb) == pytest.approx(memory_gb * GIB * share, abs=1)
 
 
+@pytest.mark.processor("has what other programs leave")
 def test_this_machine_gives_most_of_what_is_free_and_what_is_held_already(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 10 * GIB)
     held = mx.get_active_memory()

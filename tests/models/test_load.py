@@ -235,6 +235,7 @@ def test_models_are_found_by_path_by_name_and_in_the_hub_cache(
     assert load("owner/tiny").model(TOKENS).shape == (1, 7, 262)
 
 
+@pytest.mark.processor("computes in float32")
 def test_the_base_is_frozen_in_evaluation_and_float32_on_a_cpu(tmp_path: Path) -> None:
     loaded = load(write_model(tmp_path / "half", dtype=mx.bfloat16), quantization=Quantize(bits=4))
     assert loaded.stored == mx.bfloat16 and loaded.dtype == mx.float32
@@ -245,6 +246,18 @@ def test_the_base_is_frozen_in_evaluation_and_float32_on_a_cpu(tmp_path: Path) -
     assert not tree_flatten(loaded.model.trainable_parameters()) and not loaded.model.training
     assert isinstance(loaded.model.layers[0].self_attn.q_proj, DequantizingLinear)
     assert loaded.model(TOKENS).dtype == mx.float32
+
+
+@pytest.mark.gpu("computes in the files' dtype, by MLX's own kernels")
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+def test_the_base_is_frozen_in_evaluation_and_in_the_files_dtype_on_a_gpu(dtype: mx.Dtype, tmp_path: Path) -> None:
+    loaded = load(write_model(tmp_path / "half", dtype=dtype), quantization=Quantize(bits=4))
+    assert loaded.stored == loaded.dtype == dtype
+    arrays = tree_flatten(loaded.model.parameters())
+    assert {array.dtype for _, array in arrays} == {dtype, mx.uint32}
+    assert not tree_flatten(loaded.model.trainable_parameters()) and not loaded.model.training
+    assert type(loaded.model.layers[0].self_attn.q_proj) is nn.QuantizedLinear
+    assert loaded.model(TOKENS).dtype == dtype
 
 
 def test_stored_tensors_are_as_the_files_hold_them(tmp_path: Path) -> None:

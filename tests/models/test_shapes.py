@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError
+from mlx_lora.machine import device
 from mlx_lora.models import load as loading
 from mlx_lora.models.load import LoadedModel, load, ready
 from mlx_lora.models.open import read_config
@@ -47,7 +48,7 @@ def test_shapes_are_those_of_the_loaded_model(name: str, quantization: Quantize 
         quantize(real, settings)
     ready(LoadedModel(real, None, {}, Path(), mx.float16))
     config = {"model_type": kind, **COMMON, **changes, "torch_dtype": "float16"}
-    assert described(network(config, quantization=settings, gpu=False)) == described(real)
+    assert described(network(config, quantization=settings, gpu=device.on_gpu())) == described(real)
 
 
 def test_a_packed_base_is_described_by_its_own_configuration(tmp_path: Path, tiny_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_a_packed_base_is_described_by_its_own_configuration(tmp_path: Path, tin
     save(base, tmp_path / "packed")
     loaded = load(tmp_path / "packed")
     config = describe(tmp_path / "packed")  # which says no dtype: the files do
-    assert described(network(config, gpu=False)) == described(loaded.model)
+    assert described(network(config, gpu=device.on_gpu())) == described(loaded.model)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

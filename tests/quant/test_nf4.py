@@ -17,6 +17,7 @@ from mlx_lora.adapters.attach import attach, build
 from mlx_lora.config import Adapter, Quantize
 from mlx_lora.errors import ModelError
 from mlx_lora.interop.fuse import merge
+from mlx_lora.machine import device
 from mlx_lora.methods import MODES
 from mlx_lora.models import SwitchLinear
 from mlx_lora.models.layers import plain_layer, set_modules
@@ -257,8 +258,8 @@ def test_a_saved_model_loads_as_it_was(tmp_path: Path, group_size: int, double_q
     assert fingerprint.of_model(again.model) == fingerprint.of_directory(tmp_path / "packed")
     ours = load(source, quantization=quantization).model(TOKENS)
     np.testing.assert_array_equal(load(tmp_path / "packed").model(TOKENS), ours)
-    assert ours.dtype == mx.float32
-    shapes = shapes_of(describe(tmp_path / "packed"), gpu=False)
+    assert ours.dtype == device.activation_dtype(mx.float16)
+    shapes = shapes_of(describe(tmp_path / "packed"), gpu=device.on_gpu())
     loaded = load(tmp_path / "packed").model
     assert [(name, array.shape, array.dtype) for name, array in tree_flatten(shapes.parameters())] == [
         (name, array.shape, array.dtype) for name, array in tree_flatten(loaded.parameters())

@@ -13,6 +13,7 @@ import pytest
 
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError
+from mlx_lora.machine import device
 from mlx_lora.methods import MODES
 from mlx_lora.models.load import load, load_stored
 from mlx_lora.models.save import save
@@ -119,7 +120,9 @@ def test_a_saved_model_loads_in_mlx_lm_with_the_same_logits(
     theirs, _ = mlx_lm.utils.load(str(tmp_path / "packed"))
     theirs.set_dtype(mx.float32)
     ours = load(tmp_path / "packed").model
-    np.testing.assert_allclose(ours(TOKENS), theirs(TOKENS), rtol=1e-3, atol=1e-3)
+    # on a GPU in float16, or where MLX's own kernels unpack to bfloat16 alone
+    close = (2e-2 if mode == "affine" else 1e-1) if device.on_gpu() else 1e-3
+    np.testing.assert_allclose(ours(TOKENS).astype(mx.float32), theirs(TOKENS), rtol=close, atol=close)
     assert is_quantized(theirs)
 
 

@@ -16,6 +16,7 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data import batch
 from mlx_lora.errors import TrainingError
+from mlx_lora.machine import device
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.store.run import checkpoint_folders
@@ -131,9 +132,11 @@ def test_what_a_run_chose_by_itself_is_kept(tiny: LoadedModel) -> None:
 
 
 def test_over_the_limit_a_run_saves_and_stops(tiny: LoadedModel) -> None:
+    """On a GPU, whose next step is on its way by then, behind that one."""
     made = replace(plan_of(tiny, 1 << 40), limit_bytes=1)
     taken = list(events_of(tiny, plan=made, save_every=None))
-    assert [event.step for event in of(taken, Step)] == [1] and of(taken, Finished)[0].stopped_by == "memory"
+    steps = [1, 2] if device.on_gpu() else [1]
+    assert [event.step for event in of(taken, Step)] == steps and of(taken, Finished)[0].stopped_by == "memory"
     assert "over the limit of 1 B" in of(taken, Note)[-1].text
     (saved,) = of(taken, Checkpoint)
     assert_same_end(list(events_of(tiny)), list(events_of(tiny, resume=saved)))

@@ -22,7 +22,6 @@ from mlx_lora.adapters.targets import adaptable
 from mlx_lora.config import Train
 from mlx_lora.models.architectures import ATTENTION, mixes_tokens
 from mlx_lora.models.handed import Handed, Scan, handed
-from mlx_lora.models.recurrence.chunks import CHUNK
 from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.quant.quantize import model_bytes
@@ -100,9 +99,8 @@ class Costs:
 
     def span_bytes(self, layer: Layer, lines: int, width: int) -> int:
         """What the backward pass of one span of a layer holds, of its largest recurrence."""
-        held = [
-            lines * scan.chunk_bytes * -(-min(scan.span(lines, gpu=self.gpu), width) // CHUNK) for scan in layer.scans
-        ]
+        spans = [(scan, min(scan.span(lines, gpu=self.gpu), width)) for scan in layer.scans]
+        held = [lines * scan.chunk_bytes * -(-span // scan.chunk) for scan, span in spans]
         return max(held, default=0)
 
     def entering(self, lines: int, width: int) -> int:

@@ -11,16 +11,19 @@ hidden states' size. The head is the model's own ending, whatever soft cap, scal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.data.batch import Batch
 from mlx_lora.machine import device, elementary
 from mlx_lora.models.trunk.dropout import Dropout
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.trunk import Trunk
+from mlx_lora.train.objectives.half import gradient_scale
 
 # Bytes of float32 logits in one tile; four to six times as much is alive at once. A GPU wants more rows at a time, and
 # with too few of them every tile would only wait for the head's weights.
@@ -43,7 +46,7 @@ def as_arrays(batch: Batch, states: mx.array | None = None, columns: np.ndarray 
 
 
 class Loss:
-    """Σ weight · nll of a batch's arrays, a float32 scalar. `differentiable` is the same sum, to be differentiated.
+    """Σ weight · nll of a batch's arrays, a float32 scalar; `with_gradients` gives its gradients too.
 
     `start` is the layer that kept states enter, of batches that bring them. A model that can't be taken apart runs on
     every position, and its logits are picked afterwards.
@@ -61,12 +64,34 @@ class Loss:
             total = total + (nll * arrays["weights"][tile]).sum()
         return total
 
+    def with_gradients(self, arrays: Arrays) -> tuple[mx.array, Any]:
+        """The sum and its gradients by everything trainable in the model, a tree like its parameters; all float32.
+
+        In float16 the sum is scaled by a power of two on its way through the model: see `half.gradient_scale`.
+        """
+
+        def scaled(arrays: Arrays) -> tuple[mx.array, float]:
+            hidden = self._hidden(arrays)
+            scale = gradient_scale(hidden.dtype, arrays["weights"].size)
+            weights = arrays["weights"] if scale == 1 else arrays["weights"] * scale
+            return self._summed(hidden, arrays["targets"], weights), scale
+
+        (total, scale), gradients = nn.value_and_grad(self._model, scaled)(arrays)
+        gradients = tree_map(lambda gradient: gradient.astype(mx.float32), gradients)
+        if scale == 1:
+            return total, gradients
+        return total / scale, tree_map(lambda gradient: gradient / scale, gradients)
+
     def differentiable(self, arrays: Arrays) -> mx.array:
-        """The sum, with gradients for the hidden states and for what is trained outside the layers.
+        """The sum as MLX differentiates it, unscaled."""
+        return self._summed(self._hidden(arrays), arrays["targets"], arrays["weights"])
+
+    def _summed(self, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+        """Σ weight · nll, with gradients for the hidden states and for what is trained outside the layers.
 
         A custom function's vjp gives silent zeros for what its closure holds: both are explicit inputs.
         """
-        hidden, outside = self._hidden(arrays), self._trained_outside_layers()
+        outside = self._trained_outside_layers()
         tiles = self._tiles(hidden)
         endings = [self._ending(list(outside)) for _ in tiles]
 
@@ -87,7 +112,7 @@ class Loss:
             of_hidden, *of_trained = ((cotangents[0] * output).astype(output.dtype) for output in outputs[1:])
             return [of_hidden, *(mx.zeros_like(array) for array in primals[1:3]), *of_trained]
 
-        return summed(hidden, arrays["targets"], arrays["weights"], *outside.values())[0]  # type: ignore[no-any-return]
+        return summed(hidden, targets, weights, *outside.values())[0]  # type: ignore[no-any-return]
 
     def _hidden(self, arrays: Arrays) -> mx.array:
         """What enters the head, (N, d); the logits themselves, (N, V), of a model that can't be taken apart."""

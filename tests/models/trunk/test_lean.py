@@ -270,6 +270,23 @@ def test_attention_equals_mlx_lm_and_float64(
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.gpu("the forward pass is one kernel, and only the backward pass has parts")
+def test_fewer_bytes_are_more_parts_of_the_backward_pass_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    softmax = elementary.softmax
+    monkeypatch.setattr(elementary, "softmax", lambda scores: seen.append(scores.shape) or softmax(scores))  # type: ignore[func-returns-value]
+    q, k, v = (mx.random.normal((2, heads, 10, 8)) for heads in (4, 2, 2))
+    for scores_bytes, queries in ((1 << 20, 10), (4 * 2 * 4 * 10 * 4, 4), (ONE_QUERY, 1)):
+        monkeypatch.setattr(attention, "SCORES_BYTES_GPU", scores_bytes)
+        seen.clear()
+        out, _ = mx.vjp(lambda *qkv: scaled_dot_product_attention(*qkv, None, 1.0, "causal"), [q, k, v], [q])
+        mx.eval(out)
+        lengths = [shape[-2] for shape in seen]
+        assert sum(lengths) == 10 and max(lengths) == queries
+        assert [shape[-1] for shape in seen] == np.cumsum(lengths).tolist(), "keys behind a part are looked at"
+
+
+@pytest.mark.processor("its forward pass has parts as well")
 def test_fewer_bytes_are_more_parts_and_a_part_is_at_least_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     softmax = elementary.softmax
@@ -378,6 +395,7 @@ def test_less_is_kept_for_the_backward_pass(compiled: bool) -> None:
     assert peaks[1] < 0.75 * peaks[0], peaks
 
 
+@pytest.mark.processor("Metal's kernel holds no square, and what stands in for it on MLX's CPU backend does")
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "packed"])
 def test_memory_of_attention_grows_with_the_length_and_not_its_square(

@@ -9,6 +9,7 @@ import pytest
 
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Recipe, Train
+from mlx_lora.machine import device
 from mlx_lora.models.handed import handed
 from mlx_lora.models.recurrence import chunks
 from mlx_lora.models.shapes import network
@@ -113,14 +114,13 @@ def test_a_recurrence_keeps_a_state_for_every_span_and_what_goes_into_it(name: s
     layer = found.layers[0]
     (scan,) = layer.scans
     assert (scan.inputs, scan.output, scan.state) == (SCANS[name], 64, STATE)
-    assert scan.span(lines, gpu=False) == chunks.span_length(scan.chunk_bytes * lines)
+    assert scan.span(lines, gpu=device.on_gpu()) == chunks.span_length(scan.chunk_bytes * lines)
     width = 3 * scan.span(lines, gpu=False)
     states = found.kept_by(layer, lines, width) - 4 * lines * width * layer.kept
     assert states == 3 * lines * 4 * STATE and not layer.scores and not layer.heads
     assert layer.kept > scan.inputs + scan.output
-    assert (
-        found.span_bytes(layer, lines, width) == scan.span(lines, gpu=False) // chunks.CHUNK * lines * scan.chunk_bytes
-    )
+    chunks_held = -(-scan.span(lines, gpu=False) // scan.chunk)
+    assert found.span_bytes(layer, lines, width) == chunks_held * lines * scan.chunk_bytes
 
 
 def test_attention_beside_recurrences_has_none() -> None:

@@ -83,6 +83,7 @@ def test_a_correction_leaves_alone_what_is_known_exactly() -> None:
     assert doubled.total - costs.fixed == pytest.approx(2 * (plain.total - costs.fixed), abs=8)
 
 
+@pytest.mark.processor("a GPU cuts attention into larger parts")
 @pytest.mark.parametrize("checkpoint", ["off", "on"])
 def test_a_tiny_model_peaks_about_where_it_is_predicted(tiny: LoadedModel, checkpoint: str) -> None:
     gc.collect()  # what other tests have left must not be freed on the way
@@ -100,6 +101,7 @@ def test_a_tiny_model_peaks_about_where_it_is_predicted(tiny: LoadedModel, check
     assert predict(found, Micro(4, 256, 1024), recompute=checkpoint == "on").total == pytest.approx(measured, rel=0.35)
 
 
+@pytest.mark.processor("a GPU cuts attention into larger parts")
 @pytest.mark.parametrize("checkpoint", ["off", "on"])
 @pytest.mark.parametrize("base", case.FURTHER)
 def test_states_squares_and_experts_peak_about_where_they_are_predicted(base: str, checkpoint: str) -> None:
@@ -120,6 +122,7 @@ def test_states_squares_and_experts_peak_about_where_they_are_predicted(base: st
     assert predicted == pytest.approx(measured, rel=0.35)
 
 
+@pytest.mark.processor("measured on one")
 def test_what_was_measured_is_predicted_within_a_tenth() -> None:
     runs = [{**run, "config": RECORD["configs"][run["base"]]} for run in RECORD["runs"]]
     lengths = {run["length"] for run in runs if run["base"] == "SmolLM2-135M"}
