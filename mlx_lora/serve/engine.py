@@ -105,8 +105,8 @@ class Engine:
 
         A prompt that continues the last one reuses its cache. `first_answer` is where the first answer in it starts,
         for an adapter with an infix; by default the prompt has none. `on_prompt(done, total)` tells how many of the
-        prompt's tokens have been read, of those that the cache lacked. Raises MlxLoraError for an empty prompt, ModelError for a token that the embedding has no row for, and NotFinite
-        where the model's logits aren't finite.
+        prompt's tokens have been read, of those that the cache lacked. Raises MlxLoraError for an empty prompt,
+        ModelError for a token that the embedding has no row for, NotFinite where logits aren't finite.
         """
         if not prompt:
             raise MlxLoraError("the prompt is empty")
