@@ -22,28 +22,31 @@ def register(app: typer.Typer) -> None:
 System = Annotated[str | None, typer.Option("--system", help="A system message, as in training rows that have one.")]
 
 
-def _engine(model: str, adapter: str | None) -> tuple[Engine, Trained]:
+def _engine(model: str | None, adapter: str | None) -> tuple[Engine, Trained]:
     """An engine with the adapter in use, and how that was trained."""
     from mlx_lora.models.unpack import unpack_once
     from mlx_lora.serve.conversation import Trained, trained
     from mlx_lora.serve.engine import Engine
     from mlx_lora.store import adapter as store
     from mlx_lora.store import registry
+    from mlx_lora.store.base import base_for
 
     stored = store.read(registry.find(adapter)) if adapter else None
-    with ui.working(f"loading {model}"):
-        loaded = registry.open_base(model, [stored] if stored else [])
+    opened = base_for(model, [stored] if stored else [])
+    with ui.working(f"loading {model or registry.base_name(opened.path)}"):
+        loaded = registry.open_base(opened, [stored] if stored else [])
         unpack_once(loaded)
     engine = Engine(loaded)
     if stored is not None:
-        engine.add(stored.name, store.wrappers_for(engine.loaded.model, stored))
-        engine.use(stored.name)
+        label = registry.label(stored.path)
+        engine.add(label, store.wrappers_for(engine.loaded.model, stored))
+        engine.use(label)
     return engine, trained(stored.manifest) if stored else Trained()
 
 
 def generate(
-    model: Model,
     prompt: Annotated[str, typer.Option("--prompt", help="What to answer; - reads it from stdin.")],
+    model: Model = None,
     adapter: Adapter = None,
     system: System = None,
     max_tokens: MaxTokens = 256,
@@ -78,7 +81,7 @@ def generate(
         ui.result()
 
 
-def chat(model: Model, adapter: Adapter = None, system: System = None) -> None:
+def chat(model: Model = None, adapter: Adapter = None, system: System = None) -> None:
     """Talk to the base and its adapters; /help inside."""
     from mlx_lora.serve.chat import Chat
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mlx_lora import paths, ui
+from mlx_lora import ui
 from mlx_lora.errors import AdapterError, MlxLoraError, NotFinite, nearest
 from mlx_lora.serve.answer import NO_SYSTEM, Answer, first_answer, prompt_tokens, room_for_answer, stream_text
 from mlx_lora.serve.conversation import Conversation, Message, Trained, trained
@@ -154,7 +154,7 @@ class Chat:
         if not name:
             raise MlxLoraError("/use NAME needs a name", hint="/adapters lists them")
         path = registry.find(name)
-        name = path.name if path == paths.room("adapters", path.name) else str(path)
+        name = registry.label(path)
         if name not in self.engine.adapters:
             stored = store.read(path)
             registry.check_belongs(stored, self.engine.loaded)
