@@ -28,6 +28,7 @@ MARKS = ("config.json", "adapter_config.json", "training.json")
 # Names that devices have on the systems that a disk may be carried to, whatever ending follows.
 DEVICES = re.compile(r"(?i:aux|con|nul|prn|com[0-9]|lpt[0-9])(?:\.|$)")
 MOST_NAME_BYTES = 128
+OTHER_HOME = "MLX_LORA_HOME names another directory for models, adapters and runs"
 
 
 def home() -> Path:
@@ -42,10 +43,18 @@ def home() -> Path:
         except OSError as error:
             raise MlxLoraError(
                 f"the home {root} can't be made: {_obstacle(root) or error.strerror}",
-                hint="MLX_LORA_HOME names another directory for models, adapters and runs",
+                hint=OTHER_HOME,
             ) from None
         exclude_from_backups(root)
     return root
+
+
+def unusable(fault: OSError) -> MlxLoraError:
+    """What the system says of a file or a directory, as an error for people."""
+    file = str(fault.filename or "")
+    in_home = file and Path(file).absolute().is_relative_to(_home().absolute())
+    said = f"{file}: {fault.strerror}" if file and fault.strerror else str(fault) or type(fault).__name__
+    return MlxLoraError(said, hint=OTHER_HOME if in_home else "--debug shows where")
 
 
 def _obstacle(path: Path) -> str | None:
@@ -67,7 +76,8 @@ def is_name(word: str) -> bool:
 
     A name has letters of any script with their accents, digits, `_`, and not first also `.` and `-`, which would make a
     hidden file or an option. It is normalised (NFC) and short, because file systems write accents differently and count
-    a name's length in bytes.
+    a name's length in bytes. Upper and lower case are told apart only where the file system does: usually not on macOS,
+    where a name that differs in case alone is taken.
     """
     kinds = [unicodedata.category(character)[0] for character in word]
     allowed = all(kind in "LMN" or character in "._-" for kind, character in zip(kinds, word, strict=True))

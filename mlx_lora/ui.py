@@ -15,7 +15,7 @@ import sys
 import time
 import traceback as tracebacks
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +26,8 @@ from rich.text import Text
 from mlx_lora.errors import MlxLoraError
 
 PLAIN_EVERY = 5.0
+# Seconds after which work that is usually quick shows its progress.
+SLOW = 2.0
 # What a terminal would obey, but for tab and newline: control characters (C0, DEL, C1), separators of lines and
 # paragraphs, characters that turn the direction of text. Half a character (a lone surrogate) can't be printed at all.
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -211,6 +213,29 @@ def bar(label: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
             progress.update(task, advance=count, text=one_line(text))
 
         yield advance
+
+
+@contextmanager
+def slow_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress that shows once work has taken SLOW seconds; yields `update(done, total)`, which ends it at `total`."""
+    start, shown = time.monotonic(), 0
+    advance: Callable[[int, str], None] | None = None
+    with ExitStack() as stack:
+
+        def update(done: int, total: int) -> None:
+            nonlocal advance, shown
+            if done >= total:
+                stack.close()
+                return
+            if advance is None and time.monotonic() - start >= SLOW:
+                if not err.is_terminal:
+                    note(f"{label} {done}/{total}")
+                advance = stack.enter_context(bar(label, total))
+            if advance is not None:
+                advance(done - shown, "")
+                shown = done
+
+        yield update
 
 
 def _plain(label: str, total: int | None) -> Callable[[int, str], None]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -87,6 +90,18 @@ def test_only_pull_imports_network_code() -> None:
         for name in imports(ast.parse(file.read_text())):
             if any(name == module or name.startswith(f"{module}.") for module in network):
                 assert file.name == "pull.py" or name == "huggingface_hub.constants", f"{file}: {name}"
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """A package that only another one brings along goes when that one changes its mind."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    declared = {re.split(r"[^\w.-]", line)[0].replace("_", "-").lower() for line in lines}
+    imported = {name.partition(".")[0] for file in FILES for name in imports(ast.parse(file.read_text()))}
+    owners = packages_distributions()
+    for package in imported - sys.stdlib_module_names - {"mlx_lora"}:
+        names = {owner.replace("_", "-").lower() for owner in owners.get(package, [package])}
+        assert names & declared, f"{package} is imported, and not in pyproject.toml"
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda file: file.name)

@@ -129,3 +129,14 @@ def test_columns_stay_aligned_with_wide_and_combining_characters(capsys: pytest.
     ui.table(["name", "rank"], [(name, 8) for name in names])
     lines = capsys.readouterr().out.splitlines()
     assert len({wcswidth(line.rstrip()) for line in lines}) == 1, lines
+
+
+def test_slow_work_shows_its_progress_and_quick_work_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seconds, said in ((60, ""), (0, "reading 2/9")):
+        monkeypatch.setattr(ui, "SLOW", seconds)
+        with ui.slow_bar("reading") as update:
+            update(2, 9)
+            update(9, 9)
+        assert capsys.readouterr().err.strip() == said

@@ -22,7 +22,7 @@ from mlx_lora.config import Adapter
 DEVIATION = 0.02
 
 
-class AdaLoRA(LoRA):
+class AdaLoRA(LoRA, abstract=True):
     """LoRA's arrays and `lora_e`, Λ: (r,), or (E, r) of experts. `settings` hold the budget of the whole adapter."""
 
     PRECISE: ClassVar[frozenset[str]] = frozenset({"lora_e"})

@@ -39,18 +39,34 @@ EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear, NF4SwitchLinear)
 ADAPTABLE = LINEARS + EMBEDDINGS + EXPERTS
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+# What every method must have; the rest of the contract has a default.
+REQUIRED = ("from_base", "__call__", "base", "adapter_params", "delta")
 
 
 class AdapterLayer(nn.Module):
     """Base of every method's wrapper. `scale` is s in y = W₀x + s·Δx, `rank` is 0 where the method has none.
 
     PRECISE names the arrays that are stored in float32, because they multiply: factors are stored in bf16.
+
+    `class LoRA(AdapterLayer, abstract=True)` is for what several classes of a method share. Any other subclass that
+    lacks a part of the contract raises TypeError where it is defined: nn.Module's metaclass isn't abc's, and
+    `@abstractmethod` by itself would do nothing.
     """
 
     PRECISE: ClassVar[frozenset[str]] = frozenset()
 
     scale: float = 1.0
     rank: int = 0
+
+    def __init_subclass__(cls, *, abstract: bool = False, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        found: dict[str, Any] = {}  # not getattr: every class has a __call__, which makes its objects
+        for parent in reversed(cls.__mro__):
+            found |= vars(parent)
+        lacking = {name for name, part in found.items() if getattr(part, "__isabstractmethod__", False)}
+        lacking |= set(REQUIRED) - found.keys()
+        if lacking and not abstract:
+            raise TypeError(f"{cls.__name__} lacks {', '.join(sorted(lacking))} of the contract in adapters/base.py")
 
     @staticmethod
     def find(model: nn.Module, config: Adapter) -> list[str] | None:

@@ -32,7 +32,7 @@ from mlx_lora.quant.matmul import BLOCK_BYTES, like
 from mlx_lora.quant.quantize import dequantize_layer
 
 
-class DoRA(LoRA):
+class DoRA(LoRA, abstract=True):
     """What the three kinds of layers share: LoRA's arrays, and `m`. Call `DoRA.from_base` to get the right one."""
 
     PRECISE: ClassVar[frozenset[str]] = frozenset({"m"})

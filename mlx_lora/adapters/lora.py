@@ -21,7 +21,7 @@ from mlx_lora.config import Adapter
 from mlx_lora.models.trunk.dropout import Dropout
 
 
-class LoRA(AdapterLayer):
+class LoRA(AdapterLayer, abstract=True):
     """What the kinds of layers share. Call `LoRA.from_base` to get the right one."""
 
     def __init__(self, layer: nn.Module, config: Adapter, path: str):

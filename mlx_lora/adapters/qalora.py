@@ -28,7 +28,7 @@ from mlx_lora.quant.matmul import like
 GROUP_SIZE = 32
 
 
-class QALoRA(AdapterLayer):
+class QALoRA(AdapterLayer, abstract=True):
     """What the two kinds of layers share. Call `QALoRA.from_base` to get the right one."""
 
     def __init__(self, layer: nn.Module, config: Adapter, path: str):

@@ -24,7 +24,7 @@ from mlx_lora.models.trunk.dropout import Dropout
 D_INITIAL = 0.1
 
 
-class VeRA(AdapterLayer):
+class VeRA(AdapterLayer, abstract=True):
     """What the two kinds of layers share. Call `VeRA.from_base` to get the right one."""
 
     PRECISE: ClassVar[frozenset[str]] = frozenset({"vera_b", "vera_d"})

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from mlx_lora import __version__, ui
+from mlx_lora import __version__, paths, ui
 from mlx_lora.cli import adapters, base, bench, chat, data, machine, plan, quickstart, runs, settings, study, train
 from mlx_lora.errors import MlxLoraError
 from mlx_lora.machine import blas, offline
@@ -85,6 +85,8 @@ def _run(words: list[str], debug: bool) -> int:
             ui.traceback()
         elif isinstance(fault, MlxLoraError):
             ui.error(fault)
+        elif isinstance(fault, OSError):
+            ui.error(paths.unusable(fault))
         else:
             ui.error(MlxLoraError(f"unexpected {type(fault).__name__}: {fault}", hint="--debug shows where"))
         return 1

@@ -82,16 +82,14 @@ def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", help="Don't as
 
 @app.command()
 def verify(
-    name: Name, model: Annotated[str | None, typer.Option("--model", help="Also check that it fits this base.")] = None
+    name: Name,
+    model: Annotated[str | None, typer.Option("--model", help="The base that it must fit; its own by default.")] = None,
 ) -> None:
-    """Check an adapter's files, and that it fits a base."""
-    from mlx_lora.store import adapter, registry
+    """Check an adapter's files, and that it fits its base."""
+    from mlx_lora.tasks.verify import verify_adapter
 
-    stored = adapter.read(registry.find(name))
-    if model is not None:
-        loaded = registry.open_stored(model, [stored])
-        adapter.wrappers_for(loaded.model, stored)
-    ui.result(f"{name}: {len(stored.arrays)} tensors, all in order{f', fits {model}' if model else ''}")
+    tensors, base = verify_adapter(name, model, note=ui.note)
+    ui.result(f"{name}: {tensors} tensors, all in order{f', fits {base}' if base else ''}")
 
 
 @app.command()

@@ -11,13 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from mlx_lora import ui
-from mlx_lora.cli.options import Force, Json, Model, progress
+from mlx_lora.cli.options import Force, Json, Model, NewModel, Out, new_model, progress
 from mlx_lora.methods import MODES
 
 Mode = StrEnum("Mode", {mode: mode for mode in MODES})  # type: ignore[misc]
 Dtype = StrEnum("Dtype", ["keep", "float16", "float32"])
 Bits = StrEnum("Bits", {"mixed": "mixed", "keep": "keep", "eight": "8", "sixteen": "16"})
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -39,7 +38,8 @@ def pull(
 
 def import_gguf(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file of architecture llama.")],
-    out: Out,
+    out: Out = None,
+    name: NewModel = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="keep is lossless where the format allows.")] = Dtype.keep,
     force: Force = False,
     json: Json = False,
@@ -47,6 +47,7 @@ def import_gguf(
     """Make a model directory from a GGUF file on disk."""
     from mlx_lora.models.gguf import import_gguf as convert
 
+    out = new_model(out, name)
     with ExitStack() as stack:
         bars = progress(stack)
         advance = None
@@ -65,7 +66,8 @@ def import_gguf(
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or name.")],
-    out: Out,
+    out: Out = None,
+    name: NewModel = None,
     mode: Annotated[Mode, typer.Option("--mode", help="The number format; mlx_lm has no nf4.")] = Mode.affine,  # type: ignore[attr-defined]
     bits: Annotated[int | None, typer.Option("--bits", help="Bits per weight; the mode's own by default.")] = None,
     group_size: Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")] = None,
@@ -80,6 +82,7 @@ def quantize(
     from mlx_lora.recipe import load_recipe
     from mlx_lora.tasks.quantize import quantize_model
 
+    out = new_model(out, name)
     settings = {
         "quantize.mode": str(mode),
         "quantize.bits": bits,
@@ -108,9 +111,9 @@ def quantize(
 
 
 def fuse(
-    model: Model,
-    adapter: Annotated[str, typer.Option("--adapter", help="An adapter directory, or a name in the home.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="A name in the home, or a directory like ./mine.")],
     out: Annotated[Path, typer.Option("--out", help="The directory to write.")],
+    model: Model = None,
     bits: Annotated[Bits | None, typer.Option("--bits", help="mixed: touched layers at 8 bits or more.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Measure on these rows instead of generated text.")] = None,
     force: Force = False,

@@ -10,6 +10,7 @@ from mlx_lora import ui
 from mlx_lora.cli.options import Adapter, Json, MaxTokens, Model
 
 if TYPE_CHECKING:
+    from mlx_lora.serve.conversation import Trained
     from mlx_lora.serve.engine import Engine
 
 
@@ -18,25 +19,36 @@ def register(app: typer.Typer) -> None:
     app.command()(chat)
 
 
-def _engine(model: str, adapter: str | None) -> tuple[Engine, str | None]:
-    """An engine with the adapter in use, and the template that it was trained with."""
+System = Annotated[str | None, typer.Option("--system", help="A system message, as in training rows that have one.")]
+
+
+def _engine(model: str | None, adapter: str | None) -> tuple[Engine, Trained]:
+    """An engine with the adapter in use, and how that was trained."""
+    from mlx_lora.models.unpack import unpack_once
+    from mlx_lora.serve.conversation import Trained, trained
     from mlx_lora.serve.engine import Engine
     from mlx_lora.store import adapter as store
     from mlx_lora.store import registry
+    from mlx_lora.store.base import base_for
 
     stored = store.read(registry.find(adapter)) if adapter else None
-    with ui.working(f"loading {model}"):
-        engine = Engine(registry.open_base(model, [stored] if stored else []))
+    opened = base_for(model, [stored] if stored else [])
+    with ui.working(f"loading {model or registry.base_name(opened.path)}"):
+        loaded = registry.open_base(opened, [stored] if stored else [])
+        unpack_once(loaded)
+    engine = Engine(loaded)
     if stored is not None:
-        engine.add(stored.name, store.wrappers_for(engine.loaded.model, stored))
-        engine.use(stored.name)
-    return engine, stored.manifest.template if stored else None
+        label = registry.label(stored.path)
+        engine.add(label, store.wrappers_for(engine.loaded.model, stored))
+        engine.use(label)
+    return engine, trained(stored.manifest) if stored else Trained()
 
 
 def generate(
-    model: Model,
     prompt: Annotated[str, typer.Option("--prompt", help="What to answer; - reads it from stdin.")],
+    model: Model = None,
     adapter: Adapter = None,
+    system: System = None,
     max_tokens: MaxTokens = 256,
     temp: Annotated[float, typer.Option("--temp", min=0.0, help="Temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[
@@ -48,38 +60,33 @@ def generate(
     """Answer one prompt."""
     import sys
 
-    from mlx_lora.serve.answer import Answer, prompt_tokens, stream_text
+    from mlx_lora.serve.answer import Answer, check_prompt, first_prompt, room_for_answer, stream_text
     from mlx_lora.serve.engine import Sampling
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    engine, template = _engine(model, adapter)
-    tokens = prompt_tokens(
-        engine.loaded.tokenizer,
-        [{"role": "user", "content": text}],
-        template="none" if raw else template or "chat",
-    )
-    answer = Answer()
-    sampling = Sampling(temperature=temp, seed=seed)
-    for piece in stream_text(engine, tokens, answer, max_tokens=max_tokens, sampling=sampling):
-        if not json:
-            ui.piece(piece)
-    if not json:
+    check_prompt(text)
+    engine, trained = _engine(model, adapter)
+    tokens = first_prompt(engine.loaded.tokenizer, text, system=system, template="none" if raw else trained.template)
+    room = room_for_answer(engine, tokens, hint="a shorter prompt fits")
+    if room is not None and max_tokens > room:
+        ui.warning(f"this model's context has room for {room:,} tokens of an answer; text beyond may make no sense")
+    answer, sampling = Answer(), Sampling(temperature=temp, seed=seed)
+    with ui.slow_bar("reading the prompt") as on_prompt:
+        for piece in stream_text(engine, tokens, answer, max_tokens=max_tokens, sampling=sampling, on_prompt=on_prompt):
+            if not json:
+                ui.piece(piece)
+    if json:
+        ui.as_json(answer.as_dict())
+    else:
         ui.result()
-        return
-    ui.as_json(
-        {
-            "text": answer.text,
-            "prompt_tokens": answer.prompt_tokens,
-            "generated_tokens": answer.generated_tokens,
-            "tokens_per_second": answer.tokens_per_second,
-            "finish_reason": answer.finish_reason,
-        }
-    )
 
 
-def chat(model: Model, adapter: Adapter = None) -> None:
+def chat(model: Model = None, adapter: Adapter = None, system: System = None) -> None:
     """Talk to the base and its adapters; /help inside."""
     from mlx_lora.serve.chat import Chat
 
-    engine, template = _engine(model, adapter)
-    Chat(engine, template=template or "chat").run()
+    engine, trained = _engine(model, adapter)
+    conversation = Chat(engine, trained)
+    if system is not None:
+        conversation.system(system)
+    conversation.run()

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mlx_lora import ui
+from mlx_lora import paths, ui
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value as the last line of stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
-Model = Annotated[str, typer.Option("--model", help="A model directory, or a name under the home's models.")]
-Adapter = Annotated[str | None, typer.Option("--adapter", help="An adapter directory, or a name in the home.")]
-Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="An adapter's directory or name; repeatable.")]
+# A word with a separator, or that begins with . or ~, is a path; any other is a name in the home first (`paths.find`).
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="A name in the home, else a directory (./x is one always); an adapter knows its own."),
+]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="A name in the home, or a directory like ./mine.")]
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="A name, or a directory; repeatable.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate for an answer.")]
 RecipeWords = Annotated[
     list[str] | None, typer.Argument(metavar="[RECIPE] [key=value]…", help="A recipe file, then its overrides.")
 ]
-Base = Annotated[str | None, typer.Option("--model", help="The base: a directory or a name.")]
+Base = Annotated[str | None, typer.Option("--model", help="The base: a name in the home, or a directory.")]
 Rows = Annotated[str | None, typer.Option("--data", help="A file, or a folder with train, valid and test.")]
+Out = Annotated[Path | None, typer.Argument(metavar="OUT", help="The directory to write; not needed with --name.")]
+NewModel = Annotated[str | None, typer.Option("--name", help="Write to the home's models: --model NAME then uses it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]…", help="Recipe settings, dotted keys.")]
 
 
@@ -33,6 +40,15 @@ def progress(stack: ExitStack) -> Callable[[str, int], Callable[[], None]]:
         return lambda: advance(1, "")
 
     return start
+
+
+def new_model(out: Path | None, name: str | None) -> Path:
+    """Where a new model is written: the directory OUT, or the home's models under `name`."""
+    if out is not None and name is None:
+        return out
+    if name is not None and out is None:
+        return paths.room("models", name)
+    raise typer.BadParameter("name one place to write to: the directory OUT, or --name NAME for the home's models")
 
 
 def data_settings(overrides: list[str] | None, stored: dict[str, Any] | None = None) -> Any:

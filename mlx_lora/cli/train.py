@@ -186,9 +186,9 @@ def _step(event: Any) -> str:
 
 
 def evaluate(
-    model: Model,
     data: Annotated[str, typer.Option("--data", help="A file, or a folder whose test file is used.")],
     settings: Overrides = None,
+    model: Model = None,
     adapter: Adapters = None,
     exact: Annotated[bool, typer.Option("--exact", help="Also generate answers and count exact matches.")] = False,
     max_tokens: MaxTokens = 256,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.config import Data
-from mlx_lora.data.encode import Encoder, Row
+from mlx_lora.data.encode import Encoded, Encoder, Row
 from mlx_lora.data.read import HINT, Source, find_splits, read, sha256
 from mlx_lora.data.virtual import Virtual
 from mlx_lora.errors import DataError, Problem
@@ -72,7 +72,7 @@ def prepare(
         prepared.truncated += encoded.truncated
         prepared.dropped += encoded.dropped
         prepared.format = prepared.format or source.format or ""
-        prepared.files.append(_describe(source, encoded.rows))
+        prepared.files.append(_describe(source, encoded))
     for name, purpose in (("train", "train on"), ("valid", "validate on")):
         if name in splits and not rows[name] and not problems:
             problems.append(Problem(str(splits[name]), 0, f"no row is left to {purpose}"))
@@ -99,11 +99,15 @@ def _without_prompt(source: Source, settings: Data) -> bool:
     return settings.mask == "all" or any(example.text is not None for example in source.examples)
 
 
-def _describe(source: Source, rows: list[Row]) -> dict[str, Any]:
+def _describe(source: Source, encoded: Encoded) -> dict[str, Any]:
+    """What a manifest says about a file; `answers` is the most that a row holds, 1 where all are single questions."""
+    rows = encoded.rows
+    answers = (sum(message["role"] == "assistant" for message in example.messages) for example in encoded.examples)
     return {
         "file": source.file.name,
         "sha256": sha256(source.file),
         "rows": len(rows),
         "tokens": sum(len(row) for row in rows),
         "trained_tokens": sum(row.trained for row in rows),
+        "answers": max(answers, default=0),
     }

@@ -3,7 +3,6 @@
 Every command that needs a model begins with `open_model`. Configuration and tokenizer are read once, when they are
 first asked for. Weights are `load.py`'s business.
 
-
 Nothing is ever fetched: a repo id that isn't on disk is an error that names `pull`. Nothing in a model directory is
 ever executed: configurations that ask for code, and weights that are pickles, are refused before they are opened. What
 is ignored (`auto_map`, an index that the files don't agree with) is noted in the log; the command line shows it.
@@ -94,9 +93,13 @@ def find_model(model: str) -> Path:
     if path and path.is_dir():
         return path
     if path:
-        hint = f"mlx-lora import-gguf {model} DIR" if path.suffix == ".gguf" else "name the directory that holds it"
+        hint = (
+            f"mlx-lora import-gguf {model} --name NAME"
+            if path.suffix == ".gguf"
+            else "name the directory that holds it"
+        )
         raise ModelError(f"{model} is a file, a model is a directory", hint=hint)
-    if cached := _in_hub_cache(model):
+    if cached := in_hub_cache(model):
         return cached
     names = model_names()
     where = f"no directory {model!r}" + (
@@ -113,7 +116,7 @@ def model_names() -> list[str]:
     return sorted(entry.name for entry in entries if paths.is_name(entry.name) and files.inside(entry, models))
 
 
-def _in_hub_cache(repo: str) -> Path | None:
+def in_hub_cache(repo: str) -> Path | None:
     """The snapshot of a repo that Hugging Face's cache on this disk already holds."""
     if not REPO.fullmatch(repo):
         return None

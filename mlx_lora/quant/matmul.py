@@ -4,7 +4,8 @@ On a GPU `mx.quantized_matmul` is the fast path and nothing here is used. On the
 GFLOP/s, while dequantizing and calling BLAS reaches 60 and more from a few rows on. No dense copy may live until the
 backward pass: the vjp dequantizes again, and `mx.depends` keeps a compiled graph from merging the two. Within a pass
 the weight is unpacked a block of rows at a time, each block after the one before, because MLX evaluates independent
-operations side by side and would hold all of them at once.
+operations side by side and would hold all of them at once. Where a layer keeps a dense weight for generating
+(`quant.dense`), that is used instead.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlx_lora.machine import device
+from mlx_lora.quant.dense import dense_weight
 
 # Below this many rows the packed weight is cheaper to read once than to unpack (measured on two cores).
 FEW_ROWS = 3
@@ -106,6 +108,8 @@ def _unpacking(group_size: int, bits: int, mode: str) -> Unpack:
 
 def multiply_transposed(x: mx.array, layer: nn.Module) -> mx.array:
     """x (…, in) times the transpose of a layer's weight (out, in) in one of MLX's modes; (…, out) in x's dtype."""
+    if (weight := dense_weight(layer)) is not None:
+        return x @ weight.T
     biases = layer.get("biases")
     if x.size // x.shape[-1] <= FEW_ROWS:
         settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}

@@ -22,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lora.quant.dense import dense_weight
 from mlx_lora.quant.matmul import multiply_unpacked
 
 MODE, BITS = "nf4", 4
@@ -120,6 +121,11 @@ class _Packed:
         """The packed weight and its scales, as `unpack` takes them."""
         return [self[name] for name in ("weight", *SCALES) if name in self]
 
+    def multiply(self: Any, x: mx.array) -> mx.array:
+        """x (…, in) times the transposed weight, (…, out) in x's dtype; by its dense copy where there is one."""
+        weight = dense_weight(self)
+        return multiply_unpacked(x, self.arrays(), unpack) if weight is None else x @ weight.T
+
 
 class NF4Linear(_Packed, nn.QuantizedLinear):
     """A Linear in NF4: x (…, in) -> (…, out) in x's dtype."""
@@ -128,7 +134,7 @@ class NF4Linear(_Packed, nn.QuantizedLinear):
         self._hold(layer, group_size, double_quant)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = multiply_unpacked(x, self.arrays(), unpack)
+        y = self.multiply(x)
         return y + self["bias"] if "bias" in self else y
 
 
@@ -144,7 +150,7 @@ class NF4Embedding(_Packed, nn.QuantizedEmbedding):
         return unpack(self.arrays(), x).astype(self.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return multiply_unpacked(x, self.arrays(), unpack)
+        return self.multiply(x)
 
 
 class NF4SwitchLinear(_Packed, nn.Module):

@@ -10,8 +10,12 @@ from typing import Any
 from mlx_lora.config import Data
 from mlx_lora.data.encode import Encoder, common
 from mlx_lora.data.example import Example
-from mlx_lora.errors import DataError, Problem
+from mlx_lora.errors import DataError, MlxLoraError, Problem
+from mlx_lora.models.context import context_length
 from mlx_lora.serve.engine import Engine, Sampling
+from mlx_lora.serve.prefill import OnPrompt
+
+NO_SYSTEM = "without a chat template there is no system message"
 
 
 @dataclass
@@ -27,6 +31,30 @@ class Answer:
     @property
     def tokens_per_second(self) -> float:
         return self.generated_tokens / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of `generate --json`."""
+        return {
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+            "tokens_per_second": self.tokens_per_second,
+            "finish_reason": self.finish_reason,
+        }
+
+
+def check_prompt(text: str) -> None:
+    """Raise MlxLoraError for a prompt of nothing but white space: whatever came back would answer nothing."""
+    if not text.strip():
+        raise MlxLoraError("the prompt is empty", hint="--prompt TEXT, or --prompt - to read it from stdin")
+
+
+def first_prompt(tokenizer: Any, text: str, *, system: str | None, template: str) -> list[int]:
+    """Tokens of a question that begins a conversation. Raises as `prompt_tokens`, and for a system line without one."""
+    if system and template == "none":
+        raise MlxLoraError(NO_SYSTEM, hint="leave --system out, and put its text into the prompt")
+    messages = [{"role": "system", "content": system}] if system else []
+    return prompt_tokens(tokenizer, [*messages, {"role": "user", "content": text}], template=template)
 
 
 def prompt_tokens(tokenizer: Any, messages: Sequence[dict[str, Any]], *, template: str) -> list[int]:
@@ -51,6 +79,20 @@ def first_answer(
     return common(prompt_tokens(tokenizer, messages[:first], template=template), tokens)
 
 
+def room_for_answer(engine: Engine, prompt: Sequence[int], *, hint: str) -> int | None:
+    """Tokens of an answer that the model's context has room for; None where the model doesn't say.
+
+    Raises MlxLoraError, with `hint`, where the prompt alone is longer: beyond its context a model answers nonsense.
+    """
+    context = context_length(engine.loaded.config)
+    if context is None:
+        return None
+    length = len(prompt) + (engine.virtual.count if engine.virtual else 0)
+    if length > context:
+        raise MlxLoraError(f"the prompt has {length:,} tokens, this model's context is {context:,}", hint=hint)
+    return context - length + 1  # the last token is never read
+
+
 def stream_text(
     engine: Engine,
     prompt: Sequence[int],
@@ -59,12 +101,15 @@ def stream_text(
     max_tokens: int,
     sampling: Sampling | None = None,
     first_answer: int | None = None,
+    on_prompt: OnPrompt = lambda done, total: None,
 ) -> Iterator[str]:
-    """Yield pieces of text as they are generated, filling `answer` on the way."""
+    """Yield pieces of text as they are generated, filling `answer` on the way; the rest as `Engine.stream` takes it."""
     detokenizer = engine.loaded.tokenizer.detokenizer
     answer.prompt_tokens = len(prompt)
     start = time.perf_counter()
-    for token in engine.stream(prompt, max_tokens=max_tokens, sampling=sampling, first_answer=first_answer):
+    for token in engine.stream(
+        prompt, max_tokens=max_tokens, sampling=sampling, first_answer=first_answer, on_prompt=on_prompt
+    ):
         detokenizer.add_token(token)
         answer.generated_tokens += 1
         answer.seconds = time.perf_counter() - start

@@ -22,6 +22,7 @@ from mlx_lora.errors import AdapterError, MlxLoraError, nearest
 from mlx_lora.machine import allocation
 from mlx_lora.models import finite, token_ids
 from mlx_lora.models.load import LoadedModel
+from mlx_lora.serve.prefill import OnPrompt, chunk_size, prefill
 
 with allocation.file_limits_kept():
     from mlx_lm.generate import BatchGenerator, generate_step
@@ -54,6 +55,7 @@ class Engine:
         self.adapters: dict[str, Wrappers] = {}
         self.current: str | None = None
         self.cache = Cache()
+        self.chunk = chunk_size(loaded.model)
         put(loaded.model, {})
 
     def add(self, name: str, wrappers: Wrappers) -> None:
@@ -89,11 +91,13 @@ class Engine:
         max_tokens: int = 256,
         sampling: Sampling | None = None,
         first_answer: int | None = None,
+        on_prompt: OnPrompt = lambda done, total: None,
     ) -> Iterator[int]:
         """Yield token ids after `prompt` until an end token (not yielded) or `max_tokens`.
 
         A prompt that continues the last one reuses its cache. `first_answer` is where the first answer in it starts,
-        for an adapter with an infix; by default the prompt has none.
+        for an adapter with an infix; by default the prompt has none. `on_prompt(done, total)` tells how many of the
+        prompt's tokens have been read, of those that the cache lacked.
 
         Raises MlxLoraError for an empty prompt, ModelError for a token that the embedding has no row for, and NotFinite
         where the model's logits aren't finite.
@@ -106,21 +110,24 @@ class Engine:
         layers, rest = self._resume(self._complete(prompt, first_answer))
         top_p = sampling.top_p if sampling.top_p < 1 else 0.0
         sampler = finite.marking(make_sampler(temp=sampling.temperature, top_p=top_p))
-        steps = generate_step(
-            mx.array(rest), self.loaded.model, max_tokens=max_tokens, sampler=sampler, prompt_cache=layers
-        )
         try:
-            with allocation.memory_limits():
-                for token, _ in steps:
+            with allocation.memory_limits(lean=False):
+                prefill(self.loaded.model, rest[:-1], layers, on_prompt, most=self.chunk, total=len(rest))
+                steps = generate_step(
+                    mx.array(rest[-1:]), self.loaded.model, max_tokens=max_tokens, sampler=sampler, prompt_cache=layers
+                )
+                for index, (token, _) in enumerate(steps):
+                    if index == 0:
+                        on_prompt(len(rest), len(rest))
                     if token == finite.NOT_FINITE:
                         raise finite.error(self.loaded.model, mx.array([self.cache.tokens]))
                     self.cache.tokens.append(int(token))
                     if int(token) in self.ends:
                         return
                     yield int(token)
-        except GeneratorExit:  # whoever listens has enough: the cache is whole
+        except GeneratorExit:  # the consumer stopped early; the cache is consistent
             raise
-        except BaseException:  # broken off inside a pass: some layers hold one token more than others
+        except BaseException:  # interrupted inside a pass: some layers hold more tokens than others
             self.forget()
             raise
 

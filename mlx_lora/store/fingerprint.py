@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,18 @@ def of_directory(path: Path) -> str:
     remembered = _remembered()
     if key not in remembered:
         tensors = {tensor.name: tensor for file in weights for tensor in files.tensors(file, ModelError)}
-        remembered[key] = _digest(
+        found = _digest(
             (name, tensor.dtype, tensor.shape, files.tensor_bytes(tensor, ModelError))
             for name, tensor in sorted(tensors.items())
         )
+        remembered[key] = {"fingerprint": found, "path": str(path.resolve())}
         _remember(remembered)
-    return str(remembered[key])
+    return remembered[key]["fingerprint"]
+
+
+def places(fingerprint: str) -> list[Path]:
+    """Directories of which `of_directory` gave this fingerprint on this machine; they may be gone or changed."""
+    return [Path(seen["path"]) for seen in _remembered().values() if seen["fingerprint"] == fingerprint]
 
 
 def of_model(model: nn.Module) -> str:
@@ -92,15 +99,20 @@ def _cache_file() -> Path:
     return paths.home() / "fingerprints.json"
 
 
-def _remembered() -> dict[str, Any]:
+def _remembered() -> dict[str, dict[str, str]]:
+    """What was computed, and of which directory; entries of any other form are computed anew."""
     try:
-        return dict(json.loads(_cache_file().read_text()))
+        values = dict(json.loads(_cache_file().read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
+    return {
+        key: seen for key, seen in values.items() if isinstance(seen, dict) and {"fingerprint", "path"} <= seen.keys()
+    }
 
 
-def _remember(values: dict[str, Any]) -> None:
+def _remember(values: dict[str, dict[str, str]]) -> None:
     temporary = _cache_file().with_suffix(f".{os.getpid()}")
-    with paths.created(temporary) as stream:
-        stream.write(json.dumps(values).encode())
-    temporary.replace(_cache_file())
+    with suppress(OSError):  # a home that can't be written to costs time, and serves what is in it
+        with paths.created(temporary) as stream:
+            stream.write(json.dumps(values).encode())
+        temporary.replace(_cache_file())

@@ -59,6 +59,15 @@ def find(adapter: str) -> Path:
     raise AdapterError(f"no adapter {adapter!r}{closest}", hint="mlx-lora adapters list")
 
 
+def label(path: Path) -> str:
+    """What to call the adapter at `path`: its name where it is the home's of that name, else its path.
+
+    Two adapters never have one label, and `find` of a label is its adapter.
+    """
+    named = paths.is_name(path.name) and (paths.home() / "adapters" / path.name).resolve() == path.resolve()
+    return path.name if named else str(path)
+
+
 def entries() -> list[Entry]:
     """All adapters of the home, by name; one whose manifest can't be read has the method `damaged`."""
     return [_entry(name, paths.room("adapters", name)) for name in names()]
@@ -135,14 +144,14 @@ def describe_base(loaded: LoadedModel) -> Base:
 
     source = fingerprint.of_directory(loaded.path)
     return Base(
-        name=_base_name(loaded.path),
+        name=base_name(loaded.path),
         fingerprint=fingerprint.of_model(loaded.model) if loaded.quantized else source,
         quantization=loaded.config.get("quantization"),
         source=source if loaded.quantized else None,
     )
 
 
-def _base_name(path: Path) -> str:
+def base_name(path: Path) -> str:
     """The directory's name, or the repo's where the directory is a snapshot in the hub's cache."""
     path = path.resolve()
     if path.parent.name == "snapshots":
@@ -205,7 +214,7 @@ def quantization_needed(adapter: StoredAdapter, path: Path) -> dict[str, Any] | 
     bits = f" at {base.quantization['bits']} bits" if base.quantization else ""
     raise AdapterError(
         f"{adapter.name} belongs to another base: it was trained over {base.name}{bits} "
-        f"({base.fingerprint[:12]}), this one is {_base_name(path)} ({here[:12]})",
+        f"({base.fingerprint[:12]}), this one is {base_name(path)} ({here[:12]})",
         hint=f"use --model {base.name}",
     )
 
@@ -219,6 +228,6 @@ def check_belongs(adapter: StoredAdapter, loaded: LoadedModel) -> None:
     if needed != done:
         bits = f"at {needed['bits']} bits" if needed else "as it is on disk"
         raise AdapterError(
-            f"{adapter.name} belongs to {_base_name(loaded.path)} {bits}, which is not how it is loaded",
+            f"{adapter.name} belongs to {base_name(loaded.path)} {bits}, which is not how it is loaded",
             hint=f"start again with --adapter {adapter.name}",
         )

@@ -14,9 +14,11 @@ from mlx_lora import paths
 from mlx_lora.config import Data
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.read import sha256
+from mlx_lora.models.unpack import unpack_once
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
+from mlx_lora.store.base import base_for
 from mlx_lora.study.evaluate import Questions, Result, chosen_file, evaluate, questions
 
 Settings = Callable[[dict[str, Any] | None], Data]
@@ -34,7 +36,7 @@ class Evaluation:
 
 
 def evaluate_adapters(
-    model: str,
+    model: str | None,
     adapters: Sequence[str],
     data: str,
     settings: Settings,
@@ -45,16 +47,19 @@ def evaluate_adapters(
     stage: Callable[[str], None] = lambda text: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
-    """Results of the base, then of each adapter. `settings` turns an adapter's own data settings (None: it has none)
-    into those to use; the base follows the first adapter. `warn` is told where the rows are training rows. Raises
-    before loading for adapters that don't belong."""
+    """Results of the base, by default the adapters' own, then of each adapter. `settings` turns an adapter's own data
+    settings (None: it has none) into those to use; the base follows the first adapter. `warn` is told where the rows
+    are training rows. Raises before loading for adapters that don't belong."""
     stored = [read(registry.find(adapter)) for adapter in adapters]
+    opened = base_for(model, stored)
     file = chosen_file(data)
     stage(f"evaluating on {file}")
     if warning := _trained_on(file, data, stored):
         warn(warning)
-    stage(f"loading {model}")
-    engine = Engine(registry.open_base(model, stored))
+    stage(f"loading {model or registry.base_name(opened.path)}")
+    loaded = registry.open_base(opened, stored)
+    unpack_once(loaded)
+    engine = Engine(loaded)
     chosen: dict[str | None, Data] = {None: settings(_own(stored[0]) if stored else None)}
     for adapter, name in zip(stored, _names(stored), strict=True):
         engine.add(name, wrappers_for(engine.loaded.model, adapter))

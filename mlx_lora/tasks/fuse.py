@@ -18,10 +18,10 @@ from mlx_lora.errors import NameTaken
 from mlx_lora.interop.fuse import Fused, fuse
 from mlx_lora.measure import Agreement, Predictions, compare, predictions, rows_of_tokens
 from mlx_lora.models.load import LoadedModel, load
-from mlx_lora.models.open import open_model
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
+from mlx_lora.store.base import base_for
 from mlx_lora.study.evaluate import VALID_FIRST, questions
 
 GENERATED_ROWS, GENERATED_TOKENS = 8, 64
@@ -41,7 +41,7 @@ class Measured:
 
 
 def fuse_adapter(
-    model: str,
+    model: str | None,
     adapter: str,
     out: Path,
     *,
@@ -50,15 +50,16 @@ def fuse_adapter(
     force: bool = False,
     progress: OnFile = silent,
 ) -> Measured:
-    """Merge and measure. Raises before loading when `out` exists, and CannotFuse when the update doesn't survive.
+    """Merge into `model`, by default the adapter's own base, and measure.
 
-    The base with its adapter runs after the result was written, and the result after the base was freed.
+    The base with its adapter runs after the result was written, and the result after the base was freed. Raises before
+    loading when `out` exists, and CannotFuse when the update doesn't survive.
     """
     paths.check_target(out, force=force)
-    opened = open_model(model)
+    stored_adapter = read(registry.find(adapter))
+    opened = base_for(model, [stored_adapter])
     if out.resolve() == opened.path.resolve():
         raise NameTaken(f"{out} is the model itself", hint="choose another directory")
-    stored_adapter = read(registry.find(adapter))
     rows = None if data is None else _rows(data, stored_adapter, opened.tokenizer, progress)
 
     def open_stored() -> LoadedModel:

@@ -18,6 +18,7 @@ from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter
 from mlx_lora.store.arithmetic import How, Merged, merge
+from mlx_lora.store.base import check_bases
 from mlx_lora.store.lock import locked
 from mlx_lora.store.manifest import Manifest
 
@@ -66,14 +67,6 @@ def parse(word: str) -> tuple[str, float]:
     if not name or not math.isfinite(weight):
         raise AdapterError(f"{word!r} is not NAME:WEIGHT", hint="a weight is a number, like sql:0.5 or sql:-1")
     return name, weight
-
-
-def check_bases(adapters: Sequence[StoredAdapter]) -> None:
-    """Raise AdapterError naming the bases where there are two; an adapter that doesn't say goes with any."""
-    known = [(adapter, adapter.manifest.base) for adapter in adapters if adapter.manifest.base is not None]
-    if len({base.fingerprint for _, base in known}) > 1:
-        shown = ", ".join(f"{adapter.name} over {base.name} ({base.fingerprint[:12]})" for adapter, base in known)
-        raise AdapterError(f"these adapters belong to different bases: {shown}", hint="merge adapters of one base")
 
 
 def _write(name: str, adapters: Weighted, how: How, merged: Merged, *, force: bool) -> None:

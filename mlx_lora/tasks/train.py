@@ -103,6 +103,7 @@ def train_adapter(
         start = None
         with group.agreed():
             name = required(recipe)
+            opened = open_model(str(recipe.model))
             if group.rank == 0:
                 stack.enter_context(locked(name))
             check(recipe, force=force or resume or group.rank > 0)
@@ -110,7 +111,7 @@ def train_adapter(
                 start = find_start(name, recipe)
         try:
             stopped = start.stored.progress.too_large if start else None
-            setup = _prepare(recipe, name, listener, group, Way(*stopped) if stopped else None)
+            setup = _prepare(recipe, opened, name, listener, group, Way(*stopped) if stopped else None)
             resumed = _begin(setup, start, group, resume=resume, force=force)
             return _run(setup, resumed, listener, group, force=force)
         except OSError as error:
@@ -118,10 +119,11 @@ def train_adapter(
             raise TrainingError(f"the run can't go on: {error}", hint=hint) from error
 
 
-def _prepare(recipe: Recipe, name: str, listener: Listener, group: Processes, smaller_than: Way | None) -> Setup:
+def _prepare(
+    recipe: Recipe, opened: OpenModel, name: str, listener: Listener, group: Processes, smaller_than: Way | None
+) -> Setup:
     """Read, plan, load and attach, each step on all processes or on none."""
     with group.agreed():
-        opened = open_model(str(recipe.model))
         prepared, plan = _read(recipe, opened, listener, smaller_than)
         if plan and plan.overruled:
             listener.stage(f"train.on_memory is warn: {over_limit(plan)}; the machine may swap, or end this program")

@@ -69,7 +69,7 @@ def test_a_role_the_template_refuses(run: Run, tmp_path: Path, tiny_path: Path) 
         (["train", "--name", "x"], 1, ["model", "data.path"]),
         (["train", "--model", "nowhere", "--data", "x", "--name", "../x"], 1, ["nowhere"]),
         (["train", "--resume"], 1, ["model", "data.path"]),
-        (["train", "--resume", "--name", "nowhere"], 1, ["no such recipe"]),
+        (["train", "--resume", "--name", "nowhere"], 1, ["no run 'nowhere'"]),
         (["plan"], 1, ["which model"]),
         (["study", "adapters"], 2, ["adapters"]),
         (["generate", "--model", "nowhere", "--prompt", "x"], 1, ["nowhere", "pull"]),
@@ -151,3 +151,22 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 1
     assert "Traceback (most recent call last)" in printed and "ModelError" in printed
     assert "\x1b" not in printed and r"no\x1bwhere" in printed
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a directory that nobody can write to, not even root")
+def test_a_home_that_can_t_be_written_to_says_which_path_and_not_unexpected(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_LORA_HOME", "/proc/self")
+    assert run("adapters", "list").code == 0
+    ran = run("adapters", "rename", "a", "b")
+    assert ran.code == 1 and "/proc/self/.locks" in ran.err and "MLX_LORA_HOME" in ran.err
+    assert "unexpected" not in ran.err
+
+
+def test_a_home_that_is_a_file_is_said_to_be_one(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLX_LORA_HOME", str(tmp_path / "file"))
+    for words in (["adapters", "list"], ["generate", "--model", "x", "--prompt", "x"], ["doctor"]):
+        ran = run(*words)
+        assert ran.code == 1 and f"{tmp_path / 'file'} is not a directory" in ran.err and "unexpected" not in ran.err

@@ -29,7 +29,7 @@ def test_train_writes_an_adapter_and_a_run(trained: Ran, home: Path, data: Path)
         "adapters.safetensors", "adapter_config.json", "manifest.json",
     }  # fmt: skip
     events = [json.loads(line)["event"] for line in (home / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()]
-    assert events == ["evaluated", "step", "step", "step", "step", "evaluated", "finished"]
+    assert events == ["started", "evaluated", "step", "step", "step", "step", "evaluated", "finished"]
     manifest = json.loads((home / "adapters" / "mine" / "manifest.json").read_text())
     assert manifest["data"][0]["rows"] == 24 and manifest["template"] == "chat"
     assert home.stat().st_mode & 0o777 == 0o700
@@ -146,7 +146,7 @@ def test_fuse_measures_and_writes_a_model(trained: Ran, run: Run, tiny_path: Pat
 
 def test_adapters_commands(trained: Ran, run: Run, home: Path, tiny_path: Path) -> None:
     (entry,) = run("adapters", "list", "--json").json
-    assert entry.keys() == {"name", "method", "rank", "base", "bytes", "valid_loss", "created"}
+    assert entry.keys() == {"name", "method", "rank", "base", "bytes", "valid_loss", "created", "state"}
     assert entry["name"] == "mine" and entry["rank"] == 4
     assert run("adapters", "show", "mine", "--json").json["method"] == "lora"
     assert run("adapters", "path", "mine").out.strip() == str(home / "adapters" / "mine")

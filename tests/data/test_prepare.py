@@ -21,6 +21,10 @@ def numbered(count: int) -> list[Row]:
     return [Row(np.array([index, 0], np.int32), np.array([0, 1], np.float32)) for index in range(count)]
 
 
+def turns(count: int) -> list[dict[str, str]]:
+    return [{"role": role, "content": "x"} for _ in range(count) for role in ("user", "assistant")]
+
+
 def numbers(rows: list[Row]) -> list[int]:
     return [int(row.tokens[0]) for row in rows]
 
@@ -72,8 +76,26 @@ def test_files_are_described_without_their_text(tokenizer: Any, write_rows: Call
         "rows": 2,
         "tokens": 34,
         "trained_tokens": 10,
+        "answers": 1,
     }
     assert "secret" not in json.dumps(described)
+
+
+@pytest.mark.parametrize(
+    ("rows", "answers"),
+    [
+        ([{"prompt": "a", "completion": "b"}], 1),
+        ([{"messages": turns(1)}, {"messages": turns(3)}], 3),
+        ([{"messages": [{"role": "system", "content": "s"}, *turns(1)]}], 1),
+        ([{"text": "plain"}], 0),
+    ],
+)
+def test_a_file_says_how_many_answers_a_row_holds(
+    tokenizer: Any, write_rows: Callable[..., Path], rows: list[Any], answers: int
+) -> None:
+    """From which chat knows an adapter of single questions."""
+    (described,) = prepare(write_rows(rows), Data(valid_fraction=0), tokenizer).files
+    assert described["answers"] == answers
 
 
 def test_every_problem_of_every_file_is_in_one_error(tokenizer: Any, write_rows: Callable[..., Path]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,9 @@ from mlx_lora.models import open as opening
 from mlx_lora.models.load import load_stored
 from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.shapes import describe
-from mlx_lora.store import registry
+from mlx_lora.store import fingerprint, registry
 from mlx_lora.tasks import train as training
-from tests.conftest import questions
+from tests.conftest import questions, write_model
 
 
 @pytest.fixture
@@ -54,3 +57,38 @@ def test_training_finds_its_model_once_and_makes_one_tokenizer(
     recipe = Recipe.model_validate(settings | {"train": {"iters": 1, "batch_size": 2}})
     training.train_adapter(recipe)
     assert reads == {"find_model": 1, "read_config": 1, "load_tokenizer": 1}
+
+
+# Prints how often Python opens each file below the folder that the first argument names, while the rest runs.
+COUNTED = """
+import collections, json, pathlib, sys
+counts, folder = collections.Counter(), sys.argv.pop(1)
+def count(event, arguments):
+    if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(folder):
+        counts[pathlib.Path(arguments[0]).name] += 1
+sys.addaudithook(count)
+try:
+    {body}
+finally:
+    print(json.dumps(counts))
+"""
+ONE_LOAD = "from mlx_lora.models.load import load_stored; load_stored(sys.argv[1])"
+COMMAND = "from mlx_lora.cli import main; main()"
+
+
+def opens(body: str, folder: Path, *words: object) -> dict[str, int]:
+    """How often a process opens each file of a model directory."""
+    arguments = [sys.executable, "-c", COUNTED.format(body=body), str(folder), *map(str, words)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    counts: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return counts
+
+
+def test_train_opens_the_files_of_its_model_as_often_as_loading_it_once_does(tmp_path: Path, write_rows: Any) -> None:
+    """Apart from hashing what makes the tokenizer, for the manifest; the weights' fingerprint is known already."""
+    model = write_model(tmp_path / "model", torch_dtype="float32")
+    fingerprint.of_directory(model)
+    words = ["train", "--model", model, "--data", write_rows(questions(8)), "--name", "mine", "train.iters=1"]
+    once, trained = opens(ONE_LOAD, model, model), opens(COMMAND, model, *words)
+    assert min(once["config.json"], once["tokenizer.json"], once["model.safetensors"]) > 0
+    assert trained == once | {"tokenizer.json": once["tokenizer.json"] + 1}

@@ -11,8 +11,10 @@ import pytest
 from mlx_lora.adapters.attach import Wrappers, build
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, MlxLoraError
+from mlx_lora.machine import device
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.serve.engine import Engine, Sampling
+from mlx_lora.serve.prefill import next_size
 
 PROMPT = list(range(20, 40))
 
@@ -97,6 +99,74 @@ def test_a_pass_that_breaks_off_takes_its_cache_along(engine: Engine, monkeypatc
 
 def _interrupted(*arguments: Any, **named: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_long_prompt_is_read_in_chunks_that_signals_and_progress_can_reach(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one pass over thousands of tokens, SIGTERM and Ctrl-C wait for all of it."""
+    sizes, told = lengths_of_passes(engine, monkeypatch), []
+    engine.chunk = 16
+    prompt = [20 + index % 200 for index in range(70)]
+    answer = list(engine.stream(prompt, max_tokens=5, on_prompt=lambda *how_far: told.append(how_far)))
+    assert sizes[:6] == [16, 16, 16, 16, 5, 1]
+    assert told == [(0, 70), (16, 70), (32, 70), (48, 70), (64, 70), (70, 70)]
+    monkeypatch.undo()
+    assert answer == greedy(engine, prompt, 5)
+
+
+def test_chunks_that_take_long_become_smaller_and_grow_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slow moment of a busy machine must not slow down the rest of a prompt."""
+    assert [next_size(64, seconds, 128) for seconds in (2.0, 0.5, 0.1)] == [32, 64, 128]
+    assert [next_size(size, 2.0, 128) for size in (32, 16)] == [16, 16]
+    assert next_size(128, 0.1, 128) == 128 and next_size(8, 2.0, 8) == 8
+    sizes = lengths_of_passes(engine, monkeypatch)
+    monkeypatch.setattr("mlx_lora.serve.prefill.TOO_LONG", 0)
+    engine.chunk = 32
+    list(engine.stream(PROMPT * 4, max_tokens=1))
+    assert sizes[:4] == [32, 16, 16, 15]
+
+
+def test_an_interrupt_between_chunks_ends_the_prompt(engine: Engine) -> None:
+    engine.chunk = 8
+    told = []
+
+    def interrupt(done: int, total: int) -> None:
+        told.append(done)
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.stream(PROMPT, max_tokens=3, on_prompt=interrupt))
+    assert told == [0, 8] and engine.cache.layers is None
+    assert list(engine.stream(PROMPT, max_tokens=5)) == greedy(engine, PROMPT, 5)
+
+
+def lengths_of_passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the number of tokens of each pass."""
+    sizes: list[int] = []
+    original = type(engine.loaded.model).__call__
+
+    def counting(model: Any, tokens: mx.array, *arguments: Any, **named: Any) -> Any:
+        sizes.append(tokens.shape[1])
+        return original(model, tokens, *arguments, **named)
+
+    monkeypatch.setattr(type(engine.loaded.model), "__call__", counting)
+    return sizes
+
+
+@pytest.mark.skipif(device.on_gpu(), reason="a limit on a GPU is for wired memory")
+def test_generating_does_not_wait_for_every_operation(engine: Engine) -> None:
+    """MLX does below a memory limit of 0: most of the time of a token went into waiting."""
+    limit = limit_now()
+    assert [limit_now() for _ in engine.stream(PROMPT, max_tokens=3)] == [limit] * 3
+
+
+def limit_now() -> int:
+    """MLX tells the limit only while setting another."""
+    limit = mx.set_memory_limit(1 << 40)
+    mx.set_memory_limit(limit)
+    return int(limit)
 
 
 def test_a_batch_answers_as_one_by_one(engine: Engine) -> None:

@@ -50,6 +50,14 @@ def test_the_test_file_is_what_is_evaluated(tiny: LoadedModel, write_rows: Calla
     assert len(questions(str(folder), Data(), tiny.tokenizer, exact=False).rows) == 2
 
 
+def test_rows_are_asked_with_their_own_system_lines(tiny: LoadedModel, write_rows: Callable[..., Path]) -> None:
+    turns = [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yes"))]
+    led = [{"role": "system", "content": "be brief"}, *turns]
+    asked = questions(str(write_rows([{"messages": led}, {"messages": turns}])), Data(), tiny.tokenizer, exact=True)
+    says = ["be brief" in tiny.tokenizer.decode(prompt) for prompt in asked.prompts]
+    assert says == ["be brief" in tiny.tokenizer.decode(row.tokens.tolist()) for row in asked.rows] == [True, False]
+
+
 def test_plain_text_has_no_answer_to_match(tiny: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "just text"}) + "\n")
     with pytest.raises(DataError, match="--exact"):

@@ -1,0 +1,93 @@
+"""The turns of a chat: what is sent to the model, and what is saved. It knows neither the engine nor the screen.
+
+An adapter that was trained on single questions has never seen an earlier turn, and tends to repeat it: for such a one
+each question is sent by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_lora import paths
+from mlx_lora.errors import MlxLoraError
+from mlx_lora.store.adapter import Manifest
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an adapter's training rows looked like: their template, and whether each was one question with its answer.
+
+    By default, as for the base or where a manifest doesn't say: the model's own template, and conversations.
+    """
+
+    template: str = "chat"
+    single_questions: bool = False
+
+
+def trained(manifest: Manifest) -> Trained:
+    """What a manifest says about the rows that an adapter was trained on."""
+    single = bool(manifest.data) and all(file.get("answers") == 1 for file in manifest.data)
+    return Trained(manifest.template or "chat", single)
+
+
+class Conversation:
+    """`messages` are a system message, if there is one, then user and assistant turns in alternation.
+
+    While an answer is generated, the last user turn has none yet: `answered` or `taken_back` ends that.
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+
+    @property
+    def system(self) -> list[Message]:
+        return [message for message in self.messages[:1] if message["role"] == "system"]
+
+    @property
+    def turns(self) -> list[Message]:
+        return self.messages[len(self.system) :]
+
+    def set_system(self, text: str) -> None:
+        """Set the system message, or remove it with an empty text."""
+        self.messages = [*([{"role": "system", "content": text}] if text else []), *self.turns]
+
+    def ask(self, text: str) -> None:
+        self.messages.append({"role": "user", "content": text})
+
+    def answered(self, text: str) -> bool:
+        """Add the answer to the last user turn; take that turn back, and return False, where the text is blank."""
+        if not text.strip():  # many templates refuse two user turns in a row, and training refuses an empty answer
+            self.messages.pop()
+            return False
+        self.messages.append({"role": "assistant", "content": text})
+        return True
+
+    def forget(self) -> None:
+        """Keep the system message alone."""
+        self.messages = self.system
+
+    def sent(self, *, history: bool) -> list[Message]:
+        """The messages that the next prompt is made of: without history the system message and the last turn."""
+        return self.messages if history else [*self.system, *self.turns[-1:]]
+
+    def rows(self, *, history: bool) -> list[list[Message]]:
+        """The conversation as rows of training data: one, or without history one for each question."""
+        turns = self.turns
+        if history:
+            return [self.messages]
+        return [[*self.system, *turns[start : start + 2]] for start in range(0, len(turns), 2)]
+
+    def save(self, file: str, *, history: bool) -> None:
+        """Append `rows` to a file of JSON lines, readable by the user alone. Raises MlxLoraError where it can't."""
+        if not file or not self.turns:
+            raise MlxLoraError("/save FILE needs a file name and a conversation")
+        lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in self.rows(history=history))
+        try:
+            with paths.created(Path(file).expanduser(), "ab") as stream:
+                stream.write("".join(lines).encode())
+        except OSError as error:
+            raise MlxLoraError(f"can't write {file}: {error.strerror}") from None
