@@ -17,6 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 START, END = "<!-- session -->\n```console\n", "```\n<!-- /session -->"
+# Lines of progress, of which there are more on a slower machine.
+PROGRESS = re.compile(r"\w[^/]* \d+/\d+\b.*(left|tok/s)")
 NUMBER = re.compile(r"\d[\d,.:]*(e-?\d+)?( ?(B|KB|MB|GB|ms|s|min|h)\b)?")
 
 
@@ -41,7 +43,8 @@ def run(session: str, home: Path) -> str:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout
-        shown.append(f"{line}\n{done.stdout.replace(str(home), '~/.mlx-lora')}")
+        lines = [text for text in done.stdout.splitlines() if not PROGRESS.match(text)]
+        shown.append("\n".join([line, *lines]).replace(str(home), "~/.mlx-lora") + "\n")
     return "\n".join(shown)
 
 
