@@ -1,4 +1,4 @@
-"""The command-line block of README.md, generated: `python -m tests.readme` writes it, a test compares it."""
+"""The command reference, mlx_lora/cli/README.md: `python -m tests.readme` writes it, a test compares it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[1] / "mlx_lora" / "cli" / "README.md"
 START, END = "<!-- commands -->\n```text\n", "```\n<!-- /commands -->"
 
 
@@ -28,7 +28,7 @@ def _help(command: Any, name: str, parent: Any) -> list[str]:
 
 
 def written() -> str:
-    """README.md with the block as it should be."""
+    """The page with its block as it should be."""
     text = README.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)

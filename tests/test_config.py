@@ -65,6 +65,7 @@ train:
   grad_checkpoint: auto
   cache_prefix: auto
   memory_limit_gb: null
+  on_memory: refuse
 seed: 0
 """
 

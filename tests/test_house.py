@@ -29,7 +29,18 @@ RANKS = {
     "study": 8, "tasks": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 STRANGERS = {"train", "interop", "serve"}
-MOST_LINES, MOST_FUNCTION_LINES = 400, 60
+MOST_LINES, MOST_FUNCTION_LINES = 300, 40
+# Functions that are longer, with the reason.
+OPTIONS = "a command's options are its parameters, each with its help"
+DERIVATIVE = "a custom function and its derivative share what is defined around both"
+LONGER = {
+    ("cli/adapters.py", "merge"): OPTIONS,
+    ("cli/base.py", "quantize"): OPTIONS,
+    ("cli/compare.py", "compare"): OPTIONS,
+    ("adapters/glora.py", "multiply_hadamard"): DERIVATIVE,
+    ("models/recurrence/convolution.py", "_tapped"): DERIVATIVE,
+    ("models/recurrence/scan.py", "_spans"): DERIVATIVE,
+}
 
 
 def room(file: Path) -> str:
@@ -68,7 +79,9 @@ def test_files_and_functions_stay_small(file: Path) -> None:
     assert len(text.splitlines()) <= MOST_LINES
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno and node.end_lineno - node.lineno < MOST_FUNCTION_LINES, node.name
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            longer = (str(file.relative_to(PACKAGE)), node.name) in LONGER
+            assert (lines > MOST_FUNCTION_LINES) == longer, f"{node.name} has {lines} lines"
 
 
 def test_only_ui_prints() -> None:

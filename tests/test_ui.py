@@ -50,7 +50,7 @@ def in_a_terminal(code: str) -> str:
     return received.decode()
 
 
-@pytest.mark.parametrize("text", NAMES)
+@pytest.mark.parametrize("text", NAMES, ids=ascii)
 def test_terminal_output_shows_cells_and_lines_literally(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A cell `3:100:2` isn't an emoji, and no cell clears the screen or ends its row."""
     ui.table(["name", text], [(text, text)])
@@ -61,7 +61,7 @@ def test_terminal_output_shows_cells_and_lines_literally(text: str, capsys: pyte
     assert capsys.readouterr().out == NAMES[text] + "\n"
 
 
-@pytest.mark.parametrize("text", NAMES)
+@pytest.mark.parametrize("text", NAMES, ids=ascii)
 def test_terminal_output_shows_messages_literally(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     ui.note(text)
     ui.warning(text)
@@ -84,7 +84,7 @@ def test_terminal_output_shows_messages_literally(text: str, capsys: pytest.Capt
     assert progress.startswith(f"{shown} 1/2  {shown}")
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_terminal_output_shows_rows_and_answers_literally(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     ui.runs_of_text([(f"{text}\n", False), (f"{text} \n{text}", True)])
     shown = HOSTILE[text]
@@ -100,7 +100,7 @@ def test_only_the_lines_of_a_message_are_lines(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.splitlines() == ["error: a\\nhint: rm -r ~:1: bad", "  b:2: worse"]
 
 
-@pytest.mark.parametrize("text", [*NAMES, "\x85\x9b"])
+@pytest.mark.parametrize("text", [*NAMES, "\x85\x9b"], ids=ascii)
 def test_json_keeps_its_values_and_no_terminal_obeys_it(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     ui.as_json({"text": text, "more": "größe 名"})
     printed = capsys.readouterr().out

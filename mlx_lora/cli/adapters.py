@@ -111,14 +111,14 @@ def merge(
     json: Json = False,
 ) -> None:
     """Add adapters of one base up into a new one, by their updates."""
-    from mlx_lora.store.arithmetic import How
+    from mlx_lora.store.arithmetic import MergeSettings
     from mlx_lora.tasks.merge import merge_adapters
     from mlx_lora.tasks.merge_check import check_merge, commands, rows_of_parents
 
-    how = How(str(method), rank=rank, tolerance=tolerance, density=density, seed=seed)
+    settings = MergeSettings(str(method), rank=rank, tolerance=tolerance, density=density, seed=seed)
     rows = rows_of_parents(adapters, data or [])
     with ui.working(f"merging {len(adapters)} adapters"):
-        report = merge_adapters(adapters, name, how, force=force)
+        report = merge_adapters(adapters, name, settings, force=force)
     with ExitStack() as stack:
         tasks = check_merge(name, rows, model=model, progress=progress(stack))
     if tasks:

@@ -73,10 +73,7 @@ def prepare(
         prepared.dropped += encoded.dropped
         prepared.format = prepared.format or source.format or ""
         prepared.files.append(_describe(source, encoded))
-    for name, purpose in (("train", "train on"), ("valid", "validate on")):
-        if name in splits and not rows[name] and not problems:
-            problems.append(Problem(str(splits[name]), 0, f"no row is left to {purpose}"))
-    if problems:
+    if problems := problems or _left_empty(splits, rows):
         raise DataError(problems, hint=HINT)
     prepared.train, prepared.valid = rows["train"], rows["valid"]
     if "valid" not in splits:
@@ -92,6 +89,13 @@ def set_aside(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], l
     chosen = set(np.random.default_rng([seed, len(rows)]).permutation(len(rows))[:count].tolist())
     train = [row for index, row in enumerate(rows) if index not in chosen]
     return train, [row for index, row in enumerate(rows) if index in chosen]
+
+
+def _left_empty(splits: dict[str, Path], rows: dict[str, list[Row]]) -> list[Problem]:
+    """Files of which no row is left once too long ones were dropped."""
+    purposes = {"train": "train on", "valid": "validate on"}
+    empty = [name for name in purposes if name in splits and not rows[name]]
+    return [Problem(str(splits[name]), 0, f"no row is left to {purposes[name]}") for name in empty]
 
 
 def _without_prompt(source: Source, settings: Data) -> bool:

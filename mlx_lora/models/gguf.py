@@ -79,8 +79,6 @@ def import_gguf(
     and mode, or None) and `tensors` (how many of each GGUF type). Raises ModelError for a file that is damaged or that
     can't be carried over as it is, NameTaken when `out` exists and `force` is false.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not supported; known: {', '.join(DTYPES)}")
     reader, fields = open_gguf(Path(file))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     check_kind(fields, tensors)
@@ -89,8 +87,7 @@ def import_gguf(
     check_tensors(tensors, layout)
     kinds = {path: tensors[f"{stem}.weight"].tensor_type for stem, (path, _) in layout.items()}
     packed = {path: BITS[kind] for path, kind in kinds.items() if dtype == "keep" and kind in BITS}
-    source = _Source(tensors, config, layout, packed, DTYPES[dtype])
-
+    source = _Source(tensors, config, layout, packed, _dtype_of(dtype))
     config["torch_dtype"] = str(source.dtype).removeprefix("mlx.core.")
     quantization = _quantization(source)
     with paths.written_whole(Path(out), force=force) as directory:
@@ -105,6 +102,13 @@ def import_gguf(
         "quantization": quantization and {key: quantization[key] for key in ("group_size", "bits", "mode")},
         "tensors": dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
     }
+
+
+def _dtype_of(name: str) -> mx.Dtype:
+    """The dtype of what isn't packed. Raises ModelError for a name that isn't known."""
+    if name not in DTYPES:
+        raise ModelError(f"dtype {name!r} is not supported; known: {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _quantization(source: _Source) -> dict[str, Any] | None:

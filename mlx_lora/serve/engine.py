@@ -8,7 +8,7 @@ the virtual tokens of prompt tuning: the engine puts those of the adapter in use
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,14 @@ class Cache:
 
     layers: list[Any] | None = None
     tokens: list[int] = field(default_factory=list)
+
+
+def _sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
+    """mlx_lm's sampler, which marks logits that aren't finite; it seeds MLX where a seed is given."""
+    if sampling.seed is not None:
+        mx.random.seed(sampling.seed)
+    top_p = sampling.top_p if sampling.top_p < 1 else 0.0
+    return finite.marking(make_sampler(temp=sampling.temperature, top_p=top_p))
 
 
 class Engine:
@@ -97,19 +105,13 @@ class Engine:
 
         A prompt that continues the last one reuses its cache. `first_answer` is where the first answer in it starts,
         for an adapter with an infix; by default the prompt has none. `on_prompt(done, total)` tells how many of the
-        prompt's tokens have been read, of those that the cache lacked.
-
-        Raises MlxLoraError for an empty prompt, ModelError for a token that the embedding has no row for, and NotFinite
-        where the model's logits aren't finite.
+        prompt's tokens have been read, of those that the cache lacked. Raises MlxLoraError for an empty prompt,
+        ModelError for a token that the embedding has no row for, NotFinite where logits aren't finite.
         """
         if not prompt:
             raise MlxLoraError("the prompt is empty")
-        sampling = sampling or Sampling()
-        if sampling.seed is not None:
-            mx.random.seed(sampling.seed)
+        sampler = _sampler(sampling or Sampling())
         layers, rest = self._resume(self._complete(prompt, first_answer))
-        top_p = sampling.top_p if sampling.top_p < 1 else 0.0
-        sampler = finite.marking(make_sampler(temp=sampling.temperature, top_p=top_p))
         try:
             with allocation.memory_limits(lean=False):
                 prefill(self.loaded.model, rest[:-1], layers, on_prompt, most=self.chunk, total=len(rest))

@@ -23,17 +23,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, nearest
 from mlx_lora.methods import MERGES, parts
 from mlx_lora.store.adapter import StoredAdapter
+from mlx_lora.store.low_rank import Array, Factors, Svd, nearest_low_rank
 from mlx_lora.store.manifest import MLX_LM
-
-Array = NDArray[Any]
-# A product of thin matrices: a (rows, r) and b (r, columns).
-Factors = tuple[Array, Array]
 
 # Methods that train two factors of every weight, and those of them whose update is nothing but their product.
 FACTORED = ("lora", "dora", "qalora", "adalora")
@@ -42,12 +38,10 @@ EXACT = ("cat", "linear", "svd")
 DENSITY = 0.5
 NOTHING_LOST = 1e-6
 BLOCK_ENTRIES = 1 << 20
-# Subspace iteration: directions beyond the rank, and passes over the matrix.
-EXTRA, PASSES = 10, 4
 
 
 @dataclass(frozen=True)
-class How:
+class MergeSettings:
     """How to merge. `rank` is the most a module may have; within `tolerance` of ‖ΔW‖_F it gets as little as it can.
 
     `density` is the share of entries that are kept, `seed` decides which where that is random.
@@ -91,36 +85,6 @@ class Merged:
     relative_error: float
 
 
-@dataclass(frozen=True)
-class Svd:
-    """u (rows, k) · s (k) · vt (k, columns), and the squared Frobenius norm of what lies outside of it."""
-
-    u: Array
-    s: Array
-    vt: Array
-    outside: float = 0.0
-
-    def cut(self, rank: int, tolerance: float | None) -> tuple[Factors, float, float]:
-        """Balanced factors of rank `rank`, or less within `tolerance`; with the squares of error and norm.
-
-        Raises AdapterError where that rank is too low for the tolerance.
-        """
-        squares = np.square(self.s)
-        errors = self.outside + np.append(np.cumsum(squares[::-1])[::-1], 0.0)  # errors[k]: what rank k leaves out
-        norm, rank = float(errors[0]), min(rank, len(self.s))
-        if tolerance is not None:
-            within = np.flatnonzero(errors <= tolerance**2 * norm)
-            if not len(within) or within[0] > rank:
-                reached = float(np.sqrt(errors[rank] / norm))
-                raise AdapterError(
-                    f"rank {rank} leaves a relative error of {reached:.3g}, and the tolerance is {tolerance:g}",
-                    hint="raise --rank or --tolerance",
-                )
-            rank = max(int(within[0]), 1)
-        root = np.sqrt(self.s[:rank])
-        return (self.u[:, :rank] * root, root[:, None] * self.vt[:rank]), float(errors[rank]), norm
-
-
 def factors(adapter: StoredAdapter, path: str) -> Factors:
     """a (E, in, r) and b (E, r, out), float64, whose product is ΔWᵀ, for an embedding ΔW; E is 1 but for experts.
 
@@ -153,12 +117,12 @@ def modules_of(adapter: StoredAdapter) -> list[str]:
     return [path for path in adapter.manifest.modules if f"{path}.lora_a" in adapter.arrays]
 
 
-def merge(adapters: Sequence[tuple[StoredAdapter, float]], how: How) -> Merged:
+def merge(adapters: Sequence[tuple[StoredAdapter, float]], settings: MergeSettings) -> Merged:
     """The weighted sum of the adapters' updates; a module that an adapter doesn't have counts as zero there.
 
     Raises AdapterError for settings and methods that can't be used, and for modules of different shapes.
     """
-    how.check()
+    settings.check()
     _check_additive([adapter for adapter, _ in adapters])
     paths = list(dict.fromkeys(path for adapter, _ in adapters for path in modules_of(adapter)))
     stored, ranks, error, norm = {}, {}, 0.0, 0.0
@@ -172,7 +136,7 @@ def merge(adapters: Sequence[tuple[StoredAdapter, float]], how: How) -> Merged:
         if len({(len(a), a.shape[1], b.shape[2]) for a, b in terms}) > 1:
             raise AdapterError(f"{path} has different shapes in these adapters", hint="merge adapters of one base")
         experts = [
-            _merge([(a[index], b[index]) for a, b in terms], how, f"{path}.{index}")
+            _merge([(a[index], b[index]) for a, b in terms], settings, f"{path}.{index}")
             for index in range(len(terms[0][0]))
         ]
         ranks[path] = max(pair[0].shape[1] for pair, _, _ in experts)
@@ -200,20 +164,20 @@ def _as_stored(pairs: list[Factors], rank: int, *, switch: bool) -> dict[str, mx
     return {"lora_a": mx.array(np.ascontiguousarray(a)), "lora_b": mx.array(np.ascontiguousarray(b))}
 
 
-def _merge(terms: list[Factors], how: How, key: str) -> tuple[Factors, float, float]:
+def _merge(terms: list[Factors], settings: MergeSettings, key: str) -> tuple[Factors, float, float]:
     """One matrix: its factors, and the squares of error and norm."""
     stacked = np.concatenate([a for a, _ in terms], axis=1), np.concatenate([b for _, b in terms], axis=0)
-    rank, tolerance = how.rank or stacked[0].shape[1], how.tolerance
-    if how.method == "cat":
+    rank, tolerance = settings.rank or stacked[0].shape[1], settings.tolerance
+    if settings.method == "cat":
         return stacked, 0.0, 0.0
-    if how.method == "svd" and how.rank is None and tolerance is None:
+    if settings.method == "svd" and settings.rank is None and tolerance is None:
         rank = max(a.shape[1] for a, _ in terms)
-    if how.method == "linear" and how.rank is None and tolerance is None:
+    if settings.method == "linear" and settings.rank is None and tolerance is None:
         tolerance = NOTHING_LOST
-    if how.method in EXACT:
+    if settings.method in EXACT:
         return thin_svd(*stacked).cut(rank, tolerance)
-    entries = Entries(terms, how, key)
-    return nearest_low_rank(entries, entries.columns, rank, seed=how.seed).cut(rank, tolerance)
+    entries = Entries(terms, settings, key)
+    return nearest_low_rank(entries, entries.columns, rank, seed=settings.seed).cut(rank, tolerance)
 
 
 def thin_svd(a: Array, b: Array) -> Svd:
@@ -227,10 +191,10 @@ def thin_svd(a: Array, b: Array) -> Svd:
 class Entries:
     """The merged ΔW of one matrix, made again a block of rows at a time whenever it is iterated: always the same."""
 
-    def __init__(self, terms: list[Factors], how: How, key: str):
+    def __init__(self, terms: list[Factors], settings: MergeSettings, key: str):
         self.terms = [(a.astype(np.float32), b.astype(np.float32)) for a, b in terms]
-        self.method, self.seed, self.key = how.method, how.seed, zlib.crc32(key.encode())
-        self.density = DENSITY if how.density is None else how.density
+        self.method, self.seed, self.key = settings.method, settings.seed, zlib.crc32(key.encode())
+        self.density = DENSITY if settings.density is None else settings.density
         self.rows, self.columns = len(terms[0][0]), terms[0][1].shape[1]
         self.step = max(1, BLOCK_ENTRIES // self.columns)
         kept = max(1, round(self.density * self.rows * self.columns))
@@ -285,21 +249,3 @@ def _counted_down(counts: Any, k: int) -> tuple[int, int]:
     reached = np.cumsum(counts[::-1])
     place = int(np.searchsorted(reached, k))
     return len(counts) - 1 - place, k - int(reached[place] - counts[::-1][place])
-
-
-def nearest_low_rank(entries: Iterable[Array], columns: int, rank: int, *, seed: int = 0) -> Svd:
-    """The leading singular triplets of a matrix M given as blocks of rows, by randomized subspace iteration.
-
-    Halko, Martinsson and Tropp (arXiv 0909.4061), algorithm 4.4, on MᵀM so that one pass serves both of its products.
-    The result is M projected onto an orthonormal basis, so what lies outside is ‖M‖² minus the squares of s, exactly.
-    """
-    size = min(rank + EXTRA, columns)
-    basis, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((columns, size)))
-    for _ in range(PASSES):
-        basis, _ = np.linalg.qr(sum(block.T @ (block @ basis) for block in entries))
-    images, norm = [], 0.0
-    for block in entries:
-        images.append(block @ basis)
-        norm += float(np.square(block).sum())
-    u, s, vt = np.linalg.svd(np.concatenate(images), full_matrices=False)
-    return Svd(u, s, vt @ basis.T, outside=max(norm - float(np.square(s).sum()), 0.0))

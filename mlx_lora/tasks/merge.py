@@ -17,21 +17,20 @@ from mlx_lora.errors import AdapterError, NameTaken
 from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter
-from mlx_lora.store.arithmetic import How, Merged, merge
-from mlx_lora.store.base import check_bases
+from mlx_lora.store.arithmetic import Merged, MergeSettings, merge
 from mlx_lora.store.lock import locked
 from mlx_lora.store.manifest import Manifest
 
 Weighted = Sequence[tuple[StoredAdapter, float]]
 
 
-def merge_adapters(words: Sequence[str], name: str, how: How, *, force: bool = False) -> dict[str, Any]:
+def merge_adapters(words: Sequence[str], name: str, settings: MergeSettings, *, force: bool = False) -> dict[str, Any]:
     """Merge the adapters that `words` name, `NAME` or `NAME:WEIGHT`, and store the result as `name`.
 
     Returns the keys of `adapters merge --json`. Raises before anything is read when the name is taken, and AdapterError
     where adapters belong to different bases or can't be added.
     """
-    how.check()
+    settings.check()
     target, run = paths.room("adapters", name), paths.room("runs", name)
     if (target.exists() or run.exists()) and not force:
         what = f"an adapter {name!r}" if target.exists() else f"a run {name!r}"
@@ -39,15 +38,15 @@ def merge_adapters(words: Sequence[str], name: str, how: How, *, force: bool = F
     paths.check_target(target, force=force)
     adapters = [(store.read(registry.find(word)), weight) for word, weight in map(parse, words)]
     check_bases([adapter for adapter, _ in adapters])
-    merged = merge(adapters, how)
+    merged = merge(adapters, settings)
     with locked(name):
-        _write(name, adapters, how, merged, force=force)
+        _write(name, adapters, settings, merged, force=force)
         if run.is_dir():  # of the adapter that was replaced
             shutil.rmtree(run)
     return {
         "adapter": str(target),
         "name": name,
-        "method": how.method,
+        "method": settings.method,
         "rank": max(merged.ranks.values()),
         "modules": len(merged.ranks),
         "relative_error": merged.relative_error,
@@ -69,7 +68,15 @@ def parse(word: str) -> tuple[str, float]:
     return name, weight
 
 
-def _write(name: str, adapters: Weighted, how: How, merged: Merged, *, force: bool) -> None:
+def check_bases(adapters: Sequence[StoredAdapter]) -> None:
+    """Raise AdapterError naming the bases where there are two; an adapter that doesn't say goes with any."""
+    known = [(adapter, adapter.manifest.base) for adapter in adapters if adapter.manifest.base is not None]
+    if len({base.fingerprint for _, base in known}) > 1:
+        shown = ", ".join(f"{adapter.name} over {base.name} ({base.fingerprint[:12]})" for adapter, base in known)
+        raise AdapterError(f"these adapters belong to different bases: {shown}", hint="merge adapters of one base")
+
+
+def _write(name: str, adapters: Weighted, settings: MergeSettings, merged: Merged, *, force: bool) -> None:
     exact = {
         f"{path}.{key}"
         for path, named in merged.stored.items()
@@ -80,19 +87,19 @@ def _write(name: str, adapters: Weighted, how: How, merged: Merged, *, force: bo
     layers = max(counts) if all(isinstance(count, int) and count > 0 for count in counts) else -1  # mlx-lm: all of them
     store.write(
         paths.room("adapters", name), merged.stored, dict.fromkeys(merged.ranks, 1.0),
-        describe(adapters, how, merged), layers, precise=exact, force=force,
+        manifest_of(adapters, settings, merged), layers, precise=exact, force=force,
     )  # fmt: skip
 
 
-def describe(adapters: Weighted, how: How, merged: Merged) -> Manifest:
+def manifest_of(adapters: Weighted, settings: MergeSettings, merged: Merged) -> Manifest:
     """The manifest: LoRA with scale 1 and each module's own rank, and of the parents all that they agree in."""
     manifests = [adapter.manifest for adapter, _ in adapters]
     rank = max(merged.ranks.values())
     others: dict[str, Any] = {re.escape(path): own for path, own in merged.ranks.items() if own != rank}
-    settings = Adapter(rank=rank, alpha=rank, targets=list(merged.ranks), rank_pattern=others, alpha_pattern=others)
+    stored = Adapter(rank=rank, alpha=rank, targets=list(merged.ranks), rank_pattern=others, alpha_pattern=others)
     return Manifest(
         method="lora",
-        adapter=settings.model_dump(),
+        adapter=stored.model_dump(),
         modules=list(merged.ranks),
         scales=dict.fromkeys(merged.ranks, 1.0),
         base=next((manifest.base for manifest in manifests if manifest.base), None),
@@ -101,7 +108,7 @@ def describe(adapters: Weighted, how: How, merged: Merged) -> Manifest:
         template=_common([manifest.template for manifest in manifests]),
         recipe=_common_data([manifest.recipe for manifest in manifests]),
         data=[file for manifest in manifests for file in manifest.data],
-        metrics={"merge": {**asdict(how), "relative_error": merged.relative_error}},
+        metrics={"merge": {**asdict(settings), "relative_error": merged.relative_error}},
         parents=[f"{adapter.name}:{weight:g}" for adapter, weight in adapters],
     )
 

@@ -23,13 +23,13 @@ from mlx_lora.models.layers import dequantize_model, half
 from mlx_lora.models.load import LoadedModel, load, load_stored, ready
 from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.sample import half_precision_rows
-from mlx_lora.models.save import save
+from mlx_lora.models.save import Saved, save
 from mlx_lora.models.trunk.by_layer import not_by_layer
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.trunk import Trunk
-from mlx_lora.quant.coverage import check_coverage, layer_sizes, unpacked
+from mlx_lora.quant.coverage import Unpacked, check_coverage, layer_sizes, unpacked
 from mlx_lora.quant.grid import grid_of
-from mlx_lora.quant.quantize import Packing, layer_settings, pack_lazily
+from mlx_lora.quant.quantize import Packing, Quantized, layer_settings, pack_lazily
 from mlx_lora.study.evaluate import VALID_FIRST, questions
 
 # Measured on this text unless rows are named, and not at all with `--verify none`.
@@ -71,8 +71,19 @@ def quantize_model(
     loaded.config["quantization"] = packing.quantized.config
     advance = progress("quantizing and writing", sum("weight" in module for module in loaded.model.modules()))
     saved = save(loaded, out, force=force, free=True, computed_with=packing.errors, on_module=advance)
-    done = packing.finish()
-    report: dict[str, Any] = {
+    report = _report(out, packing.finish(), saved, left)
+    for group in left:
+        warn(f"not quantized: {group}")
+    if rows:
+        agreement = _agreement(opened, out, rows, progress)
+        if fault := damage(agreement):
+            warn(fault)
+        report |= as_dict(agreement)
+    return report
+
+
+def _report(out: Path, done: Quantized, saved: Saved, left: Sequence[Unpacked]) -> dict[str, Any]:
+    return {
         "out": str(out),
         **done.settings,
         "bits_per_weight": done.bits_per_weight,
@@ -83,14 +94,6 @@ def quantize_model(
         "kept": done.kept,
         "carried": saved.beside.as_dict(),
     }
-    for group in left:
-        warn(f"not quantized: {group}")
-    if rows:
-        agreement = _agreement(opened, out, rows, progress)
-        if fault := damage(agreement):
-            warn(fault)
-        report |= as_dict(agreement)
-    return report
 
 
 def _rows(verify: str | None, tokenizer: Any, progress: OnFile) -> list[Row]:

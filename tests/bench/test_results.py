@@ -11,7 +11,6 @@ import pytest
 from tests.bench import plots, results, tables
 from tests.bench.cases.mlx_lm import check_same_work
 from tests.bench.process import Failed, summary
-from tests.readme import README
 
 RECORDS = sorted(results.FOLDER.glob("*.json"))
 
@@ -28,8 +27,9 @@ def test_a_record_says_how_it_was_made_and_names_no_place(file: Path) -> None:
     assert "/" not in file.read_text().replace("s/step", ""), "a path"
 
 
-def test_readme_says_what_was_measured() -> None:
-    assert README.read_text(encoding="utf-8") == tables.written(), "run: python -m tests.bench --tables"
+def test_documents_say_what_was_measured() -> None:
+    for file, text in tables.written().items():
+        assert file.read_text(encoding="utf-8") == text, "run: python -m tests.bench --tables"
 
 
 def test_every_benchmark_measures_and_draws() -> None:

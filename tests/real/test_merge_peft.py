@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_lora.store.arithmetic import Entries, How
+from mlx_lora.store.arithmetic import Entries, MergeSettings
 
 pytestmark = pytest.mark.real
 
@@ -22,5 +22,5 @@ def test_entries_equal_pefts(method: str, weights: list[float]) -> None:
     wholes = [torch.tensor(a.astype(np.float32) @ b.astype(np.float32)) for a, b in factors]
     theirs = getattr(peft, method)(wholes, torch.tensor(weights), 0.3).numpy()
     terms = [(a, weight * b) for weight, (a, b) in zip(weights, factors, strict=True)]
-    ours = np.concatenate(list(Entries(terms, How(method, density=0.3), "layer")))
+    ours = np.concatenate(list(Entries(terms, MergeSettings(method, density=0.3), "layer")))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)

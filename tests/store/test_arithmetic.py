@@ -16,7 +16,16 @@ from mlx_lora.errors import AdapterError
 from mlx_lora.methods import MERGES
 from mlx_lora.store import arithmetic
 from mlx_lora.store.adapter import Manifest, StoredAdapter
-from mlx_lora.store.arithmetic import Entries, How, Merged, factors, kth_largest, merge, nearest_low_rank, thin_svd
+from mlx_lora.store.arithmetic import (
+    Entries,
+    Merged,
+    MergeSettings,
+    factors,
+    kth_largest,
+    merge,
+    nearest_low_rank,
+    thin_svd,
+)
 
 Q, V, EXPERTS = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "model.layers.0.mlp.up_proj"
 SHAPES: dict[str, tuple[int, ...]] = {Q: (48, 40), V: (48, 24), EXPERTS: (3, 32, 20)}  # inputs and outputs
@@ -74,7 +83,7 @@ def dense_best(matrix: Any, rank: int) -> Any:
 @pytest.mark.parametrize("method", ["cat", "linear"])
 def test_the_sum_is_exact_in_every_module(pair: tuple[StoredAdapter, StoredAdapter], method: str) -> None:
     sql, mail = pair
-    merged = merge([(sql, 0.7), (mail, -1.3)], How(method))
+    merged = merge([(sql, 0.7), (mail, -1.3)], MergeSettings(method))
     assert list(merged.stored) == [Q, V, EXPERTS] and merged.ranks == {Q: 4, V: 7, EXPERTS: 7}
     for path in SHAPES:
         expected = 0.7 * delta(sql, path) - 1.3 * delta(mail, path)
@@ -84,7 +93,7 @@ def test_the_sum_is_exact_in_every_module(pair: tuple[StoredAdapter, StoredAdapt
 
 def test_linear_has_the_smallest_rank_that_holds_the_sum(pair: tuple[StoredAdapter, StoredAdapter]) -> None:
     sql, mail = pair
-    merged = merge([(sql, 1.0), (sql, 0.5), (mail, 1.0), (mail, -1.0)], How("linear"))
+    merged = merge([(sql, 1.0), (sql, 0.5), (mail, 1.0), (mail, -1.0)], MergeSettings("linear"))
     assert set(merged.ranks.values()) == {4}, "what is there twice has no directions of its own"
     assert distance(merged_delta(merged, V), 1.5 * delta(sql, V)) < 1e-6
 
@@ -93,7 +102,7 @@ def test_linear_has_the_smallest_rank_that_holds_the_sum(pair: tuple[StoredAdapt
 @pytest.mark.parametrize("method", ["svd", "linear"])
 def test_a_lower_rank_is_the_best_there_is(pair: tuple[StoredAdapter, StoredAdapter], method: str, rank: int) -> None:
     sql, mail = pair
-    merged = merge([(sql, 1.0), (mail, 2.0)], How(method, rank=rank))
+    merged = merge([(sql, 1.0), (mail, 2.0)], MergeSettings(method, rank=rank))
     errors = norms = 0.0
     for path in SHAPES:
         whole = delta(sql, path) + 2 * delta(mail, path)
@@ -105,24 +114,24 @@ def test_a_lower_rank_is_the_best_there_is(pair: tuple[StoredAdapter, StoredAdap
 
 
 def test_svd_keeps_the_largest_rank_of_its_parents_unless_told(pair: tuple[StoredAdapter, StoredAdapter]) -> None:
-    assert merge([(part, 1.0) for part in pair], How("svd")).ranks == {Q: 4, V: 4, EXPERTS: 4}
+    assert merge([(part, 1.0) for part in pair], MergeSettings("svd")).ranks == {Q: 4, V: 4, EXPERTS: 4}
 
 
 def test_a_tolerance_takes_the_smallest_rank_within_it(pair: tuple[StoredAdapter, StoredAdapter]) -> None:
     sql, mail = pair
-    merged = merge([(sql, 1.0), (mail, 1.0)], How("svd", tolerance=0.3))
+    merged = merge([(sql, 1.0), (mail, 1.0)], MergeSettings("svd", tolerance=0.3))
     for path in (Q, V):
         whole = delta(sql, path) + delta(mail, path)
         rank = merged.ranks[path]
         assert distance(dense_best(whole, rank), whole) <= 0.3 < distance(dense_best(whole, rank - 1), whole)
         assert distance(merged_delta(merged, path), whole) <= 0.3
     with pytest.raises(AdapterError, match="rank 1 leaves a relative error of .*tolerance is 0.3"):
-        merge([(sql, 1.0), (mail, 1.0)], How("svd", rank=1, tolerance=0.3))
+        merge([(sql, 1.0), (mail, 1.0)], MergeSettings("svd", rank=1, tolerance=0.3))
 
 
 def test_nothing_at_all_stays_nothing(pair: tuple[StoredAdapter, StoredAdapter]) -> None:
     for method in MERGES:
-        merged = merge([(pair[0], 0.0)], How(method))
+        merged = merge([(pair[0], 0.0)], MergeSettings(method))
         assert all(np.abs(merged_delta(merged, path)).max() == 0 for path in SHAPES), method
 
 
@@ -170,7 +179,7 @@ def test_pruning_and_ties_equal_the_same_on_whole_matrices(
     matrices = [delta(part, V) for part in pair]
     summed = sum(weight * pruned(matrix, density) for weight, matrix in zip(weights, matrices, strict=True))
     for method, expected in (("magnitude_prune", summed), ("ties", dense_ties(matrices, weights, density))):
-        entries = Entries(terms(pair, weights), How(method, density=density), V)
+        entries = Entries(terms(pair, weights), MergeSettings(method, density=density), V)
         assert distance(whole(entries), expected) < 1e-5, method
 
 
@@ -178,15 +187,15 @@ def test_pruning_and_ties_equal_the_same_on_whole_matrices(
 def test_dare_drops_entries_and_scales_up_the_others(pair: tuple[StoredAdapter, StoredAdapter]) -> None:
     expected = delta(pair[0], V)
     (term, _) = terms(pair, [1.0, 1.0])
-    entries = Entries([term], How("dare_linear", density=0.3, seed=7), V)
+    entries = Entries([term], MergeSettings("dare_linear", density=0.3, seed=7), V)
     found = whole(entries)
     kept = found != 0
     assert abs(kept.mean() - 0.3) < 0.05
     np.testing.assert_allclose(found[kept], expected[kept] / 0.3, rtol=1e-4, atol=1e-5)
     assert np.array_equal(whole(entries), found), "every pass drops the same entries"
-    assert np.array_equal(whole(Entries([term], How("dare_linear", density=0.3, seed=7), V)), found)
-    for other in (Entries([term], How("dare_linear", density=0.3, seed=8), V),
-                  Entries([term], How("dare_linear", density=0.3, seed=7), Q)):  # fmt: skip
+    assert np.array_equal(whole(Entries([term], MergeSettings("dare_linear", density=0.3, seed=7), V)), found)
+    for other in (Entries([term], MergeSettings("dare_linear", density=0.3, seed=8), V),
+                  Entries([term], MergeSettings("dare_linear", density=0.3, seed=7), Q)):  # fmt: skip
         assert not np.array_equal(whole(other) != 0, kept)
     assert not np.array_equal(kept[:5], kept[5:10]), "every block drops its own"
 
@@ -194,15 +203,15 @@ def test_dare_drops_entries_and_scales_up_the_others(pair: tuple[StoredAdapter, 
 @pytest.mark.usefixtures("small_blocks")
 def test_dare_with_ties_elects_among_what_was_kept(pair: tuple[StoredAdapter, StoredAdapter]) -> None:
     parts = terms(pair, [1.0, -1.0])
-    found = whole(Entries(parts, How("dare_ties", density=0.5), V))
-    summed = whole(Entries(parts, How("dare_linear", density=0.5), V))
+    found = whole(Entries(parts, MergeSettings("dare_ties", density=0.5), V))
+    summed = whole(Entries(parts, MergeSettings("dare_linear", density=0.5), V))
     alone = np.abs(found - summed) < 1e-6  # one adapter kept it, or none did
     assert 0.6 < alone.mean() < 0.95
     assert (np.sign(found[~alone]) == np.sign(summed[~alone])).all(), "the heavier sign wins"
 
 
 def test_dare_that_keeps_everything_is_the_sum(pair: tuple[StoredAdapter, StoredAdapter]) -> None:
-    merged = merge([(pair[0], 1.0), (pair[1], 1.0)], How("dare_linear", density=1.0))
+    merged = merge([(pair[0], 1.0), (pair[1], 1.0)], MergeSettings("dare_linear", density=1.0))
     for path in SHAPES:
         assert distance(merged_delta(merged, path), delta(pair[0], path) + delta(pair[1], path)) < 1e-5
     assert merged.relative_error < 1e-5
@@ -212,13 +221,13 @@ def test_dare_that_keeps_everything_is_the_sum(pair: tuple[StoredAdapter, Stored
 def test_entries_are_cut_to_the_nearest_rank_and_the_error_is_true(
     pair: tuple[StoredAdapter, StoredAdapter], method: str
 ) -> None:
-    how = How(method, density=0.4, rank=6)
-    merged = merge([(pair[0], 1.0), (pair[1], 1.0)], how)
+    settings = MergeSettings(method, density=0.4, rank=6)
+    merged = merge([(pair[0], 1.0), (pair[1], 1.0)], settings)
     errors = norms = 0.0
     for path in (Q, V, EXPERTS):
         found = [factors(part, path) for part in pair if f"{path}.lora_a" in part.arrays]
         for expert in range(len(found[0][0])):
-            meant = whole(Entries([(a[expert], b[expert]) for a, b in found], how, f"{path}.{expert}"))
+            meant = whole(Entries([(a[expert], b[expert]) for a, b in found], settings, f"{path}.{expert}"))
             ours = merged_delta(merged, path)
             ours = ours[expert].T if path == EXPERTS else ours
             best = np.square(meant - dense_best(meant, 6)).sum()
@@ -227,7 +236,8 @@ def test_entries_are_cut_to_the_nearest_rank_and_the_error_is_true(
             errors, norms = errors + error, norms + np.square(meant).sum()
     assert merged.relative_error == pytest.approx(np.sqrt(errors / norms), rel=1e-5)
     assert (
-        merge([(pair[0], 1.0), (pair[1], 1.0)], how).stored[Q]["lora_a"].tolist() == merged.stored[Q]["lora_a"].tolist()
+        merge([(pair[0], 1.0), (pair[1], 1.0)], settings).stored[Q]["lora_a"].tolist()
+        == merged.stored[Q]["lora_a"].tolist()
     )
 
 
@@ -262,7 +272,7 @@ def test_no_update_is_ever_held_whole(monkeypatch: pytest.MonkeyPatch, method: s
     monkeypatch.setattr(arithmetic, "BLOCK_ENTRIES", 20 * 1500)
     parts = [(adapter(name, [Q], rank=2), 1.0) for name in ("one", "two")]
     tracemalloc.start()
-    merge(parts, How(method, rank=None if method == "cat" else 2))
+    merge(parts, MergeSettings(method, rank=None if method == "cat" else 2))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1500 * 1500 * 4 / 2
@@ -277,21 +287,24 @@ def test_thin_svd_is_the_svd_of_the_product() -> None:
 
 # --- what can't be merged ---
 
-FAULTS: dict[str, tuple[How, str]] = {
-    "method": (How("tise"), "'tise' is no way to merge; did you mean 'ties'"),
-    "cat with a rank": (How("cat", rank=3), "cat keeps every rank"),
-    "density of svd": (How("svd", density=0.5), "density is for ties, dare_linear, dare_ties, magnitude_prune"),
-    "rank": (How("svd", rank=0), "rank 0 is below 1"),
-    "tolerance": (How("svd", tolerance=1.5), "tolerance 1.5 is not between 0 and 1"),
-    "density": (How("ties", density=0.0), "density 0 is not above 0"),
+FAULTS: dict[str, tuple[MergeSettings, str]] = {
+    "method": (MergeSettings("tise"), "'tise' is no way to merge; did you mean 'ties'"),
+    "cat with a rank": (MergeSettings("cat", rank=3), "cat keeps every rank"),
+    "density of svd": (
+        MergeSettings("svd", density=0.5),
+        "density is for ties, dare_linear, dare_ties, magnitude_prune",
+    ),
+    "rank": (MergeSettings("svd", rank=0), "rank 0 is below 1"),
+    "tolerance": (MergeSettings("svd", tolerance=1.5), "tolerance 1.5 is not between 0 and 1"),
+    "density": (MergeSettings("ties", density=0.0), "density 0 is not above 0"),
 }
 
 
 @pytest.mark.parametrize("case", FAULTS)
 def test_settings_that_make_no_sense(pair: tuple[StoredAdapter, StoredAdapter], case: str) -> None:
-    how, message = FAULTS[case]
+    settings, message = FAULTS[case]
     with pytest.raises(AdapterError, match=message):
-        merge([(pair[0], 1.0)], how)
+        merge([(pair[0], 1.0)], settings)
 
 
 def changed(stored: StoredAdapter, change: Callable[[StoredAdapter], Any]) -> StoredAdapter:
@@ -302,7 +315,7 @@ def changed(stored: StoredAdapter, change: Callable[[StoredAdapter], Any]) -> St
 def test_methods_whose_update_is_no_product_are_refused(pair: tuple[StoredAdapter, StoredAdapter]) -> None:
     dora = changed(pair[1], lambda stored: setattr(stored.manifest, "method", "dora"))
     with pytest.raises(AdapterError, match=r"mail \(dora\): the update is not a product") as caught:
-        merge([(pair[0], 1.0), (dora, 1.0)], How())
+        merge([(pair[0], 1.0), (dora, 1.0)], MergeSettings())
     assert caught.value.hint == "methods that merge: lora, adalora"
 
 
@@ -310,7 +323,7 @@ def test_modules_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -
     one = adapter("one", [Q], rank=2)
     monkeypatch.setitem(SHAPES, Q, (48, 41))
     with pytest.raises(AdapterError, match=f"{Q} has different shapes"):
-        merge([(one, 1.0), (adapter("two", [Q], rank=2), 1.0)], How())
+        merge([(one, 1.0), (adapter("two", [Q], rank=2), 1.0)], MergeSettings())
 
 
 def test_a_module_of_a_smaller_rank_is_taken_without_its_padding() -> None:
@@ -319,7 +332,7 @@ def test_a_module_of_a_smaller_rank_is_taken_without_its_padding() -> None:
     keep = mx.array([1.0, 1, 0, 0])
     stored.arrays[f"{V}.lora_a"] *= keep
     stored.arrays[f"{V}.lora_b"] *= keep[:, None]
-    merged = merge([(stored, 1.0)], How("cat"))
+    merged = merge([(stored, 1.0)], MergeSettings("cat"))
     assert merged.ranks == {Q: 4, V: 2}
     assert distance(merged_delta(merged, V), delta(stored, V)) < 1e-6
 
@@ -328,7 +341,7 @@ def test_a_convolution_is_refused() -> None:
     stored = adapter("conv", [Q], rank=3)
     stored.arrays[f"{Q}.lora_a"] = mx.zeros((3, 2, 48))
     with pytest.raises(AdapterError, match=f"{Q} of conv is a convolution"):
-        merge([(stored, 1.0)], How())
+        merge([(stored, 1.0)], MergeSettings())
 
 
 def test_adalora_brings_its_third_factor() -> None:
@@ -339,7 +352,7 @@ def test_adalora_brings_its_third_factor() -> None:
     stored.arrays[f"{Q}.lora_e"] = mx.array(strengths, mx.float32)
     stored.arrays[f"{EXPERTS}.lora_e"] = mx.array(np.outer([1.0, 2.0, 3.0], strengths).astype(np.float32))
     a, b = (np.array(stored.arrays[f"{Q}.lora_{factor}"].astype(mx.float32)) for factor in "ab")
-    merged = merge([(stored, 1.0)], How("linear"))
+    merged = merge([(stored, 1.0)], MergeSettings("linear"))
     assert merged.ranks[Q] == 2, "a direction of strength zero is none"
     assert distance(merged_delta(merged, Q), 2.0 * (a * strengths) @ b) < 1e-6
     a, b = (np.array(stored.arrays[f"{EXPERTS}.lora_{factor}"].astype(mx.float32)) for factor in "ab")

@@ -118,7 +118,10 @@ def test_time_is_told_by_an_earlier_run(tiny_path: Path, write_rows: Callable[..
 
 @pytest.mark.parametrize(
     ("config", "says"),
-    [({"model_type": "nobody"}, "not known to the installed mlx-lm"), ({"model_type": "llama"}, "no 'llama' model")],
+    [
+        ({"model_type": "nobody"}, "not known to the installed mlx-lm"),
+        ({"model_type": "llama"}, "hidden_size, num_hidden_layers"),
+    ],
 )
 def test_what_cant_be_planned_is_an_error_with_a_hint(config: dict[str, Any], says: str, llama_7b: Path) -> None:
     (llama_7b / "config.json").write_text(json.dumps(config))

@@ -118,11 +118,11 @@ def predict(
 def _next_step(costs: Costs, temporary: int) -> int:
     """What a GPU holds of the step that is dispatched before the last one has ended.
 
-    Its adapter and optimizer state are new arrays, while the step before still reads the old ones. MLX encodes up to
-    COMMAND_BUFFERS ahead of the GPU, each ended after COMMAND_BYTES of results, so no more temporaries than these are
-    allocated early. These are the settings of MLX's sources; nothing here is fitted.
+    That step's temporaries, its new adapter and its new optimizer state are allocated when MLX encodes them, while the
+    step before still needs its own. MLX encodes at most COMMAND_BUFFERS ahead of the GPU, each ended after
+    COMMAND_BYTES of results, and waits then. These are the settings of MLX's sources; nothing here is fitted.
     """
-    return costs.state + costs.adapter + min(COMMAND_BUFFERS * COMMAND_BYTES, temporary)
+    return min(COMMAND_BUFFERS * COMMAND_BYTES, temporary + costs.state + costs.adapter)
 
 
 def _loss(costs: Costs, micro: Micro, using: Coefficients) -> float:

@@ -48,7 +48,7 @@ def test_more_positions_more_layers_and_wider_numbers_take_more() -> None:
     assert total() < total(Micro(8, 128, 1024)) and total() < total(Micro(2, 256, 512)) * 2
     assert total(layers=1) < total(layers=3) < total() < total(targets="all-linear")
     assert total(recompute=True) < total() and total(bits=4) < total(bits=8) < total()
-    assert total(gpu=True) < total() and total(Micro(4, 128, 16)) <= total()
+    assert total(Micro(4, 128, 16)) <= total()
 
 
 def test_a_gpu_takes_larger_parts_of_attention_and_holds_the_step_dispatched_ahead() -> None:
@@ -65,9 +65,9 @@ def test_a_gpu_takes_larger_parts_of_attention_and_holds_the_step_dispatched_ahe
     temporary = int(costs.kept(8, 2048) + attention + COEFFICIENTS.scores * SCORES_BYTES_GPU)
     parts = predict(costs, micro, recompute=False)
     assert parts.activations == pytest.approx(temporary, rel=1e-6)
-    assert parts.overhead == 200 + 100 + COMMAND_BUFFERS * COMMAND_BYTES
+    assert parts.overhead == COMMAND_BUFFERS * COMMAND_BYTES < temporary
     small = predict(costs, Micro(1, 8, 8), recompute=False)
-    assert small.overhead == 300 + small.activations + small.loss + (small.optimizer - 300)
+    assert small.overhead == 300 + small.activations + small.loss + (small.optimizer - 300), "all of a small step"
 
 
 def test_a_large_adapter_on_a_short_row_peaks_when_it_is_updated() -> None:
