@@ -62,7 +62,11 @@ def test_terminal_output_shows_cells_and_lines_literally(text: str, capsys: pyte
 
 
 @pytest.mark.parametrize("text", NAMES, ids=ascii)
-def test_terminal_output_shows_messages_literally(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_terminal_output_shows_messages_literally(
+    text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # pytest would keep the record, and its worker processes can't send half a character on
+    monkeypatch.setattr(logging.getLogger("mlx_lora"), "propagate", False)
     ui.note(text)
     ui.warning(text)
     ui.error(MlxLoraError(text, hint=text))
