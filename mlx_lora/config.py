@@ -109,7 +109,7 @@ class Train(Section):
         default=None, ge=1, description="Steps from one validation to the next; null is only the end."
     )
     save_every: Literal["auto"] | Annotated[Integer, Field(ge=1)] | None = Field(
-        default="auto", description="Steps between checkpoints; auto is by time, null only when the run is stopped."
+        default="auto", description="Steps between checkpoints; auto: by time, null: only when stopped."
     )
     patience: Integer | None = Field(default=None, ge=1, description="Validations without gain before training stops.")
     grad_checkpoint: Annotated[Literal["auto", "on", "off"], BeforeValidator(as_switch)] = Field(

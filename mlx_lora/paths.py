@@ -28,6 +28,8 @@ MARKS = ("config.json", "adapter_config.json", "training.json")
 # Names that devices have on the systems that a disk may be carried to, whatever ending follows.
 DEVICES = re.compile(r"(?i:aux|con|nul|prn|com[0-9]|lpt[0-9])(?:\.|$)")
 MOST_NAME_BYTES = 128
+# Scripts with letters that look the same.
+ALIKE = {"LATIN", "CYRILLIC", "GREEK"}
 OTHER_HOME = "MLX_LORA_HOME names another directory for models, adapters and runs"
 
 
@@ -75,15 +77,18 @@ def is_name(word: str) -> bool:
     """Whether a word may name an entry of the home.
 
     A name has letters of any script with their accents, digits, `_`, and not first also `.` and `-`, which would make a
-    hidden file or an option. It is normalised (NFC) and short, because file systems write accents differently and count
-    a name's length in bytes. Upper and lower case are told apart only where the file system does: usually not on macOS,
-    where a name that differs in case alone is taken.
+    hidden file or an option. It is normalised and short, because file systems write accents differently and count a
+    name's length in bytes. Letters that only look like others are none: full-width ones (NFKC), nor those of two
+    scripts that look alike in one name. Upper and lower case are told apart only where the file system does: usually
+    not on macOS, where a name that differs in case alone is taken.
     """
     kinds = [unicodedata.category(character)[0] for character in word]
     allowed = all(kind in "LMN" or character in "._-" for kind, character in zip(kinds, word, strict=True))
     ends = bool(word) and (kinds[0] in "LN" or word[0] == "_") and not word.endswith(".")
     short = len(word.encode(errors="replace")) <= MOST_NAME_BYTES
-    return allowed and ends and short and unicodedata.normalize("NFC", word) == word and not DEVICES.match(word)
+    alike = {unicodedata.name(character, "").partition(" ")[0] for character in word} & ALIKE
+    one_text = unicodedata.normalize("NFKC", word) == word and len(alike) <= 1
+    return allowed and ends and short and one_text and not DEVICES.match(word)
 
 
 def check_name(name: str) -> str:
@@ -92,7 +97,7 @@ def check_name(name: str) -> str:
     if is_name(normal):
         return normal
     hint = f"a name has letters, digits, '.', '_' and '-', at most {MOST_NAME_BYTES} bytes; first a letter or a digit"
-    proposed = re.sub(r"[^\w.-]+", "-", normal).strip(".-")
+    proposed = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFKC", normal)).strip(".-")
     if is_name(proposed):
         hint = f"{proposed} would be one; {hint}"
     raise MlxLoraError(f"{name[:140]!r} is not a name", hint=hint)

@@ -23,7 +23,7 @@ def test_names_that_can_be_used(name: str) -> None:
     "name",
     [
         "", ".", "..", "../x", "a/b", "/etc", ".hidden", "a b", "a\n", "a\u200bb", "x" * 129, "日" * 43, "\u0301a", 
-        "~", "a\0", "a.", "-x", "NUL", "con.x",
+        "~", "ｍine", "m\u0456ne", "a\0", "a.", "-x", "NUL", "con.x",
     ],
 )  # fmt: skip
 def test_names_that_could_lead_elsewhere(name: str) -> None:

@@ -62,6 +62,7 @@ def test_no_command_but_pull_tries_to_connect(
     base = ("--model", tiny_path)
     commands: list[tuple[Any, ...]] = [
         ("doctor",),
+        ("settings",),
         ("selftest",),
         ("quickstart",),
         ("bench", "--rows", 1, "--length", 8, "--by-length", 8),
