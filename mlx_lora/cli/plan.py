@@ -65,9 +65,13 @@ def _show(made: Plan) -> None:
     )
     if made.seconds is not None:
         time = f"{made.seconds:.0f} s" if made.seconds < 120 else f"{made.seconds / 60:.0f} min"
-        ui.result(f"about {time}, going by earlier runs on this machine")
+        known_from = {
+            "runs": "going by earlier runs on this machine",
+            "products": "going by half a second of products timed on this machine; the first run tells it better",
+        }
+        ui.result(f"about {time}, {known_from[made.pace_from or 'runs']}")
     else:
-        ui.result("how long it takes is not known yet: the first run here of some steps tells")
+        ui.result("how long it takes is not known yet: it depends on the rows (--data PATH), and on the machine")
     if made.suggestion:
         ui.result(f"would fit: {' '.join(made.suggestion)}")
     elif not made.fits:

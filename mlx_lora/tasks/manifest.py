@@ -55,7 +55,7 @@ def identity(
 
     Settings that change no byte of what is learned are left out.
     """
-    harmless = {"memory_limit_gb", "save_every"}
+    harmless = {"memory_limit_gb", "on_memory", "save_every"}
     return {
         "recipe": recipe.model_dump(
             mode="json", exclude={"model": True, "name": True, "data": {"path"}, "train": harmless}

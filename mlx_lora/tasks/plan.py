@@ -27,7 +27,7 @@ from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.shapes import describe, network, stored_dtype
 from mlx_lora.recipe import load_recipe
 from mlx_lora.train.budget import learn
-from mlx_lora.train.budget.choose import Lengths, Plan, Way, plan
+from mlx_lora.train.budget.choose import SMALLEST_STOPPED, Lengths, Plan, Way, plan
 from mlx_lora.train.budget.costs import Costs, costs
 from mlx_lora.train.events import Finished
 
@@ -61,29 +61,33 @@ def plan_recipe(
     limit = limits.limit_bytes(memory_gb=memory_gb, setting=recipe.train.memory_limit_gb)
     machine = Machine(device.on_gpu() if gpu is None else gpu, limit)
     rows = read_lengths(recipe, opened, progress)
-    made = plan_shape(config, recipe, rows, machine)
+    here = memory_gb is None and machine.gpu == device.on_gpu()
+    made = plan_shape(config, recipe, rows, machine, time_products=here)
     return made if made.fits else replace(made, suggestion=suggest(config, recipe, rows, machine))
 
 
-def plan_rows(recipe: Recipe, model: OpenModel, prepared: Prepared, smaller_than: Way | None = None) -> Plan:
-    """The plan of a run on its rows, on this machine; smaller than the way that a run was stopped for, if one was.
+def plan_rows(
+    recipe: Recipe, model: OpenModel, prepared: Prepared, *, only: Way | None = None, smaller_than: Way | None = None
+) -> Plan:
+    """The plan of a run on its rows, on this machine; `only` and `smaller_than` as in `choose.plan`.
 
     Where it doesn't fit, `train.on_memory` decides. Raises TrainingError, saying what would fit and how to go on all
     the same, or returns the smallest plan as overruled.
     """
     config, lengths = describe(model), lengths_of(prepared.train, prepared.valid)
     machine = Machine(device.on_gpu(), limits.limit_bytes(setting=recipe.train.memory_limit_gb))
-    made = plan_shape(config, recipe, lengths, machine, smaller_than)
-    if made.fits:
+    made = plan_shape(config, recipe, lengths, machine, only=only, smaller_than=smaller_than)
+    if made.fits or made.overruled:
         return made
-    if recipe.train.on_memory == "warn":
-        return replace(made, overruled=True)
-    fits = suggest(config, recipe, lengths, machine)
-    raise TrainingError(over_limit(made), hint=f"{_what_fits(fits)}; {override(made)}")
+    # a run that has begun is bound to its recipe
+    instead = "free some memory" if only else _what_fits(suggest(config, recipe, lengths, machine))
+    raise TrainingError(over_limit(made), hint=f"{instead}; {override(made)}")
 
 
 def over_limit(made: Plan) -> str:
-    """That a plan doesn't fit, in words."""
+    """Why a plan needs to be overruled, in words."""
+    if made.fits:
+        return SMALLEST_STOPPED
     needs, limit = ui.size(made.peak_memory_bytes), ui.size(made.limit_bytes)
     return f"training would take {needs}, and {limit} may be used"
 
@@ -111,15 +115,31 @@ def learn_from(plan: Plan, finished: Finished, prepared: Prepared) -> None:
     if not stopped and not (enough and as_planned):
         return
     pace = finished.seconds / finished.computed_tokens if enough else None
+    # states that couldn't be kept as planned say nothing of the step
+    measured = finished.peak_memory_bytes - finished.kept_states_bytes + plan.states_bytes
     with suppress(OSError):  # the adapter is stored: nothing was lost
-        learn.remember(plan, finished.peak_memory_bytes, pace, stopped=stopped)
+        learn.remember(plan, measured, pace, stopped=stopped)
 
 
 def plan_shape(
-    config: dict[str, Any], recipe: Recipe, rows: Lengths | None, machine: Machine, smaller_than: Way | None = None
+    config: dict[str, Any],
+    recipe: Recipe,
+    rows: Lengths | None,
+    machine: Machine,
+    *,
+    only: Way | None = None,
+    smaller_than: Way | None = None,
+    time_products: bool = False,
 ) -> Plan:
-    """The plan of a recipe over the base that `config` describes; rows of the longest allowed where there are none."""
-    return _plan(costs_of(config, recipe, gpu=machine.gpu), recipe, rows, machine.limit, smaller_than)
+    """The plan of a recipe over the base that `config` describes; rows of the longest allowed where there are none.
+
+    Where no run has told how fast this machine is, `time_products` takes about a second to find out.
+    """
+    cost = costs_of(config, recipe, gpu=machine.gpu)
+    made = _plan(cost, recipe, rows, machine.limit, only=only, smaller_than=smaller_than)
+    if made.pace is None and time_products and (rows or recipe.train.iters):
+        made = replace(made, pace=learn.pace_of_products(cost), pace_from="products")
+    return replace(made, seconds=_seconds(recipe, rows, made))
 
 
 def costs_of(config: dict[str, Any], recipe: Recipe, *, gpu: bool) -> Costs:
@@ -131,12 +151,19 @@ def costs_of(config: dict[str, Any], recipe: Recipe, *, gpu: bool) -> Costs:
         return costs(model, recipe.train, dtype=stored_dtype(config) if gpu else mx.float32, gpu=gpu)
 
 
-def _plan(cost: Costs, recipe: Recipe, rows: Lengths | None, limit: int, smaller_than: Way | None = None) -> Plan:
-    made = plan(
+def _plan(
+    cost: Costs,
+    recipe: Recipe,
+    rows: Lengths | None,
+    limit: int,
+    *,
+    only: Way | None = None,
+    smaller_than: Way | None = None,
+) -> Plan:
+    return plan(
         cost, rows or guessed(recipe), recipe.train, limit,
-        packing=recipe.data.packing, experience=learn.experience, smaller_than=smaller_than,
+        packing=recipe.data.packing, experience=learn.experience, only=only, smaller_than=smaller_than,
     )  # fmt: skip
-    return replace(made, seconds=_seconds(recipe, rows, made))
 
 
 def read_lengths(recipe: Recipe, model: OpenModel, progress: OnFile = silent) -> Lengths | None:
@@ -227,7 +254,7 @@ def _shortened(rows: Lengths | None, recipe: Recipe) -> Lengths | None:
 
 
 def _seconds(recipe: Recipe, rows: Lengths | None, made: Plan) -> float | None:
-    """How long training will take, without its evaluations: where an earlier run tells the pace, and rows the work."""
+    """How long training will take, without its evaluations: where the pace is known, and rows tell the work."""
     pace, steps = made.pace, recipe.train.iters
     per_step = recipe.train.batch_size * recipe.train.grad_accumulation
     if pace is None or (rows is None and steps is None):

@@ -7,15 +7,18 @@ schedule, and as long a warm-up. Its last checkpoint is kept for that.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_lora import paths
 from mlx_lora.config import Recipe
 from mlx_lora.errors import TrainingError
 from mlx_lora.store import run as runs
 from mlx_lora.store.run import RECIPE, RunRecord
 from mlx_lora.tasks.show_run import reason
 from mlx_lora.train import checkpoint
+from mlx_lora.train.budget.choose import Way
 
 LENGTH = ("recipe.train.epochs", "recipe.train.iters")
 # Older checkpoints name it, and it changes no byte of what is learned.
@@ -28,6 +31,18 @@ class Start:
 
     record: RunRecord
     stored: checkpoint.Stored
+
+    @property
+    def way(self) -> Way | None:
+        """How the run is run, which doesn't change on the way; None after it was stopped for taking too much memory."""
+        return self.stored.progress.way
+
+    def too_large(self, recipe: Recipe) -> Way | None:
+        """The way of running that took too much memory, unless `recipe` allows more than the run was allowed."""
+        before = self.record.recipe.train.memory_limit_gb if self.record.recipe else None
+        now, stopped = recipe.train.memory_limit_gb, self.stored.progress.too_large
+        allows_more = now is not None and (before is None or now > before)
+        return Way(*stopped) if stopped and not allows_more else None
 
 
 def find_start(name: str, recipe: Recipe) -> Start:
@@ -43,6 +58,22 @@ def find_start(name: str, recipe: Recipe) -> Start:
             hint="train it without --resume: nothing of it is lost by that",
         )
     return Start(record, checkpoint.newest(folder))
+
+
+def stopped_before(name: str, recipe: Recipe) -> Way | None:
+    """The way of running that took too much memory when this very recipe was run under this name, or None."""
+    record = runs.read_folder_or_damaged(paths.room("runs", name))
+    if record.stopped_by != "memory" or record.recipe is None or _settings(record.recipe) != _settings(recipe):
+        return None
+    with suppress(TrainingError):  # it can't be read, and is about to be replaced
+        return Start(record, checkpoint.newest(record.path)).too_large(recipe)
+    return None
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe sets that has a part in the memory that it takes, wherever its files lie."""
+    harmless = {"memory_limit_gb", "on_memory", "save_every"}
+    return recipe.model_dump(exclude={"model": True, "name": True, "data": {"path"}, "train": harmless})
 
 
 def _check_longer(record: RunRecord, recipe: Recipe) -> None:

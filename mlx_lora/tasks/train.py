@@ -31,7 +31,7 @@ from mlx_lora.tasks.begin import begin, check_init
 from mlx_lora.tasks.manifest import identity, manifest_of
 from mlx_lora.tasks.notes import notes
 from mlx_lora.tasks.plan import learn_from, over_limit, plan_rows
-from mlx_lora.tasks.resume import Start, check_same_run, find_start
+from mlx_lora.tasks.resume import Start, check_same_run, find_start, stopped_before
 from mlx_lora.tasks.run import RunFolder
 from mlx_lora.train.budget.choose import Plan, Way
 from mlx_lora.train.checkpoint import for_each
@@ -110,8 +110,7 @@ def train_adapter(
             if resume and group.rank == 0:
                 start = find_start(name, recipe)
         try:
-            stopped = start.stored.progress.too_large if start else None
-            setup = _prepare(recipe, opened, name, listener, group, Way(*stopped) if stopped else None)
+            setup = _prepare(recipe, opened, name, listener, group, start)
             resumed = _begin(setup, start, group, resume=resume, force=force)
             return _run(setup, resumed, listener, group, force=force)
         except OSError as error:
@@ -120,11 +119,12 @@ def train_adapter(
 
 
 def _prepare(
-    recipe: Recipe, opened: OpenModel, name: str, listener: Listener, group: Processes, smaller_than: Way | None
+    recipe: Recipe, opened: OpenModel, name: str, listener: Listener, group: Processes, start: Start | None
 ) -> Setup:
     """Read, plan, load and attach, each step on all processes or on none."""
     with group.agreed():
-        prepared, plan = _read(recipe, opened, listener, smaller_than)
+        smaller_than = start.too_large(recipe) if start else stopped_before(name, recipe)
+        prepared, plan = _read(recipe, opened, listener, start.way if start else None, smaller_than)
         if plan and plan.overruled:
             listener.stage(f"train.on_memory is warn: {over_limit(plan)}; the machine may swap, or end this program")
     with group.agreed():
@@ -204,7 +204,7 @@ def _run(setup: Setup, resumed: Checkpoint | None, listener: Listener, group: Pr
 
 
 def _read(
-    recipe: Recipe, opened: OpenModel, listener: Listener, smaller_than: Way | None
+    recipe: Recipe, opened: OpenModel, listener: Listener, only: Way | None, smaller_than: Way | None
 ) -> tuple[Prepared, Plan | None]:
     """The rows, and the plan for them where the model's memory can be planned; no weight is loaded for either."""
     listener.stage(f"reading {recipe.data.path}")
@@ -215,7 +215,7 @@ def _read(
     if recipe.train.patience and not prepared.valid:
         raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
     try:
-        return prepared, plan_rows(recipe, opened, prepared, smaller_than)
+        return prepared, plan_rows(recipe, opened, prepared, only=only, smaller_than=smaller_than)
     except ModelError as error:
         listener.stage(f"its memory can't be planned: {error.message}")
         return prepared, None

@@ -20,10 +20,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora import paths
+from mlx_lora.data.batch import MOST_POSITIONS
 from mlx_lora.data.read import sha256
 from mlx_lora.errors import AdapterError, TrainingError
 from mlx_lora.store.adapter import read_arrays
 from mlx_lora.store.run import checkpoint_folders
+from mlx_lora.train.budget.choose import Way
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Checkpoint
 
@@ -64,6 +66,11 @@ class Progress:
             raise TrainingError("the checkpoint is of another version of mlx-lora", hint="start again with --force")
         recent = deque(((float(loss), int(tokens)) for loss, tokens in values["recent"]), maxlen=LOSS_WINDOW)
         return cls(**{**values, "recent": recent})
+
+    @property
+    def way(self) -> Way | None:
+        """How the run is run; None where it hasn't begun, or has to be run in another way from here on."""
+        return None if self.recomputes is None else Way(self.recomputes, self.most_positions or MOST_POSITIONS)
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "recent": list(self.recent)}

@@ -63,7 +63,8 @@ class Checkpoint:
 @dataclass(frozen=True)
 class Finished:
     """The end: `stopped_by` is iters, epochs, patience, interrupted, memory or nonfinite; `valid_loss` is of the
-    last step, None if it wasn't evaluated. Bytes and seconds are the loop's, `largest_micro_batch` is in positions."""
+    last step, None if it wasn't evaluated. Bytes and seconds are the loop's, `largest_micro_batch` is in positions.
+    `kept_states_bytes`, part of the peak, are hidden states that were kept in memory."""
 
     iters: int
     epochs: float
@@ -76,6 +77,7 @@ class Finished:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
+    kept_states_bytes: int
     largest_micro_batch: int
     trainable_parameters: int
     skipped_steps: int

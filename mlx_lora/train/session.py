@@ -282,6 +282,7 @@ class Session:
             seconds=seconds,
             tokens_per_second=done.trained_tokens / seconds,
             peak_memory_bytes=mx.get_peak_memory() + self._beside,
+            kept_states_bytes=self._beside,
             largest_micro_batch=self.largest,
             trainable_parameters=sum(array.size for array in self.stepper.adapter().values()),
             skipped_steps=done.skipped,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def test_plan_prints_its_keys_and_parts_that_add_up(run: Run, tiny_path: Path, d
     assert facts.keys() >= {"fits", "peak_memory_bytes", "parts", "limit_bytes", "suggestion"}
     assert facts["parts"].keys() == {"weights", "adapter", "optimizer", "activations", "loss", "overhead"}
     assert sum(facts["parts"].values()) == facts["peak_memory_bytes"] <= facts["limit_bytes"]
-    assert facts["fits"] is True and facts["suggestion"] is None and facts["seconds"] is None
+    assert facts["fits"] is True and facts["suggestion"] is None and facts["seconds_from"] == "products"
 
 
 def test_plan_answers_no_with_a_suggestion_and_code_0(run: Run, tiny_path: Path) -> None:
@@ -36,7 +37,7 @@ def test_plan_answers_no_with_a_suggestion_and_code_0(run: Run, tiny_path: Path)
 def test_plan_for_people(run: Run, tiny_path: Path) -> None:
     ran = run("plan", "--model", tiny_path, "data.max_seq_length=129")
     assert ran.code == 0 and ": fits" in ran.out and "gradient checkpointing off" in ran.out
-    assert "not known yet" in ran.out, "no run has told how fast this machine is"
+    assert "not known yet" in ran.out, "without rows and iters there is no amount of work"
     assert all(part in ran.out for part in ("weights", "adapter", "optimizer", "activations", "loss", "overhead"))
 
 
@@ -68,3 +69,17 @@ def test_plan_reads_a_recipe_without_its_data_and_without_weights(run: Run, tiny
 def test_plan_says_what_is_wrong(words: list[str], code: int, says: str, run: Run) -> None:
     ran = run("plan", *words)
     assert ran.code == code and says in ran.err
+
+
+def test_a_first_plan_tells_a_time_from_a_short_measurement_and_which_it_is(run: Run, tiny_path: Path) -> None:
+    """A first plan said nothing of time."""
+    words = ["plan", "--model", tiny_path, "data.max_seq_length=129", "train.iters=50"]
+    began = time.perf_counter()
+    first = run(*words, "--json").json
+    assert first["seconds_from"] == "products" and first["seconds"] > 0 and time.perf_counter() - began < 20
+    assert run(*words, "--json").json["seconds"] == first["seconds"], "measured once and kept"
+    longer = run(*words[:-1], "train.iters=100", "--json").json
+    assert longer["seconds"] == pytest.approx(2 * first["seconds"])
+    assert "products timed on this machine" in run(*words).out
+    elsewhere = run(*words, "--memory-gb", 8, "--device", "gpu", "--json").json
+    assert elsewhere["seconds"] is None and elsewhere["seconds_from"] is None, "another machine's pace isn't known here"

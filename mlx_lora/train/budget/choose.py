@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from mlx_lora.train.budget.predict import Micro, Parts, predict
 
 # Micro-batches are made smaller down to this before layers are computed again: with fewer positions a processor waits.
 GOOD_POSITIONS = 512
+SMALLEST_STOPPED = "the smallest way to run this has been stopped for taking too much memory"
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ class Plan:
 
     `recompute` is gradient checkpointing; micro-batches hold at most `most_positions`, or a single line, and `micro` is
     the largest of them. `states_bytes` of kept hidden states are in memory, and in `parts` under overhead: they get
-    what everything else has left. `overruled` says that the run goes on although it doesn't fit. `fixed` are the bytes
-    that no choice changes, `work` the multiplications of a position, `pace` the seconds of one where they are known.
+    what everything else has left. `overruled` says that the run goes on although it doesn't fit, or was stopped in its
+    smallest way before: `on_memory` is warn. `fixed` are the bytes
+    that no choice changes, `work` the multiplications of a position, `pace` the seconds of one where they are known,
+    from earlier `runs` or from `products` that were timed, as `pace_from` says.
     `kind` tells runs apart that don't correct each other.
     """
 
@@ -71,6 +74,7 @@ class Plan:
     work: int
     correction: float
     pace: float | None = None
+    pace_from: Literal["runs", "products"] | None = None
     seconds: float | None = None
     suggestion: list[str] | None = None
     states_bytes: int = 0
@@ -102,6 +106,7 @@ class Plan:
             "limit_bytes": self.limit_bytes,
             "suggestion": self.suggestion,
             "seconds": self.seconds,
+            "seconds_from": None if self.seconds is None else self.pace_from,
             "grad_checkpoint": "on" if self.recompute else "off",
             "most_positions": self.most_positions,
             "micro_batch": asdict(self.micro),
@@ -117,25 +122,31 @@ def plan(
     *,
     packing: bool = False,
     experience: Callable[[str], Experience] = lambda kind: Experience(),
+    only: Way | None = None,
     smaller_than: Way | None = None,
 ) -> Plan:
     """The fastest way to run `settings` on `rows` within `limit` bytes, or the smallest where none fits.
 
-    Ways are tried in the order of this file's head; `smaller_than` leaves out the ones up to a way that was tried and
-    took too much. Raises TrainingError where that was the smallest.
+    Ways are tried in the order of this file's head. A run that goes on keeps its way: `only`. Of a way that was tried
+    and took too much, only the `smaller_than` that are tried. Where there is none, raises TrainingError, or with
+    `on_memory: warn` takes the smallest once more.
     """
     ways = _ways(rows, settings, packing)
-    tried = list(ways).index(smaller_than) + 1 if smaller_than in ways else 0
-    if tried == len(ways):
+    if only is not None:
+        ways = {only: largest(_widths(rows, settings, packing), rows.trained, settings.batch_size, only.most_positions)}
+    smaller = _smaller(costs, ways, smaller_than) if smaller_than in ways else ways
+    if not smaller and settings.on_memory == "refuse":
         raise TrainingError(
-            "the smallest way to run this has been stopped for taking too much memory",
-            hint="a smaller model, shorter rows (data.max_seq_length) or fewer adapter.layers; or a higher "
-            "train.memory_limit_gb",
+            SMALLEST_STOPPED,
+            hint="free some memory and set train.on_memory=warn to try it once more, or allow more than before by "
+            "train.memory_limit_gb; a smaller model, shorter rows or fewer adapter.layers take less",
         )
-    for way, micro in list(ways.items())[tried:]:
+    for way, micro in list((smaller or ways).items())[0 if smaller else -1 :]:
         made = _plan(costs, micro, limit, way, experience)
         if made.fits:
             break
+    if settings.on_memory == "warn" and (not smaller or not made.fits):
+        made = replace(made, overruled=True)
     states = states_bytes(costs, rows, settings)
     if 0 < states <= limit - made.peak_memory_bytes:
         parts = replace(made.parts, overhead=made.parts.overhead + states)
@@ -168,6 +179,12 @@ def _ways(rows: Lengths, settings: Train, packing: bool) -> dict[Way, Micro]:
     return ways
 
 
+def _smaller(costs: Costs, ways: dict[Way, Micro], than: Way) -> dict[Way, Micro]:
+    """The ways that take less than one of them by arithmetic alone, whatever earlier runs have taught."""
+    peaks = {way: predict(costs, micro, recompute=way.recompute).total for way, micro in ways.items()}
+    return {way: micro for way, micro in ways.items() if peaks[way] < peaks[than]}
+
+
 def _plan(costs: Costs, micro: Micro, limit: int, way: Way, experience: Callable[[str], Experience]) -> Plan:
     device = "gpu" if costs.gpu else "cpu"
     kind = f"{device}, {costs.bits or 8 * costs.size} bits, layers {'computed again' if way.recompute else 'kept'}"
@@ -183,6 +200,7 @@ def _plan(costs: Costs, micro: Micro, limit: int, way: Way, experience: Callable
         work=costs.work(recompute=way.recompute),
         correction=before.correction,
         pace=before.seconds,
+        pace_from=None if before.seconds is None else "runs",
     )
 
 

@@ -1,7 +1,8 @@
 """What earlier runs on this machine have taught: how far a prediction was off, and how fast it computes.
 
 One small file in the home, `plan.json`, with a few numbers for each kind of run (device, bits of the base, gradient
-checkpointing). No name of a model, of data or of a run is in it. A file that can't be read is as good as none.
+checkpointing), and for products that were timed. No name of a model, of data or of a run is in it. A file that can't
+be read is as good as none.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_lora import paths
+from mlx_lora.train.budget import pace
 from mlx_lora.train.budget.choose import Experience, Plan
+from mlx_lora.train.budget.costs import Costs
 
 # A run counts as much as all before it together. Corrections are clamped to 2×; those of runs that were stopped for
 # taking too much, to 8×: to predict too little again would stop the next run as well.
@@ -50,6 +56,23 @@ def remember(
         here = seconds_per_position / plan.work
         seconds = here if seconds is None else seconds + WEIGHT * (here - seconds)
     _write(_read() | {plan.kind: asdict(Experience(correction, seconds))})
+
+
+def pace_of_products(costs: Costs) -> float:
+    """Seconds of a multiplication in a step over this base, on the device that MLX computes on: timed once, then kept.
+
+    Raises nothing where it can't be kept: it is timed again the next time.
+    """
+    bits, hidden = costs.bits or 8 * costs.size, costs.hidden
+    kind = f"products, {'gpu' if costs.gpu else 'cpu'}, {bits} bits, {hidden} wide"
+    known = _read().get(kind)
+    if isinstance(known, float) and known > 0:
+        return known
+    dtype = mx.float32 if costs.size == 4 else mx.float16
+    seconds = pace.measured(hidden=hidden, bits=costs.bits, dtype=dtype, gpu=costs.gpu)
+    with suppress(OSError):
+        _write(_read() | {kind: seconds})
+    return seconds
 
 
 def _file() -> Path:

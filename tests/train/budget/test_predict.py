@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import asdict, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -83,29 +84,38 @@ def test_a_correction_leaves_alone_what_is_known_exactly() -> None:
     assert doubled.total - costs.fixed == pytest.approx(2 * (plain.total - costs.fixed), abs=8)
 
 
+def peak_of(model: Any, rows: list[Row], settings: Train) -> int:
+    """Bytes of a short training's highest peak, beside what is alive before and after it.
+
+    What other tests have left may be freed on the way: it was alive before, had no part in the peak, and would make
+    the peak look lower by its size.
+    """
+    gc.collect()
+    mx.synchronize()
+    before = mx.get_active_memory()
+    events = train(model, rows, [], settings, trunk=take_apart(model))
+    peak = max([event.peak_memory for event in events if isinstance(event, Step)])
+    events.close()
+    gc.collect()
+    return peak - min(before, mx.get_active_memory())
+
+
 @pytest.mark.processor("a GPU cuts attention into larger parts")
 @pytest.mark.parametrize("checkpoint", ["off", "on"])
 def test_a_tiny_model_peaks_about_where_it_is_predicted(tiny: LoadedModel, checkpoint: str) -> None:
-    gc.collect()  # what other tests have left must not be freed on the way
     rows = [Row(np.arange(257, dtype=np.int32) % 250 + 1, np.array([0.0] + [1.0] * 256, np.float32))] * 4
     attach(tiny.model, Adapter())
     settings = Train(iters=3, batch_size=4, grad_checkpoint=checkpoint)  # type: ignore[arg-type]
-    before = mx.get_active_memory()
-    steps = [
-        event
-        for event in train(tiny.model, rows, [], settings, trunk=take_apart(tiny.model))
-        if isinstance(event, Step)
-    ]
+    measured = peak_of(tiny.model, rows, settings)
     found = costs(tiny.model, settings, dtype=mx.float32, gpu=False)
-    measured = max(step.peak_memory for step in steps) - before + found.weights + found.adapter
-    assert predict(found, Micro(4, 256, 1024), recompute=checkpoint == "on").total == pytest.approx(measured, rel=0.35)
+    predicted = predict(found, Micro(4, 256, 1024), recompute=checkpoint == "on").total
+    assert predicted == pytest.approx(measured + found.weights + found.adapter, rel=0.35)
 
 
 @pytest.mark.processor("a GPU cuts attention into larger parts")
 @pytest.mark.parametrize("checkpoint", ["off", "on"])
 @pytest.mark.parametrize("base", case.FURTHER)
 def test_states_squares_and_experts_peak_about_where_they_are_predicted(base: str, checkpoint: str) -> None:
-    gc.collect()
     small = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512, "num_hidden_layers": 2}
     states = {"linear_num_value_heads": 4, "linear_num_key_heads": 4, "full_attention_interval": 2}
     config = case.FURTHER[base] | small | states
@@ -114,10 +124,8 @@ def test_states_squares_and_experts_peak_about_where_they_are_predicted(base: st
     attach(model, Adapter())
     rows = [Row(np.arange(513, dtype=np.int32) % 500 + 1, np.array([0.0] + [1.0] * 512, np.float32))]
     settings = Train(iters=1, batch_size=1, grad_checkpoint=checkpoint)  # type: ignore[arg-type]
-    before = mx.get_active_memory()
-    steps = [event for event in train(model, rows, [], settings, trunk=take_apart(model)) if isinstance(event, Step)]
     found = costs(model, settings, dtype=mx.float32, gpu=False)
-    measured = steps[-1].peak_memory - before - found.state - found.adapter
+    measured = peak_of(model, rows, settings) - found.state - found.adapter
     predicted = predict(found, Micro(1, 512, 512), recompute=checkpoint == "on").total - found.fixed
     assert predicted == pytest.approx(measured, rel=0.35)
 
@@ -142,7 +150,8 @@ def test_qloras_table_is_made_by_todays_arithmetic() -> None:
     assert made == RECORD["qlora"]
     for size, (peak, _, finished) in case.QLORA.items():
         assert 0.8 * peak < made[size]["paper"]["peak_bytes"] / 1e9 < 1.4 * peak
-        assert 0.8 * finished < made[size]["default"]["peak_bytes"] / 1e9 < finished
+        default = made[size]["default"]  # theirs doesn't dispatch a step ahead
+        assert 0.8 * finished < (default["peak_bytes"] - default["overhead"]) / 1e9 < finished
 
 
 def test_other_coefficients_give_another_prediction() -> None:
