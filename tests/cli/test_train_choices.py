@@ -32,10 +32,8 @@ def test_packed_training_has_the_usual_keys_and_counts(train: Run, home: Path) -
     for key in ("iters", "trained_tokens", "trainable_parameters", "stopped_by"):
         assert packed.json[key] == plain.json[key], key
     assert packed.json["computed_tokens"] < plain.json["computed_tokens"]
-    first = [
-        next(line for line in map(json.loads, (home / "runs" / name / "metrics.jsonl").open()) if "loss" in line)
-        for name in ("packed", "plain")
-    ]
+    records = [(home / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("packed", "plain")]
+    first = [next(line for line in map(json.loads, lines) if "loss" in line) for lines in records]
     assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
 
 
