@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import shutil
@@ -48,7 +49,7 @@ def test_your_own_data_in_an_hour(typed: Type, tmp_path: Path, home: Path, monke
         rows = (ROOT / "data" / "tasks" / "sql" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
         (tmp_path / "my-data" / f"{split}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.stdin", (tmp_path / "my-data" / "test.jsonl").open())  # a chat of eight lines
+    monkeypatch.setattr("sys.stdin", io.StringIO("How many orders are in Riga?\n/bye\n"))  # a chat of one question
     done = []
     for words in lines:
         arguments = documents.of_program(words)
