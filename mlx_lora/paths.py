@@ -41,7 +41,7 @@ def home() -> Path:
     root = _home()
     if not root.is_dir():
         try:
-            root.mkdir(parents=True, mode=0o700)
+            root.mkdir(parents=True, mode=0o700, exist_ok=True)  # another process may just have made it
         except OSError as error:
             raise MlxLoraError(
                 f"the home {root} can't be made: {_obstacle(root) or error.strerror}",
