@@ -38,7 +38,7 @@ def never(*arguments: Any, **named: Any) -> mx.array:
     raise AssertionError("a packed weight was unpacked for a token")
 
 
-@pytest.mark.skipif(device.on_gpu(), reason="for a CPU")
+@pytest.mark.processor("a GPU multiplies by packed weights")
 @pytest.mark.parametrize(("mode", "bits", "group_size"), MODES)
 def test_no_weight_is_unpacked_for_every_token(
     tiny_path: Path, mode: str, bits: int, group_size: int, monkeypatch: pytest.MonkeyPatch
@@ -53,7 +53,7 @@ def test_no_weight_is_unpacked_for_every_token(
     assert len(list(Engine(loaded).stream(TOKENS[0].tolist(), max_tokens=3))) > 0
 
 
-@pytest.mark.skipif(device.on_gpu(), reason="for a CPU")
+@pytest.mark.processor("a GPU multiplies by packed weights")
 def test_a_packed_embedding_is_unpacked_where_it_is_the_head_alone(tiny_path: Path, tmp_path: Path) -> None:
     """Reading the rows of a few tokens is cheap."""
     tied, apart = packed(tiny_path), packed(write_model(tmp_path / "apart", tie_word_embeddings=False))
@@ -62,7 +62,7 @@ def test_a_packed_embedding_is_unpacked_where_it_is_the_head_alone(tiny_path: Pa
     assert "lm_head" in unpacked_layers(apart) and "model.embed_tokens" not in unpacked_layers(apart)
 
 
-@pytest.mark.skipif(device.on_gpu(), reason="for a CPU")
+@pytest.mark.processor("a GPU multiplies by packed weights")
 def test_parameters_are_as_before_and_a_replaced_array_counts(tiny_path: Path) -> None:
     """What is saved, fingerprinted and merged is the packed layer; a merge into it must not be ignored."""
     loaded = packed(tiny_path)
@@ -75,7 +75,7 @@ def test_parameters_are_as_before_and_a_replaced_array_counts(tiny_path: Path) -
     assert dense_weight(layer) is None
 
 
-@pytest.mark.skipif(device.on_gpu(), reason="for a CPU")
+@pytest.mark.processor("a GPU multiplies by packed weights")
 @pytest.mark.parametrize("method", ["lora", "dora", "qalora", "glora"])
 def test_adapters_give_the_same_over_unpacked_weights(tiny_path: Path, method: str) -> None:
     outputs = []
@@ -92,12 +92,17 @@ def test_adapters_give_the_same_over_unpacked_weights(tiny_path: Path, method: s
     np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.gpu("a GPU multiplies by packed weights")
+def test_on_a_gpu_weights_stay_packed(tiny_path: Path) -> None:
+    loaded = packed(tiny_path)
+    assert not unpack_once(loaded) and not unpacked_layers(loaded)
+
+
+@pytest.mark.processor("a GPU multiplies by packed weights")
 def test_without_memory_weights_stay_packed_and_it_is_said(
     tiny_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     loaded = packed(tiny_path)
-    if device.on_gpu():
-        pytest.skip("for a CPU")
     free = SimpleNamespace(limit_bytes=lambda: mx.get_active_memory() + 400_000)
     monkeypatch.setattr(unpack, "limits", free)
     with caplog.at_level("INFO", "mlx_lora"):

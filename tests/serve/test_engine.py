@@ -11,7 +11,6 @@ import pytest
 from mlx_lora.adapters.attach import Wrappers, build
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, MlxLoraError
-from mlx_lora.machine import device
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.serve.prefill import next_size
@@ -155,7 +154,7 @@ def lengths_of_passes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[i
     return sizes
 
 
-@pytest.mark.skipif(device.on_gpu(), reason="a limit on a GPU is for wired memory")
+@pytest.mark.processor("a limit on a GPU is for wired memory")
 def test_generating_does_not_wait_for_every_operation(engine: Engine) -> None:
     """MLX does below a memory limit of 0: most of the time of a token went into waiting."""
     limit = limit_now()
