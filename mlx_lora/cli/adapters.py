@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mlx_lora import ui
-from mlx_lora.cli.options import Base, Force, Json, progress
+from mlx_lora.cli.options import Base, Force, Json, Yes, agree, progress
 from mlx_lora.methods import MERGES
 
 app = typer.Typer(help="The adapters in the home directory.", no_args_is_help=True, rich_markup_mode=None)
@@ -69,14 +69,12 @@ def rename(
 
 
 @app.command()
-def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False) -> None:
+def remove(name: Name, yes: Yes = False) -> None:
     """Delete an adapter and its run."""
     from mlx_lora.store import registry
 
     registry.find_by_name(name)
-    if not yes and not ui.confirm(f"remove adapter {name} and its run?"):
-        ui.note("nothing was removed; --yes removes without asking")
-        raise typer.Exit(code=1)
+    agree(f"remove adapter {name} and its run?", yes=yes)
     ui.result(f"removed {name}, {ui.size(registry.remove(name))} freed")
 
 

@@ -30,6 +30,8 @@ Out = Annotated[Path | None, typer.Argument(metavar="OUT", help="The directory t
 NewModel = Annotated[str | None, typer.Option("--name", help="Write to the home's models: --model NAME then uses it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]…", help="Recipe settings, dotted keys.")]
 
+Yes = Annotated[bool, typer.Option("--yes", help="Don't ask.")]
+
 
 def progress(stack: ExitStack) -> Callable[[str, int], Callable[[], None]]:
     """A progress listener for reading and measuring rows; each new bar takes the place of the one before."""
@@ -63,3 +65,10 @@ def data_settings(overrides: list[str] | None, stored: dict[str, Any] | None = N
         raise RecipeError(f"{', '.join(unused)}: only data settings apply here", hint="like data.template=none")
     kept = {f"data.{key}": value for key, value in (stored or {}).items() if key != "path"}
     return load_recipe(None, overrides, settings=kept).data
+
+
+def agree(question: str, *, yes: bool) -> None:
+    """Ask before something is deleted, unless `--yes` was given; a no ends the command with code 1."""
+    if not yes and not ui.confirm(question):
+        ui.note("nothing was removed; --yes removes without asking")
+        raise typer.Exit(code=1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_lora import ui
-from mlx_lora.cli.options import Json
+from mlx_lora.cli.options import Json, Yes, agree
 
 if TYPE_CHECKING:
     from mlx_lora.store.run import RunRecord
@@ -78,12 +78,10 @@ def path(name: Name) -> None:
 
 
 @app.command()
-def remove(name: Name, yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False) -> None:
+def remove(name: Name, yes: Yes = False) -> None:
     """Delete a run and its checkpoints; its adapter stays."""
     from mlx_lora.store import run as runs
 
     runs.find(name)
-    if not yes and not ui.confirm(f"remove run {name} and its checkpoints?"):
-        ui.note("nothing was removed; --yes removes without asking")
-        raise typer.Exit(code=1)
+    agree(f"remove run {name} and its checkpoints?", yes=yes)
     ui.result(f"removed {name}, {ui.size(runs.remove(name))} freed")
