@@ -33,6 +33,7 @@ def test_adapters_list_shows_sizes_in_units_for_people(trained: Ran, run: Run) -
     assert re.search(r"\b[\d.]+ kB\b", run("adapters", "list").out)
 
 
+@pytest.mark.real
 def test_selftest_passes_here_and_says_where(run: Run, home: Path) -> None:
     ran = run("selftest", "--json")
     assert ran.code == 0 and ran.json["passed"] and ran.json["seconds"] > 0

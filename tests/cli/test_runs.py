@@ -87,7 +87,7 @@ def test_kill_after_a_few_steps_loses_little_without_a_setting(
     assert "mlx-lora train --name mine --resume goes on from step" in run("runs", "show", "mine").err
 
 
-@pytest.mark.parametrize("number", [2, 15])
+@pytest.mark.parametrize("number", [2, pytest.param(15, marks=pytest.mark.real)])
 def test_a_signal_under_force_keeps_the_finished_adapter(
     run: Run, trained: Any, home: Path, tiny_path: Path, data: Path, number: int
 ) -> None:

@@ -84,6 +84,7 @@ def opens(body: str, folder: Path, *words: object) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.real
 def test_train_opens_the_files_of_its_model_as_often_as_loading_it_once_does(tmp_path: Path, write_rows: Any) -> None:
     """Apart from hashing what makes the tokenizer, for the manifest; the weights' fingerprint is known already."""
     model = write_model(tmp_path / "model", torch_dtype="float32")

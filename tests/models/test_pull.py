@@ -115,6 +115,7 @@ def test_a_model_is_pulled_without_code_or_pickles(
     assert again.returncode == 1 and "exists" in again.stderr
 
 
+@pytest.mark.real
 def test_a_pull_that_breaks_off_leaves_no_model_and_goes_on(
     pull: Callable[..., subprocess.CompletedProcess[str]], hub: Hub, home: Path
 ) -> None:

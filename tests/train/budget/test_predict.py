@@ -130,6 +130,7 @@ def test_states_squares_and_experts_peak_about_where_they_are_predicted(base: st
     assert predicted == pytest.approx(measured, rel=0.35)
 
 
+@pytest.mark.real
 @pytest.mark.processor("measured on one")
 def test_what_was_measured_is_predicted_within_a_tenth() -> None:
     runs = [{**run, "config": RECORD["configs"][run["base"]]} for run in RECORD["runs"]]
@@ -144,6 +145,7 @@ def test_the_coefficients_are_the_fitted_ones() -> None:
     assert asdict(COEFFICIENTS) == RECORD["coefficients"]
 
 
+@pytest.mark.real
 def test_qloras_table_is_made_by_todays_arithmetic() -> None:
     configs = {size: case.llama(size) for size in case.SIZES}
     made = ours_plan.shapes(configs=configs, length=case.POSITIONS, coefficients=asdict(COEFFICIENTS))
