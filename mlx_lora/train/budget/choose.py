@@ -127,9 +127,9 @@ def plan(
 ) -> Plan:
     """The fastest way to run `settings` on `rows` within `limit` bytes, or the smallest where none fits.
 
-    Ways are tried in the order of this file's head. A run that goes on keeps its way: `only`. Of a way that was tried
-    and took too much, only the `smaller_than` that are tried. Where there is none, raises TrainingError, or with
-    `on_memory: warn` takes the smallest once more.
+    Ways are tried in the order of this file's head. A run that goes on keeps its way, `only`. After a run that was
+    stopped for memory, only ways are tried that take less than its way, `smaller_than`. Where there is none, raises
+    TrainingError, or with `on_memory: warn` takes the smallest way once more.
     """
     ways = _ways(rows, settings, packing)
     if only is not None:
@@ -141,7 +141,8 @@ def plan(
             hint="free some memory and set train.on_memory=warn to try it once more, or allow more than before by "
             "train.memory_limit_gb; a smaller model, shorter rows or fewer adapter.layers take less",
         )
-    for way, micro in list((smaller or ways).items())[0 if smaller else -1 :]:
+    smallest = dict([*ways.items()][-1:])
+    for way, micro in (smaller or smallest).items():
         made = _plan(costs, micro, limit, way, experience)
         if made.fits:
             break
