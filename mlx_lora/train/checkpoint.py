@@ -95,6 +95,8 @@ class Progress:
 
 # What each of several processes has for itself, beside MLX's random key.
 OWN = ("computed_tokens", "real_tokens", "recomputes", "keeps_prefix")
+# Where a checkpoint of a group keeps that, a list by rank.
+EACH = "processes"
 
 
 def gathered(made: Checkpoint, group: Processes) -> Checkpoint:
@@ -102,7 +104,7 @@ def gathered(made: Checkpoint, group: Processes) -> Checkpoint:
     if group.size == 1:
         return made
     own = {name: made.progress[name] for name in OWN} | {"random": made.arrays["random"].tolist()}
-    return replace(made, progress=made.progress | {"processes": group.gather(own)})
+    return replace(made, progress=made.progress | {EACH: group.gather(own)})
 
 
 def for_each(made: Checkpoint | None, group: Processes) -> Checkpoint | None:
@@ -111,7 +113,7 @@ def for_each(made: Checkpoint | None, group: Processes) -> Checkpoint | None:
         return made
     step, progress = group.gather((made.step, made.progress) if made else None)[0]
     arrays = group.arrays_of_first(made.arrays if made else {})
-    own = progress.pop("processes")[group.rank]
+    own = progress.pop(EACH)[group.rank]
     return Checkpoint(step, arrays | {"random": mx.array(own.pop("random"), mx.uint32)}, progress | own)
 
 
@@ -129,7 +131,8 @@ class Stored:
 
     @property
     def progress(self) -> Progress:
-        return Progress.read(self.checkpoint.progress)
+        """The counters; of a group those of the first process, without what the others have for themselves."""
+        return Progress.read({key: value for key, value in self.checkpoint.progress.items() if key != EACH})
 
     def differences(self, made_of: dict[str, Any], *, ignored: Collection[str] = ()) -> list[str]:
         """What differs between the run as it was and as it would go on, one line a key."""

@@ -23,6 +23,7 @@ from mlx_lora.store.run import checkpoint_folders
 from mlx_lora.train import checkpoint
 from mlx_lora.train.budget.choose import Lengths, Plan, Way, plan
 from mlx_lora.train.budget.costs import costs
+from mlx_lora.train.checkpoint import EACH, Progress, Stored
 from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Note, Saved, Step
 from mlx_lora.train.trainer import train
 from tests.train.test_trainer import make_rows, of
@@ -244,3 +245,10 @@ def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Path) -> 
     (tmp_path / "checkpoint-3" / checkpoint.STATE).unlink()
     with pytest.raises(TrainingError, match="no checkpoint can be read"):
         checkpoint.newest(tmp_path)
+
+
+def test_the_counters_of_a_group_s_checkpoint_are_read_before_its_processes_meet(tiny: LoadedModel) -> None:
+    """Which way a run was run is asked for before it is known how many processes go on with it."""
+    (first, *_) = of(list(events_of(tiny, save_every=2)), Checkpoint)
+    of_group = replace(first, progress=first.progress | {EACH: [{"recomputes": False}, {"recomputes": False}]})
+    assert Stored(of_group, {}, {}, 0).progress == Progress.read(first.progress)
