@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -59,20 +60,21 @@ class Runs:
         return (self.home / "adapters" / name / "adapters.safetensors").read_bytes()
 
     def steps(self, name: str) -> int:
-        """How far a run has come, by its metrics."""
-        metrics = self.home / "runs" / name / "metrics.jsonl"
-        return metrics.read_text().count('"event": "step"') if metrics.is_file() else 0
+        """How far a run has come, by its metrics; 0 while there are none, as when `--force` has just removed them."""
+        with suppress(FileNotFoundError):
+            return (self.home / "runs" / name / "metrics.jsonl").read_text().count('"event": "step"')
+        return 0
 
     def kill_at(self, name: str, moment: float, *more: str) -> bool:
         """Kill a run where it has done that share of its steps and a bit; whether it was still running."""
-        process = self.start(name, *more)
-        while process.poll() is None and self.steps(name) < moment * STEPS:
-            time.sleep(0.005)
-        time.sleep(moment % 0.01)  # anywhere within a step
-        running = process.poll() is None
-        process.kill()
-        process.communicate()
-        return running
+        with self.start(name, *more) as process:
+            try:
+                while process.poll() is None and self.steps(name) < moment * STEPS:
+                    time.sleep(0.005)
+                time.sleep(moment % 0.01)  # anywhere within a step
+                return process.poll() is None
+            finally:
+                process.kill()
 
 
 def test_killed_runs_end_in_the_same_bytes(tmp_path: Path) -> None:
