@@ -57,16 +57,19 @@ def principal(matrix: mx.array, rank: int, scale: float) -> tuple[mx.array, mx.a
 
 
 def thin_svd(matrix: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """U (…, m, k), S (…, k), Vᵀ (…, k, n) with k = min(m, n).
+    """U (…, m, k), S (…, k), Vᵀ (…, k, n) with k = min(m, n); S is NaN for a matrix with an entry that isn't finite.
 
     MLX's own makes U and V square, as wide as a vocabulary: QR first leaves it a matrix of the smaller dimension.
+    It fails on NaN, and MLX's CPU backend then waits for ever for that operation once memory is at its limit: such a
+    matrix is never given to it.
     """
     if matrix.shape[-2] < matrix.shape[-1]:
         left, values, right = thin_svd(matrix.swapaxes(-1, -2))
         return right.swapaxes(-1, -2), values, left.swapaxes(-1, -2)
     q, r = mx.linalg.qr(matrix, stream=mx.cpu)
-    left, values, right = mx.linalg.svd(r, stream=mx.cpu)
-    return q @ left, values, right
+    finite = mx.isfinite(r).all(axis=(-2, -1), keepdims=True)
+    left, values, right = mx.linalg.svd(mx.where(finite, r, 0), stream=mx.cpu)
+    return q @ left, mx.where(finite[..., 0], values, mx.nan), right
 
 
 def loftq(wrappers: Mapping[str, Any], originals: dict[str, mx.array]) -> None:
@@ -130,7 +133,8 @@ def eva(
     flattened batch that count. A is made of the right-singular vectors of the activations that enter. The ranks, as
     many as before in all, go to the directions that explain the largest share of their module's variance; a module
     keeps at least one (the paper drops those with none) and gets at most RHO times its own. Scales stay what they were.
-    A module that nothing enters keeps its rank, and has no A here.
+    A module that nothing enters keeps its rank, and has no A here. Raises FloatingPointError for activations that
+    aren't finite.
     """
     spectra = {path: Spectrum(KEPT * round(RHO * config.rank_of(path))) for path in layers}
     entered: dict[str, mx.array] = {}
@@ -163,6 +167,8 @@ def _look(entered: dict[str, mx.array], spectra: dict[str, Spectrum], positions:
     entered.clear()  # each is freed once it was looked at
     for spectrum in done.values():
         mx.eval(spectrum.rows, spectrum.total)
+        if not mx.isfinite(spectrum.rows).all().item():
+            raise FloatingPointError("what enters a layer isn't finite")
 
 
 def redistribute(shares: Mapping[str, list[float]], budget: int) -> dict[str, int]:

@@ -52,12 +52,12 @@ def all_finite(logits: mx.array) -> bool:
 
 @contextmanager
 def explaining(model: nn.Module) -> Iterator[None]:
-    """Turn a RuntimeError, as of a decomposition of NaN, into NotFinite where the model's logits aren't finite."""
+    """Turn a FloatingPointError into NotFinite: where the model's logits aren't finite, with what is wrong with it."""
     try:
         yield
-    except RuntimeError as problem:
+    except FloatingPointError as problem:
         if all_finite(model(trial_tokens())):
-            raise
+            raise NotFinite(str(problem), hint="adapter.init default doesn't depend on them") from problem
         raise error(model, trial_tokens()) from problem
 
 

@@ -60,8 +60,10 @@ def begin(recipe: Recipe, opened: OpenModel, loaded: LoadedModel, rows: Sequence
             wrappers[path].lora_a = columns
         if settings.init == "loftq":
             loftq(wrappers, _originals(opened, wrappers))
-        for wrapper in wrappers.values():
+        for path, wrapper in wrappers.items():
             mx.eval(wrapper.parameters())  # one after another: a weight taken apart is freed before the next
+            if not all(mx.isfinite(array).all().item() for array in wrapper.adapter_arrays().values()):
+                raise FloatingPointError(f"the factors made of {path} aren't finite")
     return wrappers
 
 

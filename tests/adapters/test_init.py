@@ -82,6 +82,25 @@ def test_pissa_begins_at_the_best_approximation_of_the_weight(kind: str) -> None
         np.testing.assert_allclose(norms, np.sqrt(s[..., :RANK] / SCALE), rtol=1e-4, err_msg="√S belongs in each")
 
 
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (2, 9, 6)], ids=str)
+def test_nan_gives_nan_and_never_reaches_the_decomposition(shape: tuple[int, ...]) -> None:
+    """One that fails is counted as running for ever: MLX's CPU backend waits for it when memory is at its limit."""
+    matrix = weight_of(*shape)
+    whole = init.thin_svd(matrix)[1]
+    matrix[..., 3, 4] = mx.nan
+    for _ in range(10):  # MLX counts every tenth operation
+        assert mx.isnan(init.thin_svd(matrix)[1]).all().item()
+    limit = mx.set_memory_limit(0)
+    try:
+        assert mx.isfinite(whole).all().item()
+        x = matrix
+        for _ in range(100):  # enough to wait for one
+            x = mx.sin(x)
+        mx.eval(x)
+    finally:
+        mx.set_memory_limit(limit)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_olora_begins_at_the_first_of_q_and_r(kind: str) -> None:
     layer = layer_of(kind)

@@ -81,3 +81,8 @@ def test_the_mark_changes_no_token_and_minus_infinity_is_a_probability() -> None
         rows[1, 7] = bad
         assert greedy(rows - mx.logsumexp(rows, axis=-1, keepdims=True)).tolist()[1] == finite.NOT_FINITE
         assert not finite.all_finite(rows)
+
+
+def test_factors_that_are_not_finite_say_which_where_the_model_is_sound(tiny: LoadedModel) -> None:
+    with pytest.raises(NotFinite, match="made of x aren't finite"), finite.explaining(tiny.model):
+        raise FloatingPointError("the factors made of x aren't finite")
