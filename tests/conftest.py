@@ -5,6 +5,7 @@ The model directory is a real one, with random weights: everything that loads, t
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -51,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marker := item.get_closest_marker(other):
             (reason,) = marker.args
             item.add_marker(pytest.mark.skip(reason=f"about a {other}: {reason}"))
+
+
+def pytest_collection_finish() -> None:
+    """What importing made stays to the end: the garbage collector needn't look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 TEMPLATE = (

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 from contextlib import nullcontext
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -66,9 +67,15 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_run(words, debug))
 
 
+@functools.cache
+def _command() -> Any:
+    """The commands as typer makes them of the functions' signatures; programs that call `main` often make them once."""
+    return typer.main.get_command(app)
+
+
 def _run(words: list[str], debug: bool) -> int:
     try:
-        return int(typer.main.get_command(app).main(words, prog_name="mlx-lora", standalone_mode=False) or 0)
+        return int(_command().main(words, prog_name="mlx-lora", standalone_mode=False) or 0)
     except TyperException as fault:  # usage: unknown commands and options, values of the wrong type
         _show_usage(fault)
         return 2

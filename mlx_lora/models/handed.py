@@ -141,11 +141,14 @@ def _looped(cache: Any, layer: nn.Module) -> int:
 
 def _noting_class(original: type[nn.Module], open_layers: list[Handed]) -> type[nn.Module]:
     """A subclass whose methods call functions that note, in place of those of `trunk.lean.FUNCTIONS`."""
-    methods = {}
-    for name in dir(original):
-        method = inspect.getattr_static(original, name)
-        if isinstance(method, types.FunctionType) and (others := _others(method, open_layers)):
-            methods[name] = _with_globals(method, others)
+    attributes: dict[str, Any] = {}
+    for base in reversed(original.__mro__):
+        attributes.update(vars(base))
+    methods = {
+        name: _with_globals(method, others)
+        for name, method in attributes.items()
+        if isinstance(method, types.FunctionType) and (others := _others(method, open_layers))
+    }
     return type(original.__name__, (original,), methods) if methods else original
 
 

@@ -80,6 +80,7 @@ def test_the_toy_recovers_a_matrix_as_far_as_rank_4_can() -> None:
     assert network.layers[0] is model and np.array_equal(model.weight, start.astype(np.float32))
 
 
+@pytest.mark.real
 def test_a_denoiser_learns_another_noise_in_a_fraction_of_its_parameters() -> None:
     mx.random.seed(0)
     model = Denoiser()

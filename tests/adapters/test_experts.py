@@ -140,6 +140,7 @@ def test_rank_is_per_expert_and_routers_stay_frozen() -> None:
     assert not any("router" in name for name, _ in tree_flatten(model.trainable_parameters()))
 
 
+@pytest.mark.real
 def test_no_model_reaches_its_experts_past_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stack of every architecture is called: a model that multiplies by the weights itself would pass by it."""
     called: set[int] = set()

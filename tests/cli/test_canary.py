@@ -144,7 +144,7 @@ def until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.real), signal.SIGKILL])
 def test_nor_of_a_run_that_was_broken_off(
     number: signal.Signals, start: Start, home: Path, secret: Path, tiny_path: Path, tokenizer: Any
 ) -> None:

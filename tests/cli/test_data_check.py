@@ -83,6 +83,7 @@ def test_show_marks_what_is_learned(run: Run, write_rows: Callable[..., Path], t
     assert ran.code == 0 and "say 0 twice" in ran.out and "00" in ran.out and "say 1 twice" not in ran.out
 
 
+@pytest.mark.real
 def test_as_a_process(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a"}\nbroken\n')

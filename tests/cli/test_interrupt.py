@@ -38,7 +38,9 @@ def until_a_step(process: subprocess.Popen[str], home: Path, at_least: int = 1) 
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.real)]
+)
 def test_a_signal_saves_the_adapter(home: Path, tiny_path: Path, data: Path, number: int, code: int) -> None:
     process = start(home, tiny_path, data)
     until_a_step(process, home)
@@ -64,6 +66,7 @@ def test_a_signal_before_training_leaves_nothing(
     assert not (home / "adapters" / "mine").exists() and not (home / "runs" / "mine").exists()
 
 
+@pytest.mark.real
 def test_a_signal_ignored_from_the_start_stays_ignored(home: Path, tiny_path: Path, data: Path) -> None:
     """As nohup asks for SIGHUP: the run goes on when the terminal closes."""
     process = start(home, tiny_path, data, ignored=signal.SIGHUP)

@@ -49,6 +49,7 @@ def short_recipe(folder: Path, model: Path, data: Path) -> Path:
     return file
 
 
+@pytest.mark.real
 def test_no_command_but_pull_tries_to_connect(
     monkeypatch: pytest.MonkeyPatch, run: Run, data: Path, tiny_path: Path, tmp_path: Path
 ) -> None:

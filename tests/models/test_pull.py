@@ -165,6 +165,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_could_not_be_loaded_is_refused_before_its_weights_and_leaves_nothing(
     pull: Callable[..., subprocess.CompletedProcess[str]], hub: Hub, home: Path, case: str
@@ -177,6 +178,7 @@ def test_what_could_not_be_loaded_is_refused_before_its_weights_and_leaves_nothi
     assert not (home / "models").exists() or not list((home / "models").iterdir())
 
 
+@pytest.mark.real
 def test_what_came_and_is_no_model_leaves_nothing(
     pull: Callable[..., subprocess.CompletedProcess[str]], hub: Hub, home: Path
 ) -> None:
@@ -186,6 +188,7 @@ def test_what_came_and_is_no_model_leaves_nothing(
     assert hub.sent_weights and not list((home / "models").iterdir())
 
 
+@pytest.mark.real
 def test_code_that_is_only_named_is_noted(
     pull: Callable[..., subprocess.CompletedProcess[str]], hub: Hub, home: Path
 ) -> None:
@@ -195,6 +198,7 @@ def test_code_that_is_only_named_is_noted(
     assert not (home / "models" / "tiny" / "modeling_evil.py").exists()
 
 
+@pytest.mark.real
 def test_what_the_hub_does_not_have_is_one_error(pull: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = pull("someone/else")
     assert done.returncode == 1 and done.stderr.startswith("error: can't pull someone/else")

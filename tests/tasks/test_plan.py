@@ -61,12 +61,21 @@ def test_a_processor_takes_twice_the_weights_of_half_precision(llama_7b: Path) -
     [
         (20e9, ["train.grad_checkpoint=off"], ["train.grad_checkpoint=on"]),
         (8e9, [], ["quantize.bits=4"]),
-        (20e9, ["train.grad_checkpoint=off", "quantize.bits=8"], ["train.grad_checkpoint=on"]),
+        pytest.param(
+            20e9, ["train.grad_checkpoint=off", "quantize.bits=8"], ["train.grad_checkpoint=on"], marks=pytest.mark.real
+        ),
         (7e9, ["train.grad_checkpoint=off"], ["train.grad_checkpoint=on", "quantize.bits=4"]),
-        (7e9, ["quantize.bits=8"], ["quantize.bits=4"]),
-        (4.5e9, ["data.too_long=split"], ["quantize.bits=4", "data.max_seq_length"]),
+        pytest.param(7e9, ["quantize.bits=8"], ["quantize.bits=4"], marks=pytest.mark.real),
+        pytest.param(
+            4.5e9, ["data.too_long=split"], ["quantize.bits=4", "data.max_seq_length"], marks=pytest.mark.real
+        ),
         (4.5e9, [], ["quantize.bits=4", "data.max_seq_length", "data.too_long=truncate-start"]),
-        (8.6e9, ["adapter.rank=64", "adapter.targets=all-linear"], ["quantize.bits=4", "adapter.layers"]),
+        pytest.param(
+            8.6e9,
+            ["adapter.rank=64", "adapter.targets=all-linear"],
+            ["quantize.bits=4", "adapter.layers"],
+            marks=pytest.mark.real,
+        ),
         (3e9, [], None),
     ],
 )

@@ -214,6 +214,7 @@ ALTERATIONS: list[tuple[str, str, Alteration]] = [
 ]
 
 
+@pytest.mark.real
 @pytest.mark.processor("a GPU takes other ways, and more may differ there")
 @pytest.mark.parametrize(("part", "line", "alter"), ALTERATIONS)
 def test_one_altered_formula_is_seen(

@@ -88,6 +88,7 @@ def test_no_gradient_is_computed_below_the_lowest_adapted_layer(
     assert asked[2] > 0 and asked[3] > 0
 
 
+@pytest.mark.real
 def test_frozen_layers_below_cost_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak of a step, less the weights, is that of the adapted layers however many there are below.
 
