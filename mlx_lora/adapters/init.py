@@ -60,8 +60,8 @@ def thin_svd(matrix: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """U (…, m, k), S (…, k), Vᵀ (…, k, n) with k = min(m, n); S is NaN for a matrix with an entry that isn't finite.
 
     MLX's own makes U and V square, as wide as a vocabulary: QR first leaves it a matrix of the smaller dimension.
-    It fails on NaN, and MLX's CPU backend then waits for ever for that operation once memory is at its limit: such a
-    matrix is never given to it.
+    MLX's SVD fails on NaN. Its CPU backend counts the failed operation as running, and once memory is at its limit, it
+    waits for that operation for ever. So a matrix that isn't finite is replaced by zeros before the SVD.
     """
     if matrix.shape[-2] < matrix.shape[-1]:
         left, values, right = thin_svd(matrix.swapaxes(-1, -2))
@@ -168,7 +168,8 @@ def _look(entered: dict[str, mx.array], spectra: dict[str, Spectrum], positions:
     for spectrum in done.values():
         mx.eval(spectrum.rows, spectrum.total)
         if not mx.isfinite(spectrum.rows).all().item():
-            raise FloatingPointError("what enters a layer isn't finite")
+            path = next(path for path, found in spectra.items() if found is spectrum)
+            raise FloatingPointError(f"what enters {path} isn't finite")
 
 
 def redistribute(shares: Mapping[str, list[float]], budget: int) -> dict[str, int]:

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @functools.cache
 def _command() -> Any:
-    """The commands as typer makes them of the functions' signatures; programs that call `main` often make them once."""
+    """The commands, made by typer from the functions' signatures, once a process: a program may call `main` often."""
     return typer.main.get_command(app)
 
 

@@ -52,12 +52,17 @@ def all_finite(logits: mx.array) -> bool:
 
 @contextmanager
 def explaining(model: nn.Module) -> Iterator[None]:
-    """Turn a FloatingPointError into NotFinite: where the model's logits aren't finite, with what is wrong with it."""
+    """Turn a FloatingPointError, raised for factors that aren't finite, into NotFinite.
+
+    Where the model's own logits aren't finite either, the error names the part of the model at fault.
+    """
     try:
         yield
     except FloatingPointError as problem:
         if all_finite(model(trial_tokens())):
-            raise NotFinite(str(problem), hint="adapter.init default doesn't depend on them") from problem
+            raise NotFinite(
+                str(problem), hint="adapter.init=default begins without the weights and the activations"
+            ) from problem
         raise error(model, trial_tokens()) from problem
 
 

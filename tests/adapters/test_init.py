@@ -84,7 +84,7 @@ def test_pissa_begins_at_the_best_approximation_of_the_weight(kind: str) -> None
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (2, 9, 6)], ids=str)
 def test_nan_gives_nan_and_never_reaches_the_decomposition(shape: tuple[int, ...]) -> None:
-    """One that fails is counted as running for ever: MLX's CPU backend waits for it when memory is at its limit."""
+    """MLX's CPU backend counts an SVD that failed as running, and waits for it for ever when memory is at its limit."""
     matrix = weight_of(*shape)
     whole = init.thin_svd(matrix)[1]
     matrix[..., 3, 4] = mx.nan
@@ -255,6 +255,15 @@ def test_eva_begins_at_the_directions_of_what_enters(tiny: LoadedModel) -> None:
 
     again, same = init.eva(tiny.model, layers, config, batches())
     assert again == settings and all(mx.array_equal(same[path], a) for path, a in directions.items())
+
+
+def test_eva_names_the_layer_that_something_not_finite_enters(tiny: LoadedModel) -> None:
+    config = Adapter(rank=RANK, init="eva", targets="all-linear")
+    layers = {path: wrapper.base for path, wrapper in build(tiny.model, config).items()}
+    layer = layers["model.layers.0.self_attn.o_proj"]
+    layer.weight = mx.where(mx.arange(layer.weight.size).reshape(layer.weight.shape) == 7, mx.nan, layer.weight)
+    with pytest.raises(FloatingPointError, match=r"^what enters model\.layers\.0\.mlp\.(gate|up)_proj isn't finite$"):
+        init.eva(tiny.model, layers, config, batches())
 
 
 def test_eva_keeps_the_settings_of_other_modules_and_rslora() -> None:
