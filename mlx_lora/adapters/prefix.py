@@ -26,7 +26,7 @@ from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, CannotFuse
 from mlx_lora.models.architectures import ATTENTION
 from mlx_lora.models.trunk.segments import PackedCache
-from mlx_lora.models.trunk.standins import Fetched
+from mlx_lora.models.trunk.standins import RecordingCache
 
 NO_UPDATE = "a prefix of keys and values is no update of a weight"
 Shape = tuple[int, ...]
@@ -182,7 +182,7 @@ def _kept(layer: nn.Module) -> tuple[Shape, Shape]:
     needed = [name for name, optional in _parameters(layer).items() if not optional and name not in (first, "cache")]
     fault: Exception = AdapterError("it has no linear layers")
     for width, _ in widths.most_common():
-        cache = Fetched()
+        cache = RecordingCache()
         scales = {name: None if "mask" in name else mx.ones((1,)) for name in needed}
         try:
             layer(**{first: mx.zeros((1, 1, width)), **scales, "cache": cache})

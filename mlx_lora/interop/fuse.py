@@ -22,9 +22,9 @@ from mlx_lora.adapters.attach import Wrappers
 from mlx_lora.adapters.base import AdapterLayer, layer_shape
 from mlx_lora.errors import CannotFuse
 from mlx_lora.measure import Agreement, as_dict, survival
-from mlx_lora.models.carry import Beside
 from mlx_lora.models.layers import dequantize_model, half, release, set_modules
 from mlx_lora.models.load import LoadedModel
+from mlx_lora.models.multimodal import Extras
 from mlx_lora.models.save import save
 from mlx_lora.quant.quantize import dequantize_layer, layer_settings, pack_lazily, packed_layer
 from mlx_lora.store.adapter import StoredAdapter, wrappers_for
@@ -42,7 +42,7 @@ class Fused:
     bits: str
     delta_survival: float
     bytes: int
-    beside: Beside
+    extras: Extras
 
     def as_dict(self, agreement: Agreement) -> dict[str, Any]:
         """The keys of `fuse --json`, with how the outputs agree on the measured rows."""
@@ -53,7 +53,7 @@ class Fused:
             **measured,
             "delta_survival": self.delta_survival,
             "bytes": self.bytes,
-            "carried": self.beside.as_dict(),
+            "carried": self.extras.as_dict(),
         }
 
 
@@ -90,7 +90,7 @@ def fuse(
     _convert(stored, list(merged), bits)
     del wrappers, merged
     saved = save(stored, out, force=force, free=True, on_module=on_module)
-    return Fused(out, bits, survived, saved.bytes, saved.beside)
+    return Fused(out, bits, survived, saved.bytes, saved.extras)
 
 
 Format = dict[str, Any] | str | None

@@ -14,7 +14,7 @@ from mlx_lora.machine import device
 from mlx_lora.machine.blas import blas_loaded
 
 
-def describe() -> dict[str, Any]:
+def collect() -> dict[str, Any]:
     """Facts for `doctor` and for the record: device, memory, BLAS, versions."""
     info = mx.device_info() if device.on_gpu() else {}
     return {

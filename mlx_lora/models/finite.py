@@ -19,8 +19,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_lora.errors import NotFinite
-from mlx_lora.models.trunk.carried import flattened
-from mlx_lora.models.trunk.trial import Call, noting, trial_tokens
+from mlx_lora.models.trunk.flatten import flattened
+from mlx_lora.models.trunk.trial import Call, recording, trial_tokens
 
 # Stands for a token whose log-probability isn't finite; as an index of the step that is already on its way, MLX takes
 # it for the last row.
@@ -84,7 +84,7 @@ def error(model: nn.Module, tokens: mx.array) -> NotFinite:
 def _first_part(model: nn.Module, tokens: mx.array) -> str:
     """The first part of `model` whose output isn't finite, in words."""
     layers, calls = list(getattr(model, "layers", None) or []), dict[int, Call]()
-    with noting(layers, calls):
+    with recording(layers, calls):
         logits = model(tokens)
     noted = [(index, layer, calls[id(layer)]) for index, layer in enumerate(layers) if id(layer) in calls]
     if noted and not _finite(noted[0][2].arguments):

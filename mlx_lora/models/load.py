@@ -17,7 +17,7 @@ from mlx_lora import files
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError
 from mlx_lora.machine import allocation, device
-from mlx_lora.models import carry, index, token_ids
+from mlx_lora.models import index, multimodal, token_ids
 from mlx_lora.models.config_faults import naming_settings
 from mlx_lora.models.open import Model, open_model
 from mlx_lora.quant import nf4
@@ -75,7 +75,7 @@ def load_stored(
     named = naming_settings(config, where=str(path / "config.json"))
     with files.refusing(ModelError, f"{path}: can't be loaded"), named, index.naming_tensors(path):
         network, config = _load_network(path, config)
-        carry.tie_again(path, network)
+        multimodal.tie_again(path, network)
         # mlx_lm writes settings of its own into these (as tie_word_embeddings), which other readers would believe.
         config |= {part: copy.deepcopy(opened.config[part]) for part in PARTS if part in opened.config}
         # never computed: a setting that doesn't fit shows while this is built

@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_lora import paths
 from mlx_lora.errors import MlxLoraError, ModelError, NameTaken
-from mlx_lora.models.carry import PROCESSOR_FILES
+from mlx_lora.models.multimodal import PROCESSOR_FILES
 from mlx_lora.models.open import check_architecture, check_files, read_config
 from mlx_lora.models.save import TOKENIZER_FILES
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_lora import paths
 from mlx_lora.machine import allocation
-from mlx_lora.models import carry
+from mlx_lora.models import multimodal
 from mlx_lora.models.layers import release
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.open import read_config, weight_files
@@ -35,7 +35,7 @@ class Saved:
     """What `save` wrote: bytes of the directory, and what went along with the text model."""
 
     bytes: int
-    beside: carry.Beside
+    extras: multimodal.Extras
 
 
 def save(
@@ -53,24 +53,24 @@ def save(
     `free` the model's arrays are computed, written and freed a module at a time, and the model can't run afterwards;
     `computed_with` has arrays by module path that are evaluated together with that module's own.
     """
-    beside = carry.beside(loaded.path, weight_files(loaded.path), loaded.model)
+    extras = multimodal.extras(loaded.path, weight_files(loaded.path), loaded.model)
     config = dict(loaded.config)
-    if packed := carry.quantization(beside, read_config(loaded.path), config.get("quantization"), loaded.model):
+    if packed := multimodal.quantization(extras, read_config(loaded.path), config.get("quantization"), loaded.model):
         config["quantization"] = packed
-    if config.get("vision_config") and not beside.tensors:
+    if config.get("vision_config") and not extras.tensors:
         log.info("%s: its vision part is not known here, what is written is the text model alone", loaded.path)
     arrays = named_arrays(loaded.model)
-    needs = sum(array.nbytes for _, array in arrays) + beside.bytes
+    needs = sum(array.nbytes for _, array in arrays) + extras.bytes
     parameters = mlx_lm_utils.get_total_parameters(loaded.model)
     with paths.written_whole(out, force=force, needs=needs) as folder:
         if free:
             release(loaded.model)
         write_shards(folder, arrays, parameters=parameters, computed_with=computed_with, on_module=on_module)
-        carry.write(beside, folder)
-        mlx_lm_utils.save_config(config, folder / "config.json", keep_vision_config=bool(beside.tensors))
+        multimodal.write(extras, folder)
+        mlx_lm_utils.save_config(config, folder / "config.json", keep_vision_config=bool(extras.tensors))
         for file in tokenizer_files(loaded.path):
             shutil.copyfile(file, folder / file.name)
-    return Saved(paths.directory_bytes(out), beside)
+    return Saved(paths.directory_bytes(out), extras)
 
 
 def tokenizer_files(path: Path) -> Iterator[Path]:

@@ -59,7 +59,7 @@ def network(config: dict[str, Any], *, quantization: dict[str, Any] | None = Non
     return model
 
 
-def describe(model: Model) -> dict[str, Any]:
+def summary(model: Model) -> dict[str, Any]:
     """config.json of a model, with the float dtype that most of its files' bytes have where it says none.
 
     Raises ModelError as `read_config` does; a directory without weights is as good as one with them.

@@ -20,7 +20,7 @@ import numpy as np
 
 from mlx_lora import files, paths
 from mlx_lora.errors import ModelError
-from mlx_lora.models import carry
+from mlx_lora.models import multimodal
 from mlx_lora.models.open import weight_files
 from mlx_lora.models.save import tokenizer_files
 from mlx_lora.models.shards import DTYPES
@@ -33,7 +33,7 @@ def of_directory(path: Path) -> str:
     Vision that `models.load.save` carried along doesn't count: an adapter belongs to the text model.
     Raises ModelError when the directory has none, or damaged ones.
     """
-    weights = carry.text_files(weight_files(path))
+    weights = multimodal.text_files(weight_files(path))
     if not weights:
         raise ModelError(f"{path}: has no weights, model*.safetensors")
     key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in weights])

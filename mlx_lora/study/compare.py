@@ -57,7 +57,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Run:
+class Candidate:
     """One thing to measure: a recipe to train (`recipe` is its label for people), or a base as it is (`bare`)."""
 
     name: str
@@ -66,7 +66,7 @@ class Run:
     bare: bool = False
 
 
-def read(sources: Sequence[str], overrides: Iterable[str] = (), rates: Sequence[float] = ()) -> list[Run]:
+def read(sources: Sequence[str], overrides: Iterable[str] = (), rates: Sequence[float] = ()) -> list[Candidate]:
     """The runs of a comparison: every base, then every recipe, once for each learning rate where there are `rates`.
 
     A source is a recipe, a folder (its recipes by name), or a ready comparison's name. Raises RecipeError for recipes
@@ -89,7 +89,7 @@ def read(sources: Sequence[str], overrides: Iterable[str] = (), rates: Sequence[
     return [*_bases(recipes), *(run for name, recipe in found for run in _by_rate(name, recipe, rates))]
 
 
-def _bases(recipes: Sequence[Recipe]) -> list[Run]:
+def _bases(recipes: Sequence[Recipe]) -> list[Candidate]:
     """Each form of the base that a recipe trains over, named by its quantization where there are several."""
     forms: dict[str, Recipe] = {}
     for recipe in recipes:
@@ -100,7 +100,7 @@ def _bases(recipes: Sequence[Recipe]) -> list[Run]:
             parts += ["double_quant"] if settings.get("double_quant") else []
         forms.setdefault(f"({', '.join(parts)})", recipe)
     labels = forms if len(forms) > 1 else [BASE]
-    return [Run(label, label, recipe, bare=True) for label, recipe in zip(labels, forms.values(), strict=True)]
+    return [Candidate(label, label, recipe, bare=True) for label, recipe in zip(labels, forms.values(), strict=True)]
 
 
 def rates_of(sources: Sequence[str]) -> tuple[float, ...]:
@@ -156,12 +156,12 @@ def _check_budget(found: Sequence[tuple[str, Recipe]]) -> None:
         )
 
 
-def _by_rate(label: str, recipe: Recipe, rates: Sequence[float]) -> list[Run]:
+def _by_rate(label: str, recipe: Recipe, rates: Sequence[float]) -> list[Candidate]:
     if not rates:
-        return [Run(label, label, recipe)]
+        return [Candidate(label, label, recipe)]
     changed = [recipe.train.model_copy(update={"learning_rate": rate}) for rate in rates]
     return [
-        Run(f"{label}-lr{train.learning_rate:g}", label, recipe.model_copy(update={"train": train}))
+        Candidate(f"{label}-lr{train.learning_rate:g}", label, recipe.model_copy(update={"train": train}))
         for train in changed
     ]
 

@@ -29,7 +29,7 @@ from mlx_lora.serve.engine import Engine
 from mlx_lora.store import adapter as store
 from mlx_lora.store import fingerprint
 from mlx_lora.store.lock import locked
-from mlx_lora.study.compare import Line, Run, best, draw
+from mlx_lora.study.compare import Candidate, Line, best, draw
 from mlx_lora.study.evaluate import Questions, Result, evaluate, questions
 from mlx_lora.tasks.train import Listener, check, train_adapter
 
@@ -95,7 +95,7 @@ class Record:
 
 def compare(
     name: str,
-    runs: Sequence[Run],
+    runs: Sequence[Candidate],
     *,
     out: Path | None = None,
     rows: int | None = None,
@@ -134,7 +134,7 @@ def compare(
 
 
 def _measure_best(
-    runs: Sequence[Run],
+    runs: Sequence[Candidate],
     record: Record,
     rows: int | None,
     listener: Callable[[], Listener],
@@ -160,7 +160,7 @@ def _measure_best(
     record.write()
 
 
-def _check_all(name: str, todo: Sequence[Run], record: Record, *, force: bool) -> None:
+def _check_all(name: str, todo: Sequence[Candidate], record: Record, *, force: bool) -> None:
     """Raise for what would stop a run before its first step, and for adapters that are somebody else's."""
     several: dict[str, int] = {}
     for run in todo:
@@ -178,11 +178,11 @@ def _check_all(name: str, todo: Sequence[Run], record: Record, *, force: bool) -
             )
 
 
-def _named(name: str, run: Run, last: str | None = None) -> Any:
+def _named(name: str, run: Candidate, last: str | None = None) -> Any:
     return run.recipe.model_copy(update={"name": f"{name}-{last or run.name}"})
 
 
-def _made_of(run: Run) -> dict[str, Any]:
+def _made_of(run: Candidate) -> dict[str, Any]:
     """What a line depends on, test rows apart, wherever the files lie."""
     recipe = run.recipe
     if not recipe.model or not recipe.data.path:
@@ -205,7 +205,7 @@ def _made_of(run: Run) -> dict[str, Any]:
     }
 
 
-def _trained(name: str, run: Run, listener: Callable[[], Listener]) -> Line:
+def _trained(name: str, run: Candidate, listener: Callable[[], Listener]) -> Line:
     """Train a run; a base needs no training. What is wrong with this run alone becomes its line's `error`."""
     if run.bare:
         return Line(run.label)
@@ -232,7 +232,7 @@ def _trained(name: str, run: Run, listener: Callable[[], Listener]) -> Line:
     )
 
 
-def _evaluate(run: Run, adapter: Path | None, rows: int | None, hear: Listener) -> Result:
+def _evaluate(run: Candidate, adapter: Path | None, rows: int | None, listener: Listener) -> Result:
     """Loss and exact match of the base, with an adapter as it was stored, on the test rows."""
     recipe = run.recipe
     engine = Engine(ready(load_stored(str(recipe.model), quantization=recipe.quantize)))
@@ -241,11 +241,11 @@ def _evaluate(run: Run, adapter: Path | None, rows: int | None, hear: Listener) 
         engine.add(run.name, store.wrappers_for(engine.loaded.model, store.read(adapter)))
     asked = _questions(run, engine, rows)
     longest = max(row.trained for row in asked.rows)
-    advance = hear.progress(f"measuring {run.name}", len(asked.rows) + len(asked.prompts))
+    advance = listener.progress(f"measuring {run.name}", len(asked.rows) + len(asked.prompts))
     return evaluate(engine, name, asked, max_tokens=longest + MORE, on_row=advance)
 
 
-def _questions(run: Run, engine: Engine, rows: int | None) -> Questions:
+def _questions(run: Candidate, engine: Engine, rows: int | None) -> Questions:
     path, settings = str(run.recipe.data.path), run.recipe.data
     exact = read(find_splits(path)["test"], settings).format != "text"
     asked = questions(path, settings, engine.loaded.tokenizer, exact=exact, prefer=("test",))

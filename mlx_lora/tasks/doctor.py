@@ -29,7 +29,7 @@ def examine() -> Examination:
 
     `home` is its path and its bytes: of models, of adapters, of runs, and of everything.
     """
-    machine = facts.describe()
+    machine = facts.collect()
     home = paths.home()
     disk = shutil.disk_usage(home)
     examination = Examination(

@@ -24,7 +24,7 @@ from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import ModelError, RecipeError, TrainingError
 from mlx_lora.machine import device, limits
 from mlx_lora.models.open import OpenModel, open_model
-from mlx_lora.models.shapes import describe, network, stored_dtype
+from mlx_lora.models.shapes import network, stored_dtype, summary
 from mlx_lora.recipe import load_recipe
 from mlx_lora.train.budget import learn
 from mlx_lora.train.budget.choose import SMALLEST_STOPPED, Lengths, Plan, Way, plan
@@ -57,7 +57,7 @@ def plan_recipe(
     if not recipe.model:
         raise RecipeError("the recipe doesn't say which model", hint="--model MODEL sets it")
     opened = open_model(recipe.model)
-    config = describe(opened)
+    config = summary(opened)
     limit = limits.limit_bytes(memory_gb=memory_gb, setting=recipe.train.memory_limit_gb)
     machine = Machine(device.on_gpu() if gpu is None else gpu, limit)
     rows = read_lengths(recipe, opened, progress)
@@ -74,7 +74,7 @@ def plan_rows(
     Where it doesn't fit, `train.on_memory` decides. Raises TrainingError, saying what would fit and how to go on all
     the same, or returns the smallest plan as overruled.
     """
-    config, lengths = describe(model), lengths_of(prepared.train, prepared.valid)
+    config, lengths = summary(model), lengths_of(prepared.train, prepared.valid)
     machine = Machine(device.on_gpu(), limits.limit_bytes(setting=recipe.train.memory_limit_gb))
     made = plan_shape(config, recipe, lengths, machine, only=only, smaller_than=smaller_than)
     if made.fits or made.overruled:

@@ -92,7 +92,7 @@ def _report(out: Path, done: Quantized, saved: Saved, left: Sequence[Unpacked]) 
         "left_alone": done.left_alone,
         "unpacked": [group.as_dict() for group in left],
         "kept": done.kept,
-        "carried": saved.beside.as_dict(),
+        "carried": saved.extras.as_dict(),
     }
 
 

@@ -93,4 +93,4 @@ def places() -> list[Place]:
 
 
 def _facts() -> dict[str, Any]:
-    return {"version": __version__, "system": platform.platform(), **facts.describe(), "packages": versions()}
+    return {"version": __version__, "system": platform.platform(), **facts.collect(), "packages": versions()}

@@ -15,8 +15,8 @@ from pathlib import Path
 import mlx.nn as nn
 
 from mlx_lora.config import Train
-from mlx_lora.data.ahead import ahead
 from mlx_lora.data.encode import Row
+from mlx_lora.data.prefetch import prefetch
 from mlx_lora.machine import allocation
 from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import take_apart
@@ -79,7 +79,7 @@ def _loop(run: Session, should_stop: Callable[[], bool]) -> Iterator[Event]:
     # where it starts from; an evaluation that was interrupted is made up for
     if not done.step or (run.evaluates(done.step) and done.evaluated_at < done.step):
         yield from _evaluate(run, should_stop)
-    with closing(ahead(run.batches())) as steps:
+    with closing(prefetch(run.batches())) as steps:
         for batches in steps:
             # a step in trouble is looked at before the next one
             if done.skipped_in_a_row:

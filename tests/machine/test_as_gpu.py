@@ -20,7 +20,7 @@ def test_the_option_decides_what_this_process_takes_for_the_device(request: pyte
 @pytest.mark.gpu("has facts of its own")
 def test_a_gpu_says_how_much_memory_may_be_wired() -> None:
     assert 0 < limits.limit_bytes() < mx.device_info()["memory_size"]
-    found = facts.describe()
+    found = facts.collect()
     assert found["device"] == "gpu" and found["compiled_kernels"]
     assert found["working_set_bytes"] == mx.device_info()["max_recommended_working_set_size"]
 

@@ -283,6 +283,6 @@ def test_without_a_backup_tool_nothing_happens(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_description_has_what_doctor_shows() -> None:
-    described = facts.describe()
+    described = facts.collect()
     assert described["device"] == ("gpu" if device.on_gpu() else "cpu")
     assert described["memory_bytes"] > described["available_bytes"] > 0 and described["cores"] >= 1

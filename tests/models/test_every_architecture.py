@@ -149,7 +149,7 @@ def test_gradients_are_those_of_the_unmodified_model(name: str) -> None:
     expected = of_the_unmodified_model(model, all_rows, served=name in OTHERS_WITH_A_CACHE)
     model.eval()
     trunk = take_apart(model)
-    assert trunk.hands_keys_on == (name in OTHERS_WITH_A_CACHE)
+    assert trunk.shares_keys == (name in OTHERS_WITH_A_CACHE)
     verified = verify(trunk, recompute=True, columns=True)
     if name in NEVER_LEFT_OUT:
         assert not verified.without and verified.recompute, verified.notes

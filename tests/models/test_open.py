@@ -14,7 +14,7 @@ from mlx_lora.config import Quantize, Recipe
 from mlx_lora.models import open as opening
 from mlx_lora.models.load import load_stored
 from mlx_lora.models.open import OpenModel, open_model
-from mlx_lora.models.shapes import describe
+from mlx_lora.models.shapes import summary
 from mlx_lora.store import fingerprint, registry
 from mlx_lora.tasks import train as training
 from tests.conftest import questions, write_model
@@ -42,7 +42,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_one_open_model_serves_every_use(tiny_path: Path, reads: dict[str, int]) -> None:
     opened = open_model(str(tiny_path))
     assert open_model(opened) is opened and isinstance(opened, OpenModel)
-    describe(opened)
+    summary(opened)
     first, second = load_stored(opened), load_stored(opened, quantization=Quantize(bits=4, group_size=32))
     assert first.tokenizer is second.tokenizer is opened.tokenizer
     assert registry.open_stored(opened).config == first.config

@@ -16,7 +16,7 @@ from mlx_lora.models import load as loading
 from mlx_lora.models.load import LoadedModel, load, ready
 from mlx_lora.models.open import read_config
 from mlx_lora.models.save import save
-from mlx_lora.models.shapes import describe, network, stored_dtype
+from mlx_lora.models.shapes import network, stored_dtype, summary
 from mlx_lora.quant.quantize import quantize
 from tests.adapters.zoo import COMMON, MODELS
 from tests.adapters.zoo import network as with_weights
@@ -55,7 +55,7 @@ def test_a_packed_base_is_described_by_its_own_configuration(tmp_path: Path, tin
     base = loading.load_stored(tiny_path, quantization=Quantize(bits=4, group_size=32))
     save(base, tmp_path / "packed")
     loaded = load(tmp_path / "packed")
-    config = describe(tmp_path / "packed")  # which says no dtype: the files do
+    config = summary(tmp_path / "packed")  # which says no dtype: the files do
     assert described(network(config, gpu=device.on_gpu())) == described(loaded.model)
 
 

@@ -23,8 +23,8 @@ from mlx_lora.models import SwitchLinear
 from mlx_lora.models.layers import plain_layer, set_modules
 from mlx_lora.models.load import load, load_stored
 from mlx_lora.models.save import save
-from mlx_lora.models.shapes import describe
 from mlx_lora.models.shapes import network as shapes_of
+from mlx_lora.models.shapes import summary
 from mlx_lora.quant import matmul, nf4
 from mlx_lora.quant.nf4 import NF4Embedding, NF4Linear, NF4SwitchLinear, quantize, unpack
 from mlx_lora.quant.quantize import (
@@ -259,7 +259,7 @@ def test_a_saved_model_loads_as_it_was(tmp_path: Path, group_size: int, double_q
     ours = load(source, quantization=quantization).model(TOKENS)
     np.testing.assert_array_equal(load(tmp_path / "packed").model(TOKENS), ours)
     assert ours.dtype == device.activation_dtype(mx.float16)
-    shapes = shapes_of(describe(tmp_path / "packed"), gpu=device.on_gpu())
+    shapes = shapes_of(summary(tmp_path / "packed"), gpu=device.on_gpu())
     loaded = load(tmp_path / "packed").model
     assert [(name, array.shape, array.dtype) for name, array in tree_flatten(shapes.parameters())] == [
         (name, array.shape, array.dtype) for name, array in tree_flatten(loaded.parameters())

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_lora.models.layers import release
 from mlx_lora.models.trunk.arrays import arrays_kept
 from mlx_lora.models.trunk.layers import layers_of
-from mlx_lora.models.trunk.standins import Box, Fed, trunk_with
+from mlx_lora.models.trunk.standins import FixedInput, PassThrough, trunk_with
 from mlx_lora.models.trunk.trial import trial_tokens
 from mlx_lora.models.trunk.trunk import Trunk
 
@@ -58,8 +58,12 @@ def run_by_layer(
 def _through(trunk: Trunk, tokens: mx.array, entering: mx.array, index: int) -> mx.array:
     """What leaves layer `index`, and behind the last one the final norm, given what enters the layer."""
     layers = layers_of(trunk.model)
-    above = [Box(layer) for layer in layers[index + 1 :]]
-    stand_ins: list[Any] = [*(Box(layer) for layer in layers[:index]), Fed(layers[index], entering), *above]
+    above = [PassThrough(layer) for layer in layers[index + 1 :]]
+    stand_ins: list[Any] = [
+        *(PassThrough(layer) for layer in layers[:index]),
+        FixedInput(layers[index], entering),
+        *above,
+    ]
     with arrays_kept(trunk.model):
         output = trunk_with(trunk.module, trunk.model, stand_ins)(tokens, cache=None)
     return above[0].entered if above else output
@@ -101,7 +105,7 @@ def not_by_layer(trunk: Trunk) -> str | None:
     """
     if not trunk.apart:
         return "it can't be taken apart"
-    if trunk.hands_keys_on:
+    if trunk.shares_keys:
         return "its layers share keys and values"
     tokens = trial_tokens()[:1]
     whole, states = trunk.run(tokens), dict[int, mx.array]()

@@ -19,7 +19,7 @@ from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.segments import caches, keeps_state
 from mlx_lora.models.trunk.tolerance import agree
-from mlx_lora.models.trunk.trial import Call, Function, kinds, noting, training
+from mlx_lora.models.trunk.trial import Call, Function, kinds, recording, training
 from mlx_lora.models.trunk.trunk import Trunk
 
 # Lengths of the rows packed into two lines of WIDTH positions: the rest is padding.
@@ -54,9 +54,9 @@ def _isolated(trunk: Trunk, layers: list[nn.Module], first: int) -> bool:
     lines, rows = _packed_rows()
     tokens = (mx.arange(lines.size) * 7 % 31 + 1).reshape(lines.shape)
     together, apart = dict[int, Call](), dict[int, Call]()
-    with noting(layers, together):
-        packed = trunk.run_with(tokens, caches(trunk.model, lines, first=first, carried=trunk.hands_keys_on))
-    with noting(layers, apart):  # padding behind a row reaches nothing in it
+    with recording(layers, together):
+        packed = trunk.run_with(tokens, caches(trunk.model, lines, first=first, shares_keys=trunk.shares_keys))
+    with recording(layers, apart):  # padding behind a row reaches nothing in it
         alone = trunk.run(_gathered(tokens, rows))
     times = max(1.0, first / EXACT_POSITIONS)
     real = (rows >= 0)[..., None]

@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.models.trunk.carried import Rebuild, carried_by, flattened, objects_in
 from mlx_lora.models.trunk.dropout import Dropout
+from mlx_lora.models.trunk.flatten import Rebuild, array_attributes, flattened, objects_in
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def _checkpointed(original: type[nn.Module]) -> type[nn.Module]:
             arguments, named = called_with(taken)
             with _drawn_from(dropouts, keys):
                 output = original.__call__(self, *arguments, **named)
-            changed = [carried_by(value) for value in objects_in((arguments, named))]
+            changed = [array_attributes(value) for value in objects_in((arguments, named))]
             outputs, rebuild = flattened((output, changed))
             made.append(rebuild)
             return outputs

@@ -44,8 +44,8 @@ class RowCache:
     Gemma 3n's upper layers look at keys of lower ones wherever there is a cache, as there is when it is served.
     """
 
-    def __init__(self, offset: int = 0, *, carried: bool = True):
-        self.offset, self.CARRIED = offset, ("keys", "values") if carried else ()
+    def __init__(self, offset: int = 0, *, shares_keys: bool = True):
+        self.offset, self.SHARED_ARRAYS = offset, ("keys", "values") if shares_keys else ()
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 
@@ -64,8 +64,8 @@ class RowCache:
 class PackedCache(RowCache):
     """Stands in for the cache of one layer, of which attention wants a mask, an offset and the keys and values."""
 
-    def __init__(self, masks: _Masks, offset: int, *, carried: bool):
-        super().__init__(offset, carried=carried)
+    def __init__(self, masks: _Masks, offset: int, *, shares_keys: bool):
+        super().__init__(offset, shares_keys=shares_keys)
         self._masks = masks
 
     @property
@@ -96,11 +96,11 @@ class PackedState(ArraysCache):
         return None
 
 
-def caches(model: nn.Module, segment_ids: mx.array, *, first: int = 0, carried: bool = False) -> list[Any]:
+def caches(model: nn.Module, segment_ids: mx.array, *, first: int = 0, shares_keys: bool = False) -> list[Any]:
     """What to pass as `cache` to the model or its trunk so that rows in one line don't reach each other.
 
     `segment_ids` int32 (B, T): one number for the positions of a row, rows one after another, 0 for padding. Make them
-    anew for every forward pass. Rotary positions start at `first`. `carried` says that layers hand keys on in their
+    anew for every forward pass. Rotary positions start at `first`. `shares_keys` says that layers hand keys on in their
     caches. Raises ModelError for a model whose layers keep something that can't be kept apart.
     """
     kinds = make_prompt_cache(model)
@@ -114,7 +114,7 @@ def caches(model: nn.Module, segment_ids: mx.array, *, first: int = 0, carried: 
         return (
             PackedState(masks, len(kind.cache))
             if type(kind) is ArraysCache
-            else PackedCache(masks, first, carried=carried)
+            else PackedCache(masks, first, shares_keys=shares_keys)
         )
 
     return [like(kind) for kind in kinds]

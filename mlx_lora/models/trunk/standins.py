@@ -1,10 +1,11 @@
 """Objects that take the place of a part of a model while the rest of it runs its own code.
 
-    Held      a trunk that returns hidden states it was given: what follows is the model's own head
-    Box       a layer that computes nothing: its input, or given states, go through
-    Fed       a layer that computes from given states, whatever it is called with
-    Entry     a layer that notes what it is called with
-    Fetched   a layer's cache that notes the keys and values of attention, or hands given ones out
+    FixedTrunk       a trunk that returns the hidden states it was made with: only the model's own head runs
+    PassThrough      a layer that computes nothing: it returns its input, or the hidden states it was made with
+    FixedInput       a layer that computes from the hidden states it was made with, whatever it is called with
+    CallRecorder     a layer that records what it is called with
+    RecordingCache   a layer's cache that records the keys and values which attention gives it
+    FixedCache       a layer's cache that returns the keys and values it was made with
 
 What stand-ins leave unused (embedding lookups, for one) is never evaluated, since MLX is lazy.
 """
@@ -31,7 +32,7 @@ class _Lending:
         return getattr(self._original, name)
 
 
-class Held(_Lending):
+class FixedTrunk(_Lending):
     """Stands in for a trunk: returns `hidden`."""
 
     def __init__(self, trunk: nn.Module, hidden: mx.array):
@@ -42,7 +43,7 @@ class Held(_Lending):
         return self._hidden
 
 
-class Box(_Lending):
+class PassThrough(_Lending):
     """Stands in for a layer: computes nothing, returns `hidden` or else its input, which is noted as `entered`."""
 
     def __init__(self, layer: nn.Module, hidden: mx.array | None = None):
@@ -56,7 +57,7 @@ class Box(_Lending):
         return x if self._hidden is None else self._hidden.astype(self._hidden.dtype)
 
 
-class Fed(_Lending):
+class FixedInput(_Lending):
     """Stands in for a layer: the layer itself, but what enters it is `hidden`, whatever it is called with."""
 
     def __init__(self, layer: nn.Module, hidden: mx.array):
@@ -67,7 +68,7 @@ class Fed(_Lending):
         return self._original(self._hidden, *arguments, **named)
 
 
-class Entry(_Lending):
+class CallRecorder(_Lending):
     """Stands in for a layer whose parameters are called `names`: notes what it is called with, computes nothing."""
 
     def __init__(self, layer: nn.Module, names: list[str]):
@@ -82,7 +83,7 @@ class Entry(_Lending):
         return mx.stop_gradient(self.call[self._names[0]])  # another object: some trunks change theirs in place
 
 
-class Fetched:
+class RecordingCache:
     """Stands in for a layer's cache: notes the keys and values that attention gives it, and hands them back."""
 
     def __init__(self, cache: Any = None):
@@ -94,7 +95,7 @@ class Fetched:
         return keys, values
 
 
-class Given:
+class FixedCache:
     """A cache whose keys and values are there already; `offset` (B,) is where each line's columns begin."""
 
     def __init__(self, held: tuple[mx.array, mx.array], offset: mx.array):

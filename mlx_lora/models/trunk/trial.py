@@ -17,9 +17,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.models.trunk.arrays import arrays_kept
-from mlx_lora.models.trunk.carried import flattened
 from mlx_lora.models.trunk.dropout import Dropout
-from mlx_lora.models.trunk.last import names_of
+from mlx_lora.models.trunk.flatten import flattened
+from mlx_lora.models.trunk.last_layer import names_of
 from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
 
 if TYPE_CHECKING:
@@ -88,12 +88,12 @@ class Trial:
         return len(now) == len(self.arrays) and all(a is b for a, b in zip(now, self.arrays, strict=True))
 
 
-def tried(trunk: Trunk) -> Trial:
+def trial_run(trunk: Trunk) -> Trial:
     """The trial of this trunk, run now unless `take_apart` has just done so."""
     if trunk.trial is None or not trunk.trial.fresh(trunk.model):
         calls: dict[int, Call] = {}
         tokens = trial_tokens()
-        with noting(layers_of(trunk.model), calls):
+        with recording(layers_of(trunk.model), calls):
             hidden = trunk.run(tokens)
         trunk.trial = trial_of(trunk, tokens, hidden, calls)
     return trunk.trial
@@ -122,20 +122,20 @@ def _arrays(model: nn.Module) -> list[mx.array]:
 
 
 @contextmanager
-def noting(layers: Sequence[nn.Module], calls: dict[int, Call]) -> Iterator[None]:
+def recording(layers: Sequence[nn.Module], calls: dict[int, Call]) -> Iterator[None]:
     """While the block runs, note how each of these modules is called first, by the module's id."""
     classes = [type(layer) for layer in layers]
 
-    def noting_class(original: type[nn.Module]) -> type[nn.Module]:
+    def recording_class(original: type[nn.Module]) -> type[nn.Module]:
         def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
             kept = _copied(arguments), _copied(named)
             output = original.__call__(self, *arguments, **named)
             calls.setdefault(id(self), Call(self, *kept, _copied(output)))
             return output
 
-        return type(f"Noting{original.__name__}", (original,), {"__call__": call})
+        return type(f"Recording{original.__name__}", (original,), {"__call__": call})
 
-    made = {cls: noting_class(cls) for cls in set(classes) if any("__call__" in vars(base) for base in cls.__mro__)}
+    made = {cls: recording_class(cls) for cls in set(classes) if any("__call__" in vars(base) for base in cls.__mro__)}
     try:
         for layer, cls in zip(layers, classes, strict=True):
             layer.__class__ = made.get(cls, cls)  # type: ignore[assignment]

@@ -2,7 +2,7 @@
 
     run(tokens)                         the trunk's own hidden states, after the final norm
     run(states, start=n)                the same, from what enters layer n: layers below it are frozen and ran before
-    run(tokens, columns=places)         the last layer for some positions alone (`last.py`)
+    run(tokens, columns=places)         the last layer for some positions alone (`last_layer.py`)
     run(tokens, segments=ids)           several training rows in one line, none of which sees another (`segments.py`)
     head(hidden)                        logits
 
@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.models.trunk import last
+from mlx_lora.models.trunk import last_layer
 from mlx_lora.models.trunk.arrays import arrays_kept
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.segments import caches, row_caches
-from mlx_lora.models.trunk.standins import Box, Held, trunk_with
+from mlx_lora.models.trunk.standins import FixedTrunk, PassThrough, trunk_with
 
 if TYPE_CHECKING:
     from mlx_lora.models.trunk.trial import Trial
@@ -42,7 +42,7 @@ class Trunk:
     name: str | None = None
     language: str | None = None
     vocabulary: int = 0
-    hands_keys_on: bool = False  # in its cache: it is another model without one
+    shares_keys: bool = False  # in its cache: it is another model without one
     finite: bool = True  # its logits, on the few tokens that `take_apart` ran
     trial: Trial | None = field(default=None, repr=False, compare=False)  # for `verify`, once
 
@@ -77,26 +77,26 @@ class Trunk:
             if not self.apart:
                 return self.model(x) if cache is None else self.model(x, cache=cache)
             if columns is not None:
-                return last.columns_of(self, x, columns, start, cache)
+                return last_layer.columns_of(self, x, columns, start, cache)
             return self.above(x, start, cache) if start else self.module(x, cache=cache)
 
     def _caches(self, segments: mx.array | None) -> list[Any] | None:
         if segments is not None:
-            return caches(self.model, segments, carried=self.hands_keys_on)
-        return row_caches(self.model) if self.hands_keys_on else None
+            return caches(self.model, segments, shares_keys=self.shares_keys)
+        return row_caches(self.model) if self.shares_keys else None
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits (N, V) of hidden states (N, d), through the model's own ending."""
         if not self.apart:
             return hidden
         shell = copy.copy(self.whole)
-        setattr(shell, str(self.name), Held(self.module, hidden[None]))
+        setattr(shell, str(self.name), FixedTrunk(self.module, hidden[None]))
         return shell(mx.zeros((1, 1), dtype=mx.int32))[0]
 
     def entering(self, tokens: mx.array, layer: int, *, segments: mx.array | None = None) -> mx.array:
         """Hidden states entering `layer`, (B, T, d), without gradients."""
         layers = layers_of(self.model)
-        boxes = [Box(above) for above in layers[layer:]]
+        boxes = [PassThrough(above) for above in layers[layer:]]
         with arrays_kept(self.model):
             trunk_with(self.module, self.model, [*layers[:layer], *boxes])(tokens, cache=self._caches(segments))
         return boxes[0].entered
@@ -108,6 +108,6 @@ class Trunk:
         """
         layers = layers_of(self.model)
         rest = layers[start:] if final is None else [*layers[start:-1], final]
-        boxes = [Box(layer, hidden) for layer in layers[:start]]
+        boxes = [PassThrough(layer, hidden) for layer in layers[:start]]
         tokens = mx.zeros(hidden.shape[:2], mx.int32)
         return trunk_with(self.module, self.model, [*boxes, *rest])(tokens, cache=cache)  # type: ignore[no-any-return]

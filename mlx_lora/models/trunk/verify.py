@@ -20,7 +20,7 @@ from mlx_lora.errors import ModelError
 from mlx_lora.models.architectures import OWN_LOOPS, TRUNKS
 from mlx_lora.models.finite import all_finite
 from mlx_lora.models.trunk import lean as lean_module
-from mlx_lora.models.trunk.last import columns_of, columns_of_layer
+from mlx_lora.models.trunk.last_layer import columns_of, columns_of_layer
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.models.trunk.recompute import recomputed
@@ -33,12 +33,12 @@ from mlx_lora.models.trunk.trial import (
     Trial,
     borrows,
     kinds,
-    noting,
     outcome,
+    recording,
     training,
     trial_of,
+    trial_run,
     trial_tokens,
-    tried,
 )
 from mlx_lora.models.trunk.trunk import Trunk
 
@@ -67,14 +67,14 @@ def take_apart(model: nn.Module) -> Trunk:
     tokens, calls = trial_tokens(), dict[int, Call]()
     with training(model):
         candidates = list(_candidates(model))
-        with noting([*getattr(model, "layers", []), *(candidate.module for candidate in candidates)], calls):
+        with recording([*getattr(model, "layers", []), *(candidate.module for candidate in candidates)], calls):
             whole = model(tokens)
         served = _served(model, tokens)
-        hands_keys_on = served is not None and not agree("head", [(whole, served)])
-        if served is not None and hands_keys_on:
+        shares_keys = served is not None and not agree("head", [(whole, served)])
+        if served is not None and shares_keys:
             whole = served
         for trunk in candidates:
-            trunk.hands_keys_on = hands_keys_on
+            trunk.shares_keys = shares_keys
             trunk.vocabulary = whole.shape[-1]
             try:
                 hidden = _states(trunk, tokens, calls)
@@ -83,13 +83,13 @@ def take_apart(model: nn.Module) -> Trunk:
                 continue
             expected = whole[0][mx.array(ROWS)]
             if logits.shape == expected.shape and agree("head", [(logits, expected)]):
-                if trunk.hands_keys_on or not getattr(model, "layers", None):
+                if trunk.shares_keys or not getattr(model, "layers", None):
                     return trunk
                 trunk.trial = trial_of(trunk, tokens, hidden, calls)
                 return trunk
     # NaN agrees with nothing, so a model whose logits aren't finite always ends here
     finite = all_finite(whole[0][mx.array(ROWS)])
-    return Trunk(model, vocabulary=whole.shape[-1], hands_keys_on=hands_keys_on, finite=finite)
+    return Trunk(model, vocabulary=whole.shape[-1], shares_keys=shares_keys, finite=finite)
 
 
 def _served(model: nn.Module, tokens: mx.array) -> mx.array | None:
@@ -104,7 +104,7 @@ def _states(trunk: Trunk, tokens: mx.array, calls: dict[int, Call]) -> mx.array:
     """The trunk's hidden states: those noted, where the model called it with nothing but the tokens."""
     call = calls.get(id(trunk.module))
     if (
-        not trunk.hands_keys_on
+        not trunk.shares_keys
         and call is not None
         and all(value is None for value in [*call.arguments[1:], *call.named.values()])
     ):
@@ -127,7 +127,7 @@ def verify(trunk: Trunk, *, recompute: bool, columns: bool) -> Verified:
     """
     verified, name = Verified(recompute=recompute, columns=columns and trunk.apart), _name(trunk.model)
     with training(trunk.model):
-        trial, trunk.trial = tried(trunk), None
+        trial, trunk.trial = trial_run(trunk), None
         compared = _differentiable(trial, name)
         verified.without = _without(compared)
         if verified.without:

@@ -21,7 +21,7 @@ from mlx_lora.adapters.base import EXPERTS, layer_shape
 from mlx_lora.adapters.targets import adaptable
 from mlx_lora.config import Train
 from mlx_lora.models.architectures import ATTENTION, mixes_tokens
-from mlx_lora.models.handed import Handed, Scan, handed
+from mlx_lora.models.layer_calls import LayerCalls, Scan, layer_calls
 from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
 from mlx_lora.models.trunk.lean import lean
 from mlx_lora.quant.quantize import model_bytes
@@ -123,7 +123,7 @@ def costs(model: nn.Module, settings: Train, *, dtype: mx.Dtype, gpu: bool) -> C
     layers, lowest = layers_of(model), lowest_trainable(model)
     first = lowest if isinstance(lowest, int) else 0
     vocabulary, hidden = _embedding(model, layers)
-    found = tuple(_layer(layer, hidden, notes) for layer, notes in zip(layers, handed(model), strict=True))
+    found = tuple(_layer(layer, hidden, notes) for layer, notes in zip(layers, layer_calls(model), strict=True))
     work = [sum(_products(layer).values()) for layer in layers]
     return Costs(
         weights=model_bytes(model) - adapter,
@@ -149,7 +149,7 @@ def _embedding(model: nn.Module, layers: list[nn.Module]) -> tuple[int, int]:
     return rows, columns
 
 
-def _layer(layer: nn.Module, hidden: int, notes: Handed) -> Layer:
+def _layer(layer: nn.Module, hidden: int, notes: LayerCalls) -> Layer:
     linears, wrappers, lean_parts = adaptable(layer), attached(layer), _lean(layer)
     modules, runs = dict(layer.named_modules()), bool(notes.scans or notes.looped)
     blocks = defaultdict(list)
@@ -189,7 +189,7 @@ def _layer(layer: nn.Module, hidden: int, notes: Handed) -> Layer:
     )
 
 
-def _mixed(notes: Handed) -> int:
+def _mixed(notes: LayerCalls) -> int:
     """What mixers keep beside the outputs of their projections.
 
     Of a short convolution its output and two parts of the activation behind it; of a recurrence its inputs and output,

@@ -8,5 +8,5 @@ from typing import Any
 def run() -> dict[str, Any]:
     from mlx_lora.machine import facts
 
-    facts = facts.describe()
+    facts = facts.collect()
     return {key: facts[key] for key in ("device", "openblas", "compiled_kernels")}

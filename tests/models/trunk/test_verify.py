@@ -17,7 +17,7 @@ from mlx_lora.errors import ModelError, TrainingError
 from mlx_lora.models import recurrence
 from mlx_lora.models.trunk import attention, lean, trial, verify
 from mlx_lora.models.trunk.arrays import arrays_kept
-from mlx_lora.models.trunk.carried import flattened, objects_in
+from mlx_lora.models.trunk.flatten import flattened, objects_in
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.trial import kinds
 from mlx_lora.models.trunk.trunk import Trunk
@@ -84,12 +84,12 @@ def test_one_layer_of_each_kind_is_compared(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(zoo.COMMON, "num_hidden_layers", 30)
     model = zoo.network("llama")
     attach(model, Adapter(rank=2, layers=10))
-    calls = trial.tried(take_apart(model)).calls
+    calls = trial.trial_run(take_apart(model)).calls
     assert len(calls) == 30 and len(kinds(calls)) == 2, "with an adapter, and without"
     assert [call.frozen for call in calls] == [True] * 20 + [False] * 10
     hybrid = build("qwen3_5", mixed.CONFIGS["qwen3_5"])
     attach(hybrid, Adapter(rank=2))
-    assert len(kinds(trial.tried(take_apart(hybrid)).calls)) == 2
+    assert len(kinds(trial.trial_run(take_apart(hybrid)).calls)) == 2
 
 
 def test_frozen_layers_do_not_stand_for_those_above_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,9 +136,9 @@ def test_a_trial_of_another_adapter_is_run_again() -> None:
     model = zoo.network("llama")
     trunk = take_apart(model)
     before = trunk.trial
-    assert before is not None and trial.tried(trunk) is before
+    assert before is not None and trial.trial_run(trunk) is before
     attach(model, Adapter(rank=2))
-    assert trial.tried(trunk) is not before
+    assert trial.trial_run(trunk) is not before
 
 
 def test_verifying_leaves_model_mode_and_arrays_alone() -> None:
@@ -154,7 +154,7 @@ def test_verifying_leaves_model_mode_and_arrays_alone() -> None:
 def test_a_model_that_shares_keys_through_its_cache_is_trained_as_it_is_served() -> None:
     model = build("gemma3n", mixed.CONFIGS["gemma3n"])
     trunk, tokens = take_apart(model), mx.array([[5, 9, 70, 2, 33]])
-    assert trunk.hands_keys_on and not take_apart(zoo.network("gemma3")).hands_keys_on
+    assert trunk.shares_keys and not take_apart(zoo.network("gemma3")).shares_keys
     served = model(tokens, cache=model.make_cache())
     np.testing.assert_allclose(trunk.head(trunk.run(tokens)[0]), served[0], rtol=1e-4, atol=1e-4)
     assert not np.allclose(model(tokens), served, atol=0.1)

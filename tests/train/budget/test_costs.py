@@ -10,7 +10,7 @@ import pytest
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Recipe, Train
 from mlx_lora.machine import device
-from mlx_lora.models.handed import handed
+from mlx_lora.models.layer_calls import layer_calls
 from mlx_lora.models.recurrence import chunks
 from mlx_lora.models.shapes import network
 from mlx_lora.tasks.plan import Machine, plan_shape
@@ -162,7 +162,7 @@ def test_noting_leaves_a_model_as_it_was(name: str) -> None:
     model = network(TINY[name], gpu=False)
     before = [(module, type(module), dict(module)) for module in model.modules()]
     active, random = mx.get_active_memory(), [key.tolist() for key in mx.random.state]
-    notes = handed(model)
+    notes = layer_calls(model)
     assert len(notes) == len(model.layers) and any(note.attends for note in notes)
     assert mx.get_active_memory() - active < 1 << 16, "weights were drawn"
     assert [key.tolist() for key in mx.random.state] == random

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora import files
 from mlx_lora.errors import ModelError
-from mlx_lora.models import carry
+from mlx_lora.models import multimodal
 from mlx_lora.models.architectures import BESIDE_TEXT, BESIDE_TEXT_RENAMED
 from mlx_lora.models.layers import dequantize_model
 from mlx_lora.models.load import load, load_stored
@@ -124,14 +124,14 @@ def test_mlx_lm_drops_it_from_the_source_and_from_what_is_written(
     source, written = write(tmp_path / "source", architecture, prefix), tmp_path / "written"
     saved = save(load_stored(source), written)
     renamed = BESIDE_TEXT_RENAMED.get(architecture, {}).get(prefix, prefix)
-    assert list(saved.beside.tensors) == [f"{renamed}0.weight"]
-    assert mx.load(str(written / carry.VISION_FILE))[f"{renamed}0.weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert list(saved.extras.tensors) == [f"{renamed}0.weight"]
+    assert mx.load(str(written / multimodal.VISION_FILE))[f"{renamed}0.weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
     before, after = (np.array(load(path).model(TOKENS)) for path in (source, written))
     np.testing.assert_array_equal(before, after)
     configs = [json.loads((path / "config.json").read_text()) for path in (source, written)]
     assert configs[0] == configs[1], "settings that mlx_lm makes up would be believed by other readers"
     again = save(load_stored(written), tmp_path / "again")
-    assert list(again.beside.tensors) == [f"{renamed}0.weight"]
+    assert list(again.extras.tensors) == [f"{renamed}0.weight"]
 
 
 def test_packed_vision_keeps_its_format_whatever_the_text_is_packed_in(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_packed_embedding_is_written_as_a_head_too_and_read_once(tmp_path: Pat
     loaded = load_stored(write_gemma3(tmp_path / "source"))
     loaded.config["quantization"] = quantize(loaded.model, {"mode": "affine", "bits": 4, "group_size": 32}).config
     save(loaded, tmp_path / "packed")
-    heads = mx.load(str(tmp_path / "packed" / carry.HEAD_FILE))
+    heads = mx.load(str(tmp_path / "packed" / multimodal.HEAD_FILE))
     assert set(heads) == {f"language_model.lm_head.{part}" for part in ("weight", "scales", "biases")}
     again = load_stored(tmp_path / "packed")
     assert "lm_head" not in again.model.language_model
@@ -177,7 +177,7 @@ def test_a_packed_embedding_is_written_as_a_head_too_and_read_once(tmp_path: Pat
 
 def test_a_file_of_that_name_from_elsewhere_counts(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model")
-    (path / "model.safetensors").rename(path / carry.VISION_FILE)
+    (path / "model.safetensors").rename(path / multimodal.VISION_FILE)
     assert fingerprint.of_directory(path) == fingerprint.of_model(load_stored(path).model)
 
 
@@ -186,7 +186,7 @@ def test_vision_that_is_not_known_is_noted(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level("INFO", "mlx_lora"):
         saved = save(load_stored(path), tmp_path / "out")
     assert caplog.messages == [f"{path}: its vision part is not known here, what is written is the text model alone"]
-    assert saved.beside.as_dict() == {"vision": 0, "files": [], "stale": []}
+    assert saved.extras.as_dict() == {"vision": 0, "files": [], "stale": []}
     assert "vision_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
@@ -196,7 +196,7 @@ def test_nothing_is_held_in_memory_whole(tmp_path: Path, monkeypatch: pytest.Mon
     save(load_stored(source), tmp_path / "out")
     chunks = [
         len(chunk)
-        for tensor in files.tensors(tmp_path / "out" / carry.VISION_FILE, ModelError)
+        for tensor in files.tensors(tmp_path / "out" / multimodal.VISION_FILE, ModelError)
         for chunk in files.tensor_bytes(tensor, ModelError)
     ]
     assert max(chunks) == 100

@@ -54,7 +54,7 @@ class Scan:
 
 
 @dataclass
-class Handed:
+class LayerCalls:
     """Of one layer.
 
     `attends`: it calls mlx-lm's attention. `scans` are its recurrences. `masked` are its attentions with a mask of
@@ -73,10 +73,10 @@ class _Done(Exception):
     """Everything is noted."""
 
 
-def handed(model: nn.Module) -> list[Handed]:
+def layer_calls(model: nn.Module) -> list[LayerCalls]:
     """For each layer of `model`; empty ones for a model that can't be called without evaluating something."""
     layers = layers_of(model)
-    found = {id(layer): Handed(convolved=_convolved(layer)) for layer in layers}
+    found = {id(layer): LayerCalls(convolved=_convolved(layer)) for layer in layers}
 
     def run(tokens: mx.array) -> mx.array:
         caches = make_prompt_cache(model)
@@ -95,9 +95,9 @@ def _convolved(layer: nn.Module) -> int:
 
 
 @contextmanager
-def _noting(layers: list[nn.Module], found: dict[int, Handed]) -> Iterator[None]:
+def _noting(layers: list[nn.Module], found: dict[int, LayerCalls]) -> Iterator[None]:
     """While the block runs, layers and what is in them note what they are called with."""
-    open_layers: list[Handed] = []
+    open_layers: list[LayerCalls] = []
     modules = {id(module): module for layer in layers for module in layer.modules()}
     originals = {key: type(module) for key, module in modules.items()}
     try:
@@ -110,7 +110,7 @@ def _noting(layers: list[nn.Module], found: dict[int, Handed]) -> Iterator[None]
             modules[key].__class__ = original
 
 
-def _entered(original: type[nn.Module], open_layers: list[Handed], notes: Handed) -> type[nn.Module]:
+def _entered(original: type[nn.Module], open_layers: list[LayerCalls], notes: LayerCalls) -> type[nn.Module]:
     """A layer that says that it runs, and notes what it has left in its cache."""
 
     def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
@@ -139,7 +139,7 @@ def _looped(cache: Any, layer: nn.Module) -> int:
     return sum(state.size for state in states if isinstance(state, mx.array) and state.shape not in windows)
 
 
-def _noting_class(original: type[nn.Module], open_layers: list[Handed]) -> type[nn.Module]:
+def _noting_class(original: type[nn.Module], open_layers: list[LayerCalls]) -> type[nn.Module]:
     """A subclass whose methods call functions that note, in place of those of `trunk.lean.FUNCTIONS`."""
     attributes: dict[str, Any] = {}
     for base in reversed(original.__mro__):
@@ -152,7 +152,7 @@ def _noting_class(original: type[nn.Module], open_layers: list[Handed]) -> type[
     return type(original.__name__, (original,), methods) if methods else original
 
 
-def _others(method: types.FunctionType, open_layers: list[Handed]) -> dict[str, Callable[..., Any]]:
+def _others(method: types.FunctionType, open_layers: list[LayerCalls]) -> dict[str, Callable[..., Any]]:
     """The noting functions for those that a method calls by name."""
     return {
         name: _noting_attention(ours, open_layers) if part == "attention" else _noting_scan(ours, open_layers)
@@ -161,7 +161,7 @@ def _others(method: types.FunctionType, open_layers: list[Handed]) -> dict[str, 
     }
 
 
-def _noting_attention(attend: Callable[..., mx.array], open_layers: list[Handed]) -> Callable[..., mx.array]:
+def _noting_attention(attend: Callable[..., mx.array], open_layers: list[LayerCalls]) -> Callable[..., mx.array]:
     def call(*given: Any, **named: Any) -> mx.array:
         bound = inspect.signature(attend).bind(*given, **named).arguments
         mask = bound.get("mask")
@@ -175,7 +175,7 @@ def _noting_attention(attend: Callable[..., mx.array], open_layers: list[Handed]
     return call
 
 
-def _noting_scan(update: Any, open_layers: list[Handed]) -> Callable[..., Any]:
+def _noting_scan(update: Any, open_layers: list[LayerCalls]) -> Callable[..., Any]:
     """One of our recurrences, which notes what it hands to `scan` and to `chunks.span_length`."""
     held: list[int] = []
 

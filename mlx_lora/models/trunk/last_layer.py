@@ -21,7 +21,7 @@ import mlx.nn as nn
 
 from mlx_lora.errors import ModelError
 from mlx_lora.models.trunk.layers import layers_of
-from mlx_lora.models.trunk.standins import Entry, Fetched, Given, trunk_with
+from mlx_lora.models.trunk.standins import CallRecorder, FixedCache, RecordingCache, trunk_with
 
 if TYPE_CHECKING:
     from mlx_lora.models.trunk.trunk import Trunk
@@ -34,7 +34,7 @@ def columns_of(trunk: Trunk, x: mx.array, columns: mx.array, start: int = 0, cac
     takes no mask and no cache, or keeps something else than keys and values.
     """
     layers = layers_of(trunk.model)
-    entry = Entry(layers[-1], names_of(layers[-1]))
+    entry = CallRecorder(layers[-1], names_of(layers[-1]))
     if start:
         trunk.above(x, start, cache, final=entry)
     else:
@@ -46,7 +46,7 @@ def columns_of_layer(layer: nn.Module, call: dict[str, Any], columns: mx.array) 
     """What a layer makes of `columns` (B, M) of each line, (B, M, d), where it is called with `call`, by name."""
     x = call[names_of(layer)[0]]
     lines, length = x.shape[:2]
-    noted = Fetched(call.get("cache"))
+    noted = RecordingCache(call.get("cache"))
     layer(**{**call, "cache": noted})
     if len(noted.noted) != 1:
         raise ModelError("the last layer keeps something else than keys and values")
@@ -57,7 +57,7 @@ def columns_of_layer(layer: nn.Module, call: dict[str, Any], columns: mx.array) 
         if isinstance(value, mx.array) and value.ndim == 3 and value.shape[:2] == (lines, length)
     }
     of_columns["mask"] = rows_of_mask(call.get("mask"), columns, length)
-    return layer(**{**call, **of_columns, "cache": Given(noted.noted[0], noted.offset + columns[:, 0])})
+    return layer(**{**call, **of_columns, "cache": FixedCache(noted.noted[0], noted.offset + columns[:, 0])})
 
 
 def names_of(layer: nn.Module) -> list[str]:

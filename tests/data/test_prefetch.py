@@ -10,7 +10,7 @@ from itertools import count, islice
 import numpy as np
 import pytest
 
-from mlx_lora.data.ahead import DEPTH, ahead
+from mlx_lora.data.prefetch import DEPTH, prefetch
 
 
 def threads() -> list[threading.Thread]:
@@ -28,13 +28,13 @@ def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 @pytest.mark.parametrize("depth", [1, 2, 7])
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 50])
 def test_the_same_items_come_in_the_same_order(length: int, depth: int) -> None:
-    assert list(ahead(iter(range(length)), depth)) == list(range(length))
+    assert list(prefetch(iter(range(length)), depth)) == list(range(length))
     assert not threads()
 
 
 def test_items_that_are_none_false_or_arrays_are_items_like_others() -> None:
     items = [None, False, 0, (), np.zeros(3), np.zeros(0)]
-    assert all(one is other for one, other in zip(ahead(items), items, strict=True))
+    assert all(one is other for one, other in zip(prefetch(items), items, strict=True))
 
 
 @pytest.mark.parametrize("depth", [1, DEPTH, 5])
@@ -46,7 +46,7 @@ def test_items_are_made_early_but_never_more_than_one_beyond_the_depth(depth: in
             made.append(number)
             yield number
 
-    source = ahead(items(), depth)
+    source = prefetch(items(), depth)
     assert not made and not threads(), "nothing runs before it is asked for"
     for taken, _ in enumerate(source, start=1):
         most = min(taken + depth + 1, 40)
@@ -58,7 +58,7 @@ def test_items_are_made_early_but_never_more_than_one_beyond_the_depth(depth: in
 
 
 def test_items_are_made_in_one_other_thread() -> None:
-    makers = set(ahead(threading.get_ident() for _ in range(20)))
+    makers = set(prefetch(threading.get_ident() for _ in range(20)))
     assert len(makers) == 1 and threading.get_ident() not in makers
 
 
@@ -77,14 +77,14 @@ def test_an_error_comes_where_the_item_would_have_and_with_its_own_traceback(
 
     got: list[int] = []
     with pytest.raises(error, match="row 7 is broken") as caught:
-        got.extend(ahead(breaking()))  # extend keeps what came before the error
+        got.extend(prefetch(breaking()))  # extend keeps what came before the error
     assert got == list(range(before))
     assert "breaking" in [entry.name for entry in caught.traceback]
     assert not threads()
 
 
 def test_closing_early_stops_the_thread_even_where_nothing_ends() -> None:
-    source = ahead(count())
+    source = prefetch(count())
     assert list(islice(source, 5)) == [0, 1, 2, 3, 4]
     assert len(threads()) == 1
     source.close()
@@ -94,7 +94,7 @@ def test_closing_early_stops_the_thread_even_where_nothing_ends() -> None:
 
 
 def test_an_error_of_the_consumer_stops_the_thread() -> None:
-    source = ahead(count())
+    source = prefetch(count())
     with pytest.raises(ZeroDivisionError):
         try:
             for number in source:
@@ -105,14 +105,14 @@ def test_an_error_of_the_consumer_stops_the_thread() -> None:
 
 
 def test_a_source_that_is_dropped_stops_its_thread() -> None:
-    source = ahead(count())
+    source = prefetch(count())
     next(source)
     del source
     assert until(lambda: not threads())
 
 
 def test_two_sources_run_side_by_side() -> None:
-    assert list(zip(ahead(range(30)), ahead(range(30, 60)), strict=True)) == list(
+    assert list(zip(prefetch(range(30)), prefetch(range(30, 60)), strict=True)) == list(
         zip(range(30), range(30, 60), strict=True)
     )
     assert not threads()

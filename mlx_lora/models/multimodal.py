@@ -33,7 +33,7 @@ _MARK = {"format": "mlx", "written_by": "mlx-lora"}
 
 
 @dataclass(frozen=True)
-class Beside:
+class Extras:
     """Tensors and files that go along with a text model, tensors by the names they are written under."""
 
     tensors: dict[str, Tensor]
@@ -52,7 +52,7 @@ class Beside:
         return {"vision": len(self.tensors), "files": names, "stale": self.stale}
 
 
-def beside(path: Path, weights: list[Path], model: nn.Module) -> Beside:
+def extras(path: Path, weights: list[Path], model: nn.Module) -> Extras:
     """What the directory at `path` holds beside `model`, which was made of its weight files. Reads headers only."""
     own = dict(named_arrays(model))
     architecture = _architecture(model)
@@ -61,7 +61,7 @@ def beside(path: Path, weights: list[Path], model: nn.Module) -> Beside:
     carried = {_renamed(tensor.name, architecture): tensor for tensor in found if tensor.name.startswith(prefixes)}
     stale = {prefix for tensor in found for prefix in STALE_HEADS if tensor.name.startswith(prefix)}
     head = _head_apart(model, architecture, own) if carried else {}
-    return Beside(carried, sorted(path.glob(PROCESSOR_FILES)), sorted(stale), head)
+    return Extras(carried, sorted(path.glob(PROCESSOR_FILES)), sorted(stale), head)
 
 
 def _head_apart(model: nn.Module, architecture: str, own: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -91,7 +91,7 @@ def _renamed(name: str, architecture: str) -> str:
     return name
 
 
-def write(carried: Beside, folder: Path) -> None:
+def write(carried: Extras, folder: Path) -> None:
     """Copy everything into `folder`, where the text model and its index have been written."""
     for file in carried.processors:
         shutil.copyfile(file, folder / file.name)
@@ -136,7 +136,7 @@ def _is_ours(file: Path) -> bool:
     return files.metadata(file, ModelError) == _MARK
 
 
-def quantization(carried: Beside, source: dict[str, Any], written: dict[str, Any] | None, model: nn.Module) -> Any:
+def quantization(carried: Extras, source: dict[str, Any], written: dict[str, Any] | None, model: nn.Module) -> Any:
     """config.json's `quantization` for what is written: `written` describes the text model, or is None for a plain one.
 
     A source from mlx_vlm may have packed vision layers, in the format that its own config.json (`source`) names. They

@@ -15,7 +15,7 @@ DEPTH = 2
 _END = object()
 
 
-def ahead(items: Iterable[T], depth: int = DEPTH) -> Generator[T, None, None]:
+def prefetch(items: Iterable[T], depth: int = DEPTH) -> Generator[T, None, None]:
     """The same items in the same order, at most `depth` made in advance. What raises there raises here."""
     made: queue.Queue[Any] = queue.Queue(depth)
     closed = threading.Event()

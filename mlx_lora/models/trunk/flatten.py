@@ -36,7 +36,7 @@ def _opened(value: Any, arrays: list[mx.array]) -> Callable[[list[mx.array]], An
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         items, kind = [_opened(part, arrays) for part in value], type(value)
         return lambda others: kind(item(others) for item in items)
-    if (attributes := carried_by(value)) is not None:
+    if (attributes := array_attributes(value)) is not None:
         around = _opened(attributes, arrays)
 
         def again(others: list[mx.array]) -> Any:
@@ -50,20 +50,20 @@ def _opened(value: Any, arrays: list[mx.array]) -> Callable[[list[mx.array]], An
 
 def objects_in(tree: Any) -> list[Any]:
     """The objects of `tree` that arrays are carried in, in order."""
-    if carried_by(tree) is not None:
+    if array_attributes(tree) is not None:
         return [tree]
     parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
     return [found for part in parts for found in objects_in(part)]
 
 
-def carried_by(value: Any) -> dict[str, Any] | None:
+def array_attributes(value: Any) -> dict[str, Any] | None:
     """The attributes in which an object carries arrays from layer to layer, or None where it carries none.
 
-    Objects and caches of mlx-lm's models may do so in any attribute; caches of ours name those that do in CARRIED.
+    Objects and caches of mlx-lm may do so in any attribute; caches of ours name those that do in SHARED_ARRAYS.
     """
     if isinstance(value, mx.array | nn.Module):
         return None
-    if names := getattr(value, "CARRIED", ()):
+    if names := getattr(value, "SHARED_ARRAYS", ()):
         return {name: getattr(value, name) for name in names}
     of_a_model = type(value).__module__.startswith("mlx_lm.models.")
     return dict(vars(value)) if of_a_model and hasattr(value, "__dict__") else None
