@@ -15,6 +15,9 @@ from mlx_lora.config_adapter import Adapter, Glora
 from mlx_lora.config_base import Integer, Number, Section, as_switch, known_name
 from mlx_lora.methods import MODES
 
+# data.template by name; the last five are for bases without a template.
+TEMPLATES = ("auto", "chat", "none", "chatml", "llama3", "gemma", "mistral", "alpaca")
+
 __all__ = ["Adapter", "Data", "Glora", "Quantize", "Recipe", "Section", "Train"]
 
 
@@ -59,8 +62,17 @@ class Data(Section):
     format: Literal["auto", "text", "completions", "messages", "alpaca", "sharegpt"] = Field(
         default="auto", description="Shape of the rows; auto goes by their keys."
     )
-    template: Literal["auto", "chat", "none"] = Field(
-        default="auto", description="Chat template of the model, or none."
+    template: str = Field(
+        default="auto",
+        examples=[*TEMPLATES, "FILE.jinja"],
+        description="Chat template: auto and chat are the model's own, none is none, others are for bases without.",
+    )
+    thinking: Annotated[Literal["auto", "on", "off"], BeforeValidator(as_switch)] = Field(
+        default="auto", description="Ask models that think to think; auto where the row has reasoning."
+    )
+    template_args: dict[str, Any] = Field(default={}, description="Arguments for the chat template.")
+    drop: list[Literal["reasoning_content", "name", "tool_calls", "tools"]] = Field(
+        default=[], description="Parts of a conversation to leave out, where the template doesn't show them."
     )
     mask: Literal["auto", "all", "completion", "assistant", "last"] = Field(
         default="auto", description="Which tokens carry loss; auto goes by the format."
@@ -73,6 +85,11 @@ class Data(Section):
         default=0.1, ge=0, lt=1, description="Share of the rows set aside when there is no valid file."
     )
     packing: bool = Field(default=False, description="Put several short rows in one, kept apart.")
+
+    @field_validator("template")
+    @classmethod
+    def _template(cls, value: str) -> str:
+        return value if value.endswith(".jinja") else known_name(value, TEMPLATES)
 
 
 class Train(Section):

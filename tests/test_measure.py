@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 from mlx_lora.measure import Agreement, as_dict, compare, predictions, rows_of_tokens, survival
 
 VOCABULARY = 11

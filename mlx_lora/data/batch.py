@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 
 # Padded sizes grow by a sixteenth of their power of two, at least 8: few shapes are compiled, little is padded.
 PARTS, LEAST = 16, 8

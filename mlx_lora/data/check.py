@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config import Data
-from mlx_lora.data.encode import Encoded, Encoder
+from mlx_lora.data.encode import Encoder
 from mlx_lora.data.example import Example
+from mlx_lora.data.fit import EncodedFile, encode_file
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.read import Source, find_splits, read
 from mlx_lora.errors import Problem
@@ -58,7 +59,7 @@ def check(path: str | Path, settings: Data, tokenizer: Any = None, *, progress: 
         else:
             report.leaked_rows += sum(key in trained_on for key in keys)
         if tokenizer is not None:
-            encoded = Encoder(tokenizer, settings).encode(source, progress(f"reading {file.name}", len(keys)))
+            encoded = encode_file(file, Encoder(tokenizer, settings), progress(f"reading {file.name}", len(keys)))
             _count(report, encoded)
     report.format = " and ".join(dict.fromkeys(formats)) or None
     report.empty_rows = sum(problem.line > 0 and _empty(problem.problem) for problem in report.problems)
@@ -74,13 +75,13 @@ def _empty(problem: str) -> bool:
     return problem.endswith("is empty") or problem.startswith("no token carries loss")
 
 
-def _count(report: Report, encoded: Encoded) -> None:
-    report.problems += encoded.problems
+def _count(report: Report, encoded: EncodedFile) -> None:
+    report.problems += [problem for problem in encoded.problems if problem not in report.problems]
     report.truncated_rows += encoded.truncated
     report.dropped_rows += encoded.dropped
-    report.tokens = (report.tokens or 0) + sum(len(row) for row in encoded.rows)
-    report.trained_tokens = (report.trained_tokens or 0) + sum(row.trained for row in encoded.rows)
-    report.longest = max([report.longest or 0, *(len(row) for row in encoded.rows)])
+    report.tokens = (report.tokens or 0) + int(encoded.rows.lengths.sum())
+    report.trained_tokens = (report.trained_tokens or 0) + int(encoded.rows.trained.sum())
+    report.longest = max(report.longest or 0, int(encoded.rows.lengths.max(initial=0)))
 
 
 def samples(source: Source, encoder: Encoder, count: int) -> Iterator[list[tuple[str, bool]]]:
@@ -91,12 +92,13 @@ def samples(source: Source, encoder: Encoder, count: int) -> Iterator[list[tuple
 
 def _runs(example: Example, encoder: Encoder) -> list[tuple[str, bool]]:
     try:
-        tokens, weights = encoder.tokens(example)
+        rows = encoder.rows(example)
     except ValueError as error:
         return [(f"({error})", False)]
     runs: list[tuple[list[int], bool]] = []
-    for token, weight in zip(tokens, weights, strict=True):
-        if not runs or runs[-1][1] != bool(weight):
-            runs.append(([], bool(weight)))
-        runs[-1][0].append(token)
+    for tokens, weights in rows:
+        for token, weight in zip(tokens, weights, strict=True):
+            if not runs or runs[-1][1] != bool(weight):
+                runs.append(([], bool(weight)))
+            runs[-1][0].append(token)
     return [(encoder.tokenizer.decode(ids), learned) for ids, learned in runs]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_lora import files, paths
 from mlx_lora.config import Data
@@ -60,6 +60,36 @@ def find_splits(path: str | Path) -> dict[str, Path]:
             [Problem(str(root), 0, "has no train.jsonl, valid.jsonl or test.jsonl")], hint="name one file instead"
         )
     return splits
+
+
+class Item(NamedTuple):
+    """A row: its example, or its problem."""
+
+    line: int
+    example: Example | None
+    problem: Problem | None
+
+
+class Stream:
+    """The rows of a file one at a time; the attributes are filled on the way."""
+
+    def __init__(self, file: Path, settings: Data):
+        self.file, self.settings = file, settings
+        self.format: str | None = None
+        self.columns: dict[str, str] = {}
+        self.notes: list[str] = []
+
+    def __iter__(self) -> Iterator[Item]:
+        source = read(self.file, self.settings)
+        self.format = source.format
+        for line, example in zip(source.lines, source.examples, strict=True):
+            yield Item(line, example, None)
+        for problem in source.problems:
+            yield Item(problem.line, None, problem)
+
+
+def stream(file: Path, settings: Data) -> Stream:
+    return Stream(file, settings)
 
 
 def read(file: Path, settings: Data) -> Source:

@@ -17,7 +17,7 @@ from mlx_lora.adapters.placement import place
 from mlx_lora.adapters.targets import adaptable
 from mlx_lora.config import Recipe
 from mlx_lora.data.batch import collate, epoch_steps
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import RecipeError
 from mlx_lora.models import finite

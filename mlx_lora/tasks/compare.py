@@ -249,7 +249,7 @@ def _questions(run: Candidate, engine: Engine, rows: int | None) -> Questions:
     path, settings = str(run.recipe.data.path), run.recipe.data
     exact = read(find_splits(path)["test"], settings).format != "text"
     asked = questions(path, settings, engine.loaded.tokenizer, exact=exact, prefer=("test",))
-    return Questions(asked.rows[:rows], asked.prompts[:rows], asked.answers[:rows])
+    return asked.first(rows)
 
 
 def _draw(lines: Sequence[Line], title: str, file: Path, stage: Callable[[str], None]) -> Path | None:

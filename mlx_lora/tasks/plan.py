@@ -18,8 +18,8 @@ from mlx_lora import files, paths, ui
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Recipe
 from mlx_lora.data.batch import padded
-from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
+from mlx_lora.data.rows import Row
 from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import ModelError, RecipeError, TrainingError
 from mlx_lora.machine import device, limits

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models import finite, token_ids
 from mlx_lora.models.trunk.trial import trial_tokens

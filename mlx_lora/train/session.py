@@ -23,7 +23,7 @@ from mlx_lora.data.batch import (
     epoch_steps,
     steps_per_epoch,
 )
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 from mlx_lora.errors import ModelError, TrainingError
 from mlx_lora.machine import allocation, device, limits
 from mlx_lora.models.trunk.layers import layers_of, lowest_trainable

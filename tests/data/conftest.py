@@ -99,7 +99,7 @@ def example(row: dict[str, Any]) -> Any:
 
 def shown(encoder: Encoder, row: dict[str, Any]) -> tuple[str, list[str]]:
     """The whole row as text, and each run of tokens that carries loss as text."""
-    tokens, weights = encoder.tokens(example(row))
+    ((tokens, weights),) = encoder.rows(example(row))
     assert len(tokens) == len(weights) and weights[0] == 0
     runs: list[list[int]] = []
     for index, weight in enumerate(weights):

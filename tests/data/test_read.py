@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mlx_lora.config import Data
+from mlx_lora.data.fit import encode_file
 from mlx_lora.data.read import find_splits, read
 from mlx_lora.data.sources import FORMATS
 from mlx_lora.errors import DataError
@@ -175,7 +176,7 @@ def test_an_error_carries_at_most_40_characters_of_a_field(file: Callable[..., P
 
 def test_a_templates_error_carries_at_most_40_characters(encoder: Any, file: Callable[..., Path]) -> None:
     row = {"messages": [message("user", SECRET), message("assistant", "a")]}
-    (problem,) = encoder("quoting").encode(read(file(row), Data())).problems
+    (problem,) = encode_file(file(row), encoder("quoting")).problems
     assert "refuses this conversation" in problem.problem
     assert problem.problem.count("S") <= 40
 
