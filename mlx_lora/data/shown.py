@@ -31,14 +31,14 @@ def hidden(
     """The parts that `text` lacks; `learned` is the index of the message whose reasoning counts, -1 for none."""
     missing, end = [], 0
     for number, message in enumerate(messages):
-        here = end
+        begin = end
         for part in _parts(number, message, reasoning=number == learned):
             # A template may write arguments in any order, but not before the message begins.
-            start, stop = _find(text, part.ways, here if part.kind == "tool_calls" else end)
+            start, stop = _find(text, part.ways, begin if part.kind == "tool_calls" else end)
             if start < 0:
                 missing.append(part)
-            else:
-                end = max(end, stop)
+            elif part.kind != "tool_calls":
+                end = stop
     missing += [part for part in _tools(tools) if _find(text, part.ways, 0)[0] < 0]
     return [part for part, count in Counter(missing).items() if not _elsewhere(text, part, messages, count)]
 
@@ -94,11 +94,9 @@ def _ways(text: str) -> tuple[str, ...]:
 
 
 def _find(text: str, ways: Sequence[str], start: int) -> tuple[int, int]:
-    """(first, one past the last) of the first way that is found, or (-1, -1)."""
-    for way in ways:
-        if (place := text.find(way, start)) >= 0:
-            return place, place + len(way)
-    return -1, -1
+    """(first, one past the last) of the way that is found first, or (-1, -1)."""
+    found = [(place, place + len(way)) for way in ways if (place := text.find(way, start)) >= 0]
+    return min(found, default=(-1, -1))
 
 
 def _elsewhere(text: str, part: Part, messages: Sequence[Mapping[str, Any]], count: int) -> bool:

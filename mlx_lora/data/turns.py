@@ -16,6 +16,7 @@ earlier answer in another form than the last one (without its reasoning, for exa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,17 +132,19 @@ def _after_header(message: Any, prompt: str, whole: str, before: str) -> str | N
     """What follows the header of the last message in `whole`, or None where it can't be told.
 
     The header is what the template writes in front of the message: both the prompt and the whole have it behind what
-    comes before.
+    comes before. Where the history reads differently in the whole, the message's text is looked for: behind what the
+    prompt ends with, as far as that goes.
     """
+    content = str(message.get("content") or "").strip()
     if whole.startswith(before) and prompt.startswith(before):
         added, opened = whole[len(before) :], prompt[len(before) :]
-        content = str(message.get("content") or "").strip()
         place = added.find(content) if content else common(added, opened)
         if place >= 0 and opened.startswith(added[:place].rstrip()):
             return added[place:]
-    content = str(message.get("content") or "").strip()
-    place = whole.rfind(content) if content else -1
-    return whole[place:] if place >= 0 else None
+    places = [match.start() for match in re.finditer(re.escape(content), whole)] if content else []
+    if not places:
+        return None
+    return whole[max(places, key=lambda place: (common(whole[:place][::-1], prompt[::-1]), place)) :]
 
 
 def join(
