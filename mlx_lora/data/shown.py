@@ -9,7 +9,6 @@ one that is missing.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -28,19 +27,39 @@ class Part(NamedTuple):
 def hidden(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], text: str, *, learned: int
 ) -> list[Part]:
-    """The parts that `text` lacks; `learned` is the index of the message whose reasoning counts, -1 for none."""
-    missing, end = [], 0
-    for number, message in enumerate(messages):
-        begin = end
-        for part in _parts(number, message, reasoning=number == learned):
-            # A template may write arguments in any order, but not before the message begins.
-            start, stop = _find(text, part.ways, begin if part.kind == "tool_calls" else end)
-            if start < 0:
-                missing.append(part)
-            elif part.kind != "tool_calls":
-                end = stop
-    missing += [part for part in _tools(tools) if _find(text, part.ways, 0)[0] < 0]
-    return [part for part, count in Counter(missing).items() if not _elsewhere(text, part, messages, count)]
+    """The parts that `text` lacks; `learned` is the index of the message whose reasoning counts, -1 for none.
+
+    Some templates put all system messages in front, so parts that aren't in their order may be anywhere, but as often
+    as the conversation has them.
+    """
+    parts = [part for number, m in enumerate(messages) for part in _parts(number, m, reasoning=number == learned)]
+    missing = [] if _in_order(parts, text) else _lacking(parts, text)
+    return missing + [part for part in _tools(tools) if _find(text, part.ways, 0)[0] < 0]
+
+
+def _in_order(parts: Sequence[Part], text: str) -> bool:
+    """Whether every part stands behind the one before; arguments of a call in any order, but inside their message."""
+    number, begin, end = -1, 0, 0
+    for part in parts:
+        if part.number != number:
+            number, begin = part.number, end
+        start, stop = _find(text, part.ways, begin if part.kind == "tool_calls" else end)
+        if start < 0:
+            return False
+        if part.kind != "tool_calls":
+            end = stop
+    return True
+
+
+def _lacking(parts: Sequence[Part], text: str) -> list[Part]:
+    """The parts that the text has less often than the conversation, the first ones of those that are alike."""
+    missing: list[Part] = []
+    for part in dict.fromkeys(parts):
+        way = next((way for way in part.ways if way in text), part.ways[0])
+        alike = [other for other in parts if part.ways[0] in other.ways[0]]
+        if text.count(way) < len(alike) and part.ways[0] not in [other.ways[0] for other in missing]:
+            missing.append(part)
+    return missing
 
 
 def dropped(messages: Sequence[Mapping[str, Any]], drop: Sequence[str]) -> tuple[dict[str, Any], ...]:
@@ -97,20 +116,3 @@ def _find(text: str, ways: Sequence[str], start: int) -> tuple[int, int]:
     """(first, one past the last) of the way that is found first, or (-1, -1)."""
     found = [(place, place + len(way)) for way in ways if (place := text.find(way, start)) >= 0]
     return min(found, default=(-1, -1))
-
-
-def _elsewhere(text: str, part: Part, messages: Sequence[Mapping[str, Any]], count: int) -> bool:
-    """Whether a part that wasn't found in order stands somewhere else, as often as the conversation has it.
-
-    Some templates put all system messages in front.
-    """
-    way = next((way for way in part.ways if way in text), None)
-    if way is None or part.kind == "tools":
-        return False
-    wanted = sum(
-        way in str(other)
-        for number, message in enumerate(messages)
-        for inner in _parts(number, message, reasoning=part.kind == "reasoning_content" and number == part.number)
-        for other in inner.ways[:1]
-    )
-    return text.count(way) >= max(wanted, count)

@@ -90,6 +90,7 @@ class Talk:
             (before,) = chat.texts(self.example.messages[: turn.index], self.example.tools, [view])
         body = _after_header(message, prompt, whole, before)
         if body is None:
+            self._check_shown(turn, whole)  # names what is missing
             raise ValueError(
                 f"the chat template writes message {turn.index + 1} in a way that doesn't show where the answer "
                 "begins; data.mask=all learns the conversation as a whole"

@@ -6,9 +6,9 @@ reasoning. Channel: the prompt has an empty thought channel where thinking is of
 
 OPENING = """{%- for message in messages -%}
 {%- if message.role == 'tool' -%}
-{{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' -}}
+{{- '<|user|><tool_response>\n' + message.content + '\n</tool_response><|end|>\n' -}}
 {%- else -%}
-{{- '<|im_start|>' + message.role + '\n' -}}
+{{- '<|' + message.role + '|>' -}}
 {%- if message.role == 'assistant' and loop.last -%}
 {{- '<think>\n' + (message.reasoning_content or '') + '\n</think>\n\n' -}}
 {%- endif -%}
@@ -20,18 +20,17 @@ OPENING = """{%- for message in messages -%}
 {%- endfor -%}
 {{- '</function>\n</tool_call>' -}}
 {%- endfor -%}
-{{- '<|im_end|>\n' -}}
+{{- '<|end|>\n' -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\n' -}}
+{{- '<|assistant|>' -}}
 {{- '<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking else '<think>\n' -}}
 {%- endif -%}
 """
 
-CHANNEL = """{{- bos_token or '' -}}
-{%- for message in messages -%}
-{{- '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' -}}
+CHANNEL = """{%- for message in messages -%}
+{{- '<|' + message.role + '|>' -}}
 {%- if message.role == 'assistant' and message.reasoning_content and loop.last -%}
 {{- '<|channel>thought\n' + message.reasoning_content + '\n<channel|>' -}}
 {%- endif -%}
@@ -39,10 +38,10 @@ CHANNEL = """{{- bos_token or '' -}}
 {%- for call in message.tool_calls or [] -%}
 {{- '<|tool_call>call:' + call.function.name + (call.function.arguments | tojson) + '<tool_call|>' -}}
 {%- endfor -%}
-{{- '<turn|>\n' -}}
+{{- '<|end|>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-{{- '<|turn>model\n' -}}
+{{- '<|assistant|>' -}}
 {{- '<|channel>thought\n<channel|>' if not enable_thinking else '' -}}
 {%- endif -%}
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_evaluation_has_them_where_training_had_them(engine: Engine, write_rows:
         engine.use(name)
         prompts = [complete(name, prompt, first) for prompt in asked.prompts]
         says = [engine.loaded.tokenizer.decode(greedy(engine, prompt, 4)) for prompt in prompts]
-        wanted = type(asked)(asked.rows, asked.prompts, [says[0], says[1] + "?"])
+        wanted = replace(asked, answers=[says[0], says[1] + "?"])
         result = evaluate(engine, name, wanted, max_tokens=4)
         rows = [engine.virtual.row(row) if engine.virtual else row for row in asked.rows]
         total = sum(float(mx.array(Loss(take_apart(model))(as_arrays(collate([row])))).item()) for row in rows)
