@@ -52,6 +52,7 @@ class RowFile(Sequence[Row]):
         self._buffer = bytearray()
         self._written = 0
         self._starts, self._lengths, self._trained, self._groups = array("q"), array("q"), array("q"), array("q")
+        self.largest_token = -1
 
     def append(self, tokens: Sequence[int] | np.ndarray, weights: Sequence[float] | np.ndarray, group: int) -> None:
         """Add a row; the first token's weight becomes 0."""
@@ -61,6 +62,7 @@ class RowFile(Sequence[Row]):
         self._lengths.append(len(ids))
         self._trained.append(int(flags.sum()))
         self._groups.append(group)
+        self.largest_token = max(self.largest_token, int(ids.max(initial=-1)))
         self._buffer += ids.tobytes() + flags.tobytes()
         if len(self._buffer) > BUFFER:
             self._flush()
@@ -150,6 +152,13 @@ def trained(rows: Sequence[Row]) -> np.ndarray:
     """Tokens with loss of each row, int64 (rows,); rows in a file aren't read for it."""
     known = getattr(rows, "trained", None)
     return np.array([row.trained for row in rows], np.int64) if known is None else known
+
+
+def largest_token(rows: Sequence[Row]) -> int:
+    """The largest token id of all rows; rows in a file aren't read for it."""
+    rows = rows.rows if isinstance(rows, Chosen) else rows
+    known = getattr(rows, "largest_token", None)
+    return max(int(row.tokens.max()) for row in rows) if known is None else int(known)
 
 
 def common(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -33,33 +33,36 @@ def hidden(
     as the conversation has them.
     """
     parts = [part for number, m in enumerate(messages) for part in _parts(number, m, reasoning=number == learned)]
-    missing = [] if _in_order(parts, text) else _lacking(parts, text)
+    missing = _out_of_order(parts, text)
+    if missing:
+        rarer = _rarer(parts, text)
+        missing = [part for part in missing if part in rarer] or rarer[:1]
     return missing + [part for part in _tools(tools) if _find(text, part.ways, 0)[0] < 0]
 
 
-def _in_order(parts: Sequence[Part], text: str) -> bool:
-    """Whether every part stands behind the one before; arguments of a call in any order, but inside their message."""
+def _out_of_order(parts: Sequence[Part], text: str) -> list[Part]:
+    """The parts that don't stand behind the one before; arguments of a call may come in any order in their message."""
+    missing: list[Part] = []
     number, begin, end = -1, 0, 0
     for part in parts:
         if part.number != number:
             number, begin = part.number, end
         start, stop = _find(text, part.ways, begin if part.kind == "tool_calls" else end)
         if start < 0:
-            return False
-        if part.kind != "tool_calls":
+            missing.append(part)
+        elif part.kind != "tool_calls":
             end = stop
-    return True
+    return missing
 
 
-def _lacking(parts: Sequence[Part], text: str) -> list[Part]:
-    """The parts that the text has less often than the conversation, the first ones of those that are alike."""
-    missing: list[Part] = []
+def _rarer(parts: Sequence[Part], text: str) -> list[Part]:
+    """The parts that the text has less often than the conversation."""
+    rarer = []
     for part in dict.fromkeys(parts):
         way = next((way for way in part.ways if way in text), part.ways[0])
-        alike = [other for other in parts if part.ways[0] in other.ways[0]]
-        if text.count(way) < len(alike) and part.ways[0] not in [other.ways[0] for other in missing]:
-            missing.append(part)
-    return missing
+        if text.count(way) < sum(part.ways[0] in other.ways[0] for other in parts):
+            rarer.append(part)
+    return rarer
 
 
 def dropped(messages: Sequence[Mapping[str, Any]], drop: Sequence[str]) -> tuple[dict[str, Any], ...]:

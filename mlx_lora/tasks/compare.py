@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from mlx_lora import paths
 from mlx_lora.data.read import find_splits, read, sha256
+from mlx_lora.data.rows import trained
 from mlx_lora.errors import DataError, MlxLoraError, NameTaken, Problem, RecipeError
 from mlx_lora.models.load import load_stored, ready
 from mlx_lora.models.open import open_model
@@ -240,7 +241,7 @@ def _evaluate(run: Candidate, adapter: Path | None, rows: int | None, listener: 
     if adapter is not None:
         engine.add(run.name, store.wrappers_for(engine.loaded.model, store.read(adapter)))
     asked = _questions(run, engine, rows)
-    longest = max(row.trained for row in asked.rows)
+    longest = int(trained(asked.rows).max())
     advance = listener.progress(f"measuring {run.name}", len(asked.rows) + len(asked.prompts))
     return evaluate(engine, name, asked, max_tokens=longest + MORE, on_row=advance)
 
