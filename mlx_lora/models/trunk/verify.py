@@ -134,7 +134,7 @@ def verify(trunk: Trunk, *, recompute: bool, columns: bool) -> Verified:
         if verified.without:
             parts = " and ".join(sorted(verified.without))
             verified.notes.append(
-                f"{parts} of {name} run as mlx-lm has them: lean ones give other numbers. This needs more memory"
+                f"{name} runs {parts} in mlx-lm's own code, which needs more memory: the lean form gives other numbers"
             )
         if recompute and (reason := _not_recomputed(trunk, compared, verified.without)):
             verified.recompute = False
@@ -208,9 +208,9 @@ def _lean_differs(compared: Compared, without: frozenset[str]) -> str | None:
 
 def _not_recomputed(trunk: Trunk, compared: Compared, without: frozenset[str]) -> str | None:
     if compared[0][0].layer is trunk.module:
-        return "the model runs their parts itself"
+        return "the model runs the parts of its layers itself"
     if any(borrows(call, trunk.model) for call, _ in compared if not call.frozen):
-        return "they compute with what is trained in others"
+        return "they use trained arrays of other modules"
 
     def changed(call: Call, stack: ExitStack) -> Function:
         stack.enter_context(lean([call.layer], without=without))
@@ -228,7 +228,7 @@ def _layers_differ(part: str, compared: Compared, changed: Callable[[Call, ExitS
                 actual = outcome(call, changed(call, stack))
                 mx.eval(actual)
         except Exception as error:
-            return f"{type(call.layer).__name__} can't be run so: {error} ({type(error).__name__})"
+            return f"{type(call.layer).__name__} can't be run this way: {error} ({type(error).__name__})"
         if not agree(part, list(zip(actual, expected, strict=True)), of=call.layer):
             return f"values or gradients of {type(call.layer).__name__} differ"
     return None
@@ -239,7 +239,7 @@ def _not_cut(trunk: Trunk, trial: Trial, without: frozenset[str]) -> str | None:
     last = layers_of(trunk.model)[-1]
     call = next((call for call in trial.calls if call.layer is last), None)
     if call is None:
-        return "the model runs its parts itself"
+        return "the model runs the parts of its layers itself"
     columns = mx.array(STARTS)[:, None] + mx.arange(COLUMNS)
     try:
         with lean([last], without=without):
