@@ -45,7 +45,7 @@ from mlx_lora.models.gguf_tokenizer import write_json, write_tokenizer
 
 # All arrays that aren't quantized get one dtype, norms included. With `keep` it is float16, the dtype of the scales: on
 # a GPU, a float32 norm would make all activations after it float32. Published norms were trained in bfloat16, and
-# float16 loses nothing of them; values beyond float16's range are refused.
+# float16 represents them exactly; values beyond float16's range are refused.
 DTYPES = {"keep": mx.float16, "float16": mx.float16, "float32": mx.float32}
 GROUP = 32
 SHARD_BYTES = 4 << 30

@@ -31,9 +31,9 @@ def disagreement(path: Path, weights: list[Path]) -> str | None:
         return f"{file} can't be read"
     actual = {tensor.name: file.name for file in weights for tensor in files.tensors(file, ModelError)}
     if absent := _absent(path, indexed):
-        return f"{file} names {_some(absent)}, not here"
+        return f"{file} names {_abbreviated(absent)}, not here"
     if wrong := sorted(name for name in {*indexed, *actual} if indexed.get(name) != actual.get(name)):
-        return f"{file} doesn't agree with the files about {_some(wrong)}"
+        return f"{file} doesn't agree with the files about {_abbreviated(wrong)}"
     return None
 
 
@@ -64,7 +64,7 @@ def _hint(path: Path) -> str | None:
         absent = _absent(path, _weight_map(path / INDEX))
     except ModelError:
         return None
-    return f"{INDEX} names {_some(absent)}, not here: fetch what is missing" if absent else None
+    return f"{INDEX} names {_abbreviated(absent)}, not here: fetch what is missing" if absent else None
 
 
 def _weight_map(file: Path) -> dict[str, str]:
@@ -81,5 +81,5 @@ def _absent(path: Path, weight_map: dict[str, str]) -> list[str]:
     return sorted(set(weight_map.values()) - present)
 
 
-def _some(names: list[str]) -> str:
+def _abbreviated(names: list[str]) -> str:
     return names[0][:200] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

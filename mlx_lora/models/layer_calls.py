@@ -80,7 +80,7 @@ class _Recorded(Exception):
 def layer_calls(model: nn.Module) -> list[LayerCalls]:
     """The calls of each layer of `model`; incomplete if the model can't be called without evaluating something."""
     layers = layers_of(model)
-    records = {id(layer): LayerCalls(convolved=_convolved(layer)) for layer in layers}
+    records = {id(layer): LayerCalls(convolved=_convolution_channels(layer)) for layer in layers}
 
     def run(tokens: mx.array) -> mx.array:
         caches = make_prompt_cache(model)
@@ -93,7 +93,7 @@ def layer_calls(model: nn.Module) -> list[LayerCalls]:
     return [records[id(layer)] for layer in layers]
 
 
-def _convolved(layer: nn.Module) -> int:
+def _convolution_channels(layer: nn.Module) -> int:
     """Channels of a layer's short convolutions."""
     return sum(conv.weight.shape[0] for conv in layer.modules() if isinstance(conv, nn.Conv1d) and is_short(conv))
 
@@ -124,16 +124,16 @@ def _recording_layer(original: type[nn.Module], running: list[LayerCalls], recor
         finally:
             running.pop()
         if not record.scans:
-            record.looped = sum(_looped(value, self) for value in [*arguments, *named.values()])
+            record.looped = sum(_state_size(value, self) for value in [*arguments, *named.values()])
         return output
 
     return type(original.__name__, (original,), {"__call__": call})
 
 
-def _looped(cache: Any, layer: nn.Module) -> int:
+def _state_size(cache: Any, layer: nn.Module) -> int:
     """Count of numbers in the states of a layer's cache, without keys, values and inputs of short convolutions."""
     if hasattr(cache, "caches"):
-        return sum(_looped(part, layer) for part in cache.caches)
+        return sum(_state_size(part, layer) for part in cache.caches)
     states = getattr(cache, "cache", None)
     if not isinstance(states, list):
         return 0

@@ -155,11 +155,14 @@ def quantization(carried: Extras, source: dict[str, Any], written: dict[str, Any
         embedding, head = HEADS_APART[_architecture(model)]
         layers[head] = layer_settings(modules[embedding])
     packed = [name.removesuffix(".scales") for name in carried.tensors if name.endswith(".scales")]
-    theirs = source.get("quantization")
+    source_quantization = source.get("quantization")
     common: dict[str, Any] = {}
-    if packed and isinstance(theirs, dict):
-        common = {key: theirs[key] for key in ("mode", "bits", "group_size") if key in theirs}
-        layers |= {path: theirs[path] if isinstance(theirs.get(path), dict) else common for path in packed}
+    if packed and isinstance(source_quantization, dict):
+        common = {key: source_quantization[key] for key in ("mode", "bits", "group_size") if key in source_quantization}
+        layers |= {
+            path: source_quantization[path] if isinstance(source_quantization.get(path), dict) else common
+            for path in packed
+        }
     if written is None and layers:
         written = common | {path: False for path, module in modules.items() if hasattr(module, "to_quantized")}
     return written | layers if written else None

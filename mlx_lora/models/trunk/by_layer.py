@@ -93,7 +93,7 @@ def release_embeddings(trunk: Trunk, states: mx.array) -> None:
 
 
 def _head_runs(trunk: Trunk, states: mx.array) -> bool:
-    """Whether the head works with the model's present arrays. Nothing is computed: missing arrays fail the shapes."""
+    """Whether the head works with the model's present arrays. Nothing is computed: shapes show missing arrays."""
     try:
         return trunk.head(states[0, :1]).shape == (1, trunk.vocabulary)
     except Exception:  # any error that an architecture's head raises for an embedding without arrays

@@ -75,7 +75,7 @@ def parts_of(module: nn.Module) -> frozenset[str]:
     """The PARTS that a module uses."""
     if type(module) is nn.Conv1d:
         return frozenset({"convolution"} if is_short(module) else ())
-    return _replaced(type(module))  # type: ignore[arg-type]
+    return _parts_called(type(module))  # type: ignore[arg-type]
 
 
 @lru_cache
@@ -100,7 +100,7 @@ def _lean_class(original: type[nn.Module], without: frozenset[str]) -> type[nn.M
 
 
 @lru_cache
-def _replaced(original: type[nn.Module]) -> frozenset[str]:
+def _parts_called(original: type[nn.Module]) -> frozenset[str]:
     """The PARTS that a class's methods call."""
     return frozenset(part for _, method in _methods(original) for part, *_ in _calls(method))
 

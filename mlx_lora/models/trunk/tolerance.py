@@ -33,12 +33,12 @@ def agree(
     The tolerance for half precision applies if a compared array, or a parameter of the layer `of` that computed it, is
     in half precision. NaN agrees with nothing.
     """
-    if any(ours.shape != theirs.shape for ours, theirs in pairs):
+    if any(actual.shape != expected.shape for actual, expected in pairs):
         return False
-    arrays = [theirs for _, theirs in pairs] + [array for _, array in tree_flatten(of.parameters() if of else {})]
+    arrays = [expected for _, expected in pairs] + [array for _, array in tree_flatten(of.parameters() if of else {})]
     half = any(array.dtype in (mx.float16, mx.bfloat16) for array in arrays)
     tolerance = TOLERANCES[part][half] * times
-    norms = mx.stack([mx.linalg.norm(theirs.astype(mx.float32)) for _, theirs in pairs])
-    distances = [mx.linalg.norm(ours.astype(mx.float32) - theirs.astype(mx.float32)) for ours, theirs in pairs]
+    norms = mx.stack([mx.linalg.norm(expected.astype(mx.float32)) for _, expected in pairs])
+    distances = [mx.linalg.norm(actual.astype(mx.float32) - expected.astype(mx.float32)) for actual, expected in pairs]
     scales = mx.maximum(norms, SMALL * norms.max())
     return bool((mx.stack(distances) <= tolerance * scales).all().item())

@@ -25,7 +25,7 @@ from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
 if TYPE_CHECKING:
     from mlx_lora.models.trunk.trunk import Trunk
 
-# Five lines of nine tokens. Both sizes are unusual, so that a mask can't broadcast along a wrong axis by accident.
+# Five lines, a size that other axes of a model don't have: a mask can't broadcast along a wrong axis. Nine tokens each.
 STARTS = (3, 6, 0, 5, 2)
 LENGTH = 9
 # Attributes that number the layers. They differ from layer to layer and don't affect what a layer computes.

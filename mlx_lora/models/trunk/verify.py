@@ -130,7 +130,7 @@ def verify(trunk: Trunk, *, recompute: bool, columns: bool) -> Verified:
     with training(trunk.model):
         trial, trunk.trial = trial_run(trunk), None
         compared = _differentiable(trial, name)
-        verified.without = _without(compared)
+        verified.without = _differing_parts(compared)
         if verified.without:
             parts = " and ".join(sorted(verified.without))
             verified.notes.append(
@@ -190,7 +190,7 @@ def _differentiable(trial: Trial, name: str) -> Compared:
     return compared
 
 
-def _without(compared: Compared) -> frozenset[str]:
+def _differing_parts(compared: Compared) -> frozenset[str]:
     """The parts of `lean` that change a layer's outputs or gradients."""
     if not _lean_differs(compared, frozenset()):
         return frozenset()
@@ -245,10 +245,10 @@ def _not_cut(trunk: Trunk, trial: Trial, without: frozenset[str]) -> str | None:
         with lean([last], without=without):
             columns_of(trunk, trial.tokens, columns)  # checks that it runs without an error; nothing is evaluated
             states = trunk.above(columns_of_layer(last, call.by_name(), columns), len(layers_of(trunk.model)))
-            if not agree("last layer", [(states, _at(trial.hidden, columns))]):
+            if not agree("last layer", [(states, _take_columns(trial.hidden, columns))]):
                 return "its columns alone give other states"
             cut = outcome(call, lambda *a, **n: columns_of_layer(last, Call(last, a, n, None).by_name(), columns))
-            whole = outcome(call, lambda *a, **n: _at(last(*a, **n), columns))
+            whole = outcome(call, lambda *a, **n: _take_columns(last(*a, **n), columns))
             if not agree("last layer", list(zip(cut, whole, strict=True)), of=last):
                 return "its columns alone give other gradients"
     except ModelError as error:
@@ -258,7 +258,7 @@ def _not_cut(trunk: Trunk, trial: Trial, without: frozenset[str]) -> str | None:
     return None
 
 
-def _at(hidden: mx.array, columns: mx.array) -> mx.array:
+def _take_columns(hidden: mx.array, columns: mx.array) -> mx.array:
     return mx.take_along_axis(hidden, columns[..., None], axis=1)
 
 
