@@ -1,14 +1,15 @@
-"""A GGUF file on disk becomes an MLX model directory that mlx-lm loads as it is.
+"""Convert a GGUF file to an MLX model directory that mlx-lm can load.
 
-One architecture, `llama` (Llama, Mistral, SmolLM and the many models of that shape), because everything a file says
-has to be understood: what has no place in the result is refused by name, never dropped.
+Only the architecture `llama` is supported (Llama, Mistral, SmolLM and the many models of that shape). Everything in a
+file must be understood: settings and tensors that the result can't represent are refused by name, never dropped.
 
-Under `keep`, Q4_0, Q4_1 and Q8_0 matrices stay packed without loss. Their blocks of 32 values are d·q + m, which is
-MLX's affine mode in groups of 32 with the file's own float16 numbers (Q4_0: m = -8·d; Q8_0: q + 128 in 8 bits and
-m = -128·d). Other quantized types, the K-quants among them, have no such form and become plain float16.
+With `keep`, Q4_0, Q4_1 and Q8_0 matrices stay quantized without loss. Their blocks of 32 values are d·q + m. That is
+MLX's affine mode in groups of 32, with the file's own float16 numbers (Q4_0: m = -8·d; Q8_0: q + 128 in 8 bits and
+m = -128·d). Other quantized types, such as the K-quants, have no such form and become float16.
 
-llama.cpp rotates neighbouring pairs of a head, MLX a head's halves, so the rows of q and k stand permuted in the file;
-the order is undone on whole rows, packed or not. The tokenizer is `gguf_tokenizer.py`'s business.
+Rotary embedding rotates pairs of neighbouring values in llama.cpp, and the two halves of a head in MLX. So the rows of
+q and k are permuted in the file. The permutation is undone on whole rows, quantized or not. `gguf_tokenizer.py`
+converts the tokenizer.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ from mlx_lora.models.gguf_config import (
 )
 from mlx_lora.models.gguf_tokenizer import write_json, write_tokenizer
 
-# Everything that isn't packed gets one dtype, norms included: under `keep` it is the scales' float16, because a float32
-# norm would turn every activation after it to float32 on a GPU. Nothing is lost where norms were trained in bfloat16,
-# as published ones are; values that don't fit are refused.
+# All arrays that aren't quantized get one dtype, norms included. With `keep` it is float16, the dtype of the scales: on
+# a GPU, a float32 norm would make all activations after it float32. Published norms were trained in bfloat16, and
+# float16 represents them exactly; values beyond float16's range are refused.
 DTYPES = {"keep": mx.float16, "float16": mx.float16, "float32": mx.float32}
 GROUP = 32
 SHARD_BYTES = 4 << 30
-_CHUNK = 1 << 24  # values dequantized at a time: their float32 copies stay small beside the tensor
+_CHUNK = 1 << 24  # values dequantized at a time, so that their float32 copies need little memory
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A file whose every part is understood; `packed` gives the bits of matrices that stay packed, by path in MLX."""
+    """A checked file; `packed` maps the MLX paths of matrices that stay quantized to their bits."""
 
     tensors: Tensors
     config: dict[str, Any]
@@ -70,14 +71,14 @@ def import_gguf(
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write an MLX model directory at `out` from the GGUF `file`; it appears whole or not at all.
+    """Write an MLX model directory at `out` from the GGUF `file`; `out` appears only when it is complete.
 
-    `dtype` is "keep" (packed where MLX packs without loss, float16 elsewhere), or "float16" or "float32" for everything
-    dequantized. `on_progress` is called with the tensors done and their number.
+    `dtype` is "keep" (matrices stay quantized if MLX has the same format, the rest becomes float16), or "float16" or
+    "float32" to dequantize everything. `on_progress` is called with the number of finished tensors and of all tensors.
 
-    Returns `out`, `architecture`, `bytes`, `dtype` of what isn't packed, `quantization` (the default group size, bits
-    and mode, or None) and `tensors` (how many of each GGUF type). Raises ModelError for a file that is damaged or that
-    can't be carried over as it is, NameTaken when `out` exists and `force` is false.
+    Returns `out`, `architecture`, `bytes`, `dtype` of arrays that aren't quantized, `quantization` (the default group
+    size, bits and mode, or None) and `tensors` (the number of each GGUF type). Raises ModelError for a file that is
+    damaged or can't be converted exactly, NameTaken if `out` exists and `force` is false.
     """
     reader, fields = open_gguf(Path(file))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -105,14 +106,14 @@ def import_gguf(
 
 
 def _dtype_of(name: str) -> mx.Dtype:
-    """The dtype of what isn't packed. Raises ModelError for a name that isn't known."""
+    """The dtype of arrays that aren't quantized. Raises ModelError for an unknown name."""
     if name not in DTYPES:
         raise ModelError(f"dtype {name!r} is not supported; known: {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def _quantization(source: _Source) -> dict[str, Any] | None:
-    """config.json's `quantization`: the commonest bits as the default, and every module that differs by its path."""
+    """config.json's `quantization`: the most common bits as the default, exceptions by the module's path."""
     if not source.packed:
         return None
     bits = Counter(source.packed.values()).most_common(1)[0][0]
@@ -126,7 +127,7 @@ def _quantization(source: _Source) -> dict[str, Any] | None:
 
 
 def _arrays(source: _Source, on_progress: Callable[[int, int], None]) -> Iterator[dict[str, mx.array]]:
-    """MLX's arrays by name, one tensor of the file after another, so that never more than a shard is in memory."""
+    """MLX's arrays by name, one tensor of the file at a time, so that at most one shard is in memory."""
     heads = {"attn_q": source.config["num_attention_heads"], "attn_k": source.config["num_key_value_heads"]}
     for done, (name, tensor) in enumerate(source.tensors.items(), start=1):
         stem, _, part = name.rpartition(".")
@@ -138,7 +139,7 @@ def _arrays(source: _Source, on_progress: Callable[[int, int], None]) -> Iterato
         else:
             yield {f"{path}.{part}": _dequantize(name, data, tensor.tensor_type, source.dtype)}
         on_progress(done, len(source.tensors))
-    # MLX's llama has a bias on all of a block's projections or on none; zeros stand for the ones the file lacks.
+    # MLX's llama has biases on all projections of a block or on none, so biases missing in the file become zeros.
     for stem, (path, shape) in source.layout.items():
         flag = {"self_attn": "attention_bias", "mlp": "mlp_bias"}.get(path.split(".")[-2:][0])
         if flag and source.config[flag] and f"{stem}.bias" not in source.tensors:
@@ -146,11 +147,11 @@ def _arrays(source: _Source, on_progress: Callable[[int, int], None]) -> Iterato
 
 
 def _rotary_order(rows: int, heads: int) -> npt.NDArray[np.int64]:
-    """For each row in MLX's order, two halves a head, the row that holds it in llama.cpp's order of pairs."""
+    """For each row in MLX's order (halves of a head), the index of that row in llama.cpp's order (pairs)."""
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what isn't finite is refused
+@np.errstate(over="ignore", invalid="ignore")  # values that aren't finite are refused below
 def _pack(name: str, data: Array, kind: Kind) -> dict[str, mx.array]:
     """MLX's packed weight (uint32), scales and biases (float16) of (rows, bytes) in blocks of 32 values."""
     blocks = np.ascontiguousarray(data).reshape(len(data), -1, gguf.GGML_QUANT_SIZES[kind][1])
@@ -159,7 +160,7 @@ def _pack(name: str, data: Array, kind: Kind) -> dict[str, mx.array]:
     if kind == Kind.Q8_0:
         values = blocks[..., 2:] ^ 0x80
     else:
-        # A byte holds the values i and i + 16 of its block; MLX wants neighbours side by side, low bits first.
+        # In GGUF a byte holds the values i and i + 16 of its block, in MLX two neighbours, the first in its low bits.
         nibbles = np.concatenate([blocks[..., -16:] & 0x0F, blocks[..., -16:] >> 4], axis=-1)
         values = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
     if kind == Kind.Q4_1:
@@ -170,9 +171,9 @@ def _pack(name: str, data: Array, kind: Kind) -> dict[str, mx.array]:
     return {"weight": mx.array(weight), "scales": mx.array(scales), "biases": mx.array(biases)}
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what isn't finite is refused
+@np.errstate(over="ignore", invalid="ignore")  # values that aren't finite are refused below
 def _dequantize(name: str, data: Array, kind: Kind, dtype: mx.Dtype) -> mx.array:
-    """The values of a tensor of any type in `dtype`, some rows at a time."""
+    """The values of a tensor of any type in `dtype`, dequantized some rows at a time."""
     rows, chunks = np.atleast_2d(data), []
     step = max(1, _CHUNK // rows.shape[1])
     for start in range(0, len(rows), step):

@@ -1,6 +1,6 @@
-"""What a GGUF file says of its model: a whole file, one architecture, its settings, and the tensors they call for.
+"""Check a GGUF file and read its model's configuration: metadata, architecture, settings, names and shapes of tensors.
 
-Every part is either understood or refused by name. Nothing here reads a tensor's values; `gguf.py` does.
+Every part is either understood or refused by name. Tensors' values are read in `gguf.py`, except the rotary factors.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mlx_lora.errors import ModelError
 from mlx_lora.models.gguf_header import check_header
 
 ARCHITECTURE = "llama"
-ENDINGS = (".gguf", "")  # other programs keep such files under names without an ending
+ENDINGS = (".gguf", "")  # some programs store such files without an ending
 ROPE_FACTORS = "rope_freqs.weight"
-# Bits of the types that MLX's affine mode packs without loss.
+# Bits of the types that MLX's affine mode represents without loss.
 BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q8_0: 8}
-# Settings that change what a model computes and that MLX's llama has no counterpart for.
+# Settings that change what a model computes and that MLX's llama doesn't have.
 _REFUSED = (
     "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias", "attention.sliding_window",
     "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "residual_scale", "embedding_scale",
     "use_parallel_residual", "rope.scaling.alpha", "rope.scaling.yarn_log_multiplier",
 )  # fmt: skip
-# What a key of the metadata that is used here has to hold; the format lets any key hold anything.
+# Required types of the metadata keys that are used here, because the format allows any type for any key.
 _TEXTS = (
     "general.architecture", "general.type", "llama.rope.scaling.type",
     "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template",
@@ -40,9 +40,9 @@ _LISTS = {
     "tokenizer.ggml.tokens": str, "tokenizer.ggml.merges": str,
     "tokenizer.ggml.token_type": int, "tokenizer.ggml.scores": float,
 }  # fmt: skip
-_WHOLE = re.compile(r"split\.count|tokenizer\.ggml\.\w+_token_id")
-_NUMBER = re.compile(r"llama\.rope\.(scaling\.(?!type$).+|scale_linear)")
-_LARGEST = 2**31  # of a size, a length or a frequency
+_INTEGERS = re.compile(r"split\.count|tokenizer\.ggml\.\w+_token_id")
+_NUMBERS = re.compile(r"llama\.rope\.(scaling\.(?!type$).+|scale_linear)")
+_LIMIT = 2**31  # sizes, lengths and frequencies must be below this
 
 Fields = dict[str, Any]
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -51,10 +51,10 @@ Array = npt.NDArray[Any]
 
 
 def open_gguf(file: Path) -> tuple[gguf.GGUFReader, Fields]:
-    """The file behind gguf's reader, and its metadata; ModelError unless it is a whole GGUF file."""
+    """gguf's reader for the file, and its metadata; ModelError unless it is a complete GGUF file."""
     try:
-        if found := files.fault(file):
-            raise ModelError(f"{file}: not a GGUF file, it {found}")
+        if fault := files.fault(file):
+            raise ModelError(f"{file}: not a GGUF file, it {fault}")
         if file.suffix not in ENDINGS:
             raise ModelError(f"{file}: not a GGUF file by its name", hint="give it the ending .gguf, if it is one")
         with open(file, "rb") as handle:
@@ -64,31 +64,31 @@ def open_gguf(file: Path) -> tuple[gguf.GGUFReader, Fields]:
                 check_header(data)
         reader = gguf.GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (OSError, LookupError, ValueError, OverflowError, TypeError) as error:  # what damage makes the reader raise
+    except (OSError, LookupError, ValueError, OverflowError, TypeError) as error:  # gguf's reader on a damaged file
         raise ModelError(f"{file}: truncated or damaged GGUF file ({error})", hint="get the file again") from error
     check_types(fields)
     return reader, fields
 
 
 def check_types(fields: Fields) -> None:
-    """Raise one ModelError for every key used here that holds another type than it must."""
+    """Raise one ModelError for all keys used here whose values have a wrong type."""
     faults = []
     for key, value in fields.items():
         if key in _TEXTS:
             fits = isinstance(value, str)
         elif key in _LISTS:
             fits = isinstance(value, list) and all(isinstance(element, _LISTS[key]) for element in value)
-        elif _WHOLE.fullmatch(key):
+        elif _INTEGERS.fullmatch(key):
             fits = isinstance(value, int)
         else:
-            fits = isinstance(value, int | float) and math.isfinite(value) if _NUMBER.fullmatch(key) else True
+            fits = isinstance(value, int | float) and math.isfinite(value) if _NUMBERS.fullmatch(key) else True
         faults += [] if fits else [key]
     if faults:
         raise ModelError(f"the file's metadata has values of the wrong type: {', '.join(faults[:5])}")
 
 
 def check_kind(fields: Fields, tensors: Tensors) -> None:
-    """Raise ModelError for what isn't one whole model of a known architecture."""
+    """Raise ModelError unless the file is one complete model of a known architecture."""
     if (kind := fields.get("general.type", "model")) != "model":
         raise ModelError(f"the file is of type {kind!r}, not a model")
     if (architecture := fields.get("general.architecture")) != ARCHITECTURE:
@@ -100,8 +100,8 @@ def check_kind(fields: Fields, tensors: Tensors) -> None:
         raise ModelError("attention in both directions is not supported")
     if fields.get("llama.expert_count") or any("_exps." in name for name in tensors):
         raise ModelError("mixture of experts is not supported yet")
-    if found := [name for name in _REFUSED if fields.get(f"llama.{name}")]:
-        raise ModelError(f"the model needs settings that MLX's llama lacks: {', '.join(found)}")
+    if refused := [name for name in _REFUSED if fields.get(f"llama.{name}")]:
+        raise ModelError(f"the model needs settings that MLX's llama lacks: {', '.join(refused)}")
 
 
 def read_config(fields: Fields, tensors: Tensors, factors: gguf.ReaderTensor | None) -> dict[str, Any]:
@@ -143,20 +143,20 @@ def read_config(fields: Fields, tensors: Tensors, factors: gguf.ReaderTensor | N
 
 
 def _setting(fields: Fields, key: str, default: Any = None, *, kind: type[int] | type[float] = int) -> Any:
-    """A positive number of the architecture, one for all layers."""
+    """A positive number of the architecture; lists of one number for each layer are refused."""
     value = fields.get(f"llama.{key}", default)
-    if not isinstance(value, kind) or not 0 < value < _LARGEST:
+    if not isinstance(value, kind) or not 0 < value < _LIMIT:
         raise ModelError(f"llama.{key} is {repr(value)[:40]}, not a positive {kind.__name__} that MLX can hold")
-    # The shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06.
+    # The shortest decimal number with the same float32 value: 1e-05 instead of 9.999999747378752e-06.
     return float(str(np.float32(value))) if kind is float else value
 
 
 def _rope_scaling(fields: Fields, config: dict[str, Any], factors: Array) -> dict[str, Any] | None:
-    """The `rope_scaling` of config.json that rotates as llama.cpp does; ModelError where there is none."""
+    """The `rope_scaling` of config.json, None for no scaling; ModelError if MLX can't rotate as llama.cpp does."""
     kind = fields.get("llama.rope.scaling.type", "linear")
     factor = fields.get("llama.rope.scaling.factor") or fields.get("llama.rope.scale_linear") or 1.0
-    neutral = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")
-    if all(fields.get(f"llama.rope.scaling.{name}", 1.0) == 1.0 for name in neutral):
+    refused_unless_one = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")
+    if all(fields.get(f"llama.rope.scaling.{name}", 1.0) == 1.0 for name in refused_unless_one):
         if kind == "none" or (kind in ("linear", "yarn") and factor == 1.0):
             return None if np.all(factors == 1.0) else _llama3_scaling(config, factors)
         if kind == "linear" and np.all(factors == 1.0):
@@ -168,16 +168,16 @@ def _rope_scaling(fields: Fields, config: dict[str, Any], factors: Array) -> dic
             limits = {"original_max_position_embeddings": original, "beta_fast": fast, "beta_slow": slow}
             return {"rope_type": "yarn", "factor": factor, **limits}
     settings = {key.removeprefix("llama."): value for key, value in fields.items() if ".rope.scal" in key}
-    also = "" if np.all(factors == 1.0) else f" with {ROPE_FACTORS}"
-    raise ModelError(f"this rope scaling is not supported: {settings}{also}; known: linear, yarn, llama3")
+    with_factors = "" if np.all(factors == 1.0) else f" with {ROPE_FACTORS}"
+    raise ModelError(f"this rope scaling is not supported: {settings}{with_factors}; known: linear, yarn, llama3")
 
 
 def _llama3_scaling(config: dict[str, Any], factors: Array) -> dict[str, Any]:
-    """Llama 3's rope settings, in whose place the file holds the divisor of each frequency.
+    """Llama 3's rope settings; the file holds the divisor of each frequency in their place.
 
     The divisor is 1 for short waves, `factor` for long ones, and between them 1 / ((1-s)/factor + s) with
-    s = (original/wave - low) / (high - low). All published models share low 1, high 4 and original 8192; other
-    settings would not give back the file's divisors, and are refused.
+    s = (original/wave - low) / (high - low). All published models have low 1, high 4 and original 8192. Divisors of
+    other settings differ from those of these three numbers, and are refused.
     """
     low, high, original, factor = 1.0, 4.0, 8192, float(factors.max())
     if factors.shape != (config["head_dim"] // 2,) or not np.isfinite(factors).all() or factor <= 0:
@@ -192,7 +192,7 @@ def _llama3_scaling(config: dict[str, Any], factors: Array) -> dict[str, Any]:
 
 
 def layout_of(config: dict[str, Any]) -> Layout:
-    """Name of a tensor in the file, without `.weight` -> its path in MLX and the shape of its weight."""
+    """Maps a tensor's name in the file, without `.weight`, to its path in MLX and the shape of its weight."""
     hidden, inner, rows = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
@@ -216,7 +216,7 @@ def layout_of(config: dict[str, Any]) -> Layout:
 
 
 def check_tensors(tensors: Tensors, layout: Layout) -> None:
-    """Raise one ModelError for all tensors that are missing, unknown, of another shape, or packed vectors."""
+    """Raise one ModelError for all tensors that are missing, unknown, of a wrong shape, or quantized vectors."""
     faults = [f"{stem}.weight is missing" for stem in layout if f"{stem}.weight" not in tensors]
     for name, tensor in tensors.items():
         stem, _, part = name.rpartition(".")

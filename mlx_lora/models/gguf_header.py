@@ -1,8 +1,8 @@
-"""The structure of a GGUF file, followed to its end before gguf's reader sees it.
+"""Check the structure of a GGUF file before gguf's reader opens it.
 
-The reader believes every number: it slices past the end in silence, multiplies dimensions until they wrap, and builds
-several objects for each element that an array claims to have. Everything is bounded here, by the file's own size or by
-more than any model has; what the metadata means is `gguf_config.py`'s business.
+The reader checks no number: it slices past the file's end without an error, lets products of dimensions overflow, and
+creates several objects for each element that an array claims to have. So all numbers are limited here, by the file's
+size or by a limit above that of any real model. `gguf_config.py` interprets the metadata.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MOST_DIMENSIONS, _MOST_ALIGNMENT = 4, 1 << 20
 
 
 class _Cursor:
-    """Reads a mapped file from front to back; ValueError where it ends too early."""
+    """Reads a mapped file from start to end; ValueError if it ends too early."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at, self.elements = data, 0, 0
@@ -39,13 +39,13 @@ class _Cursor:
     def number(self, size: int) -> int:
         return int.from_bytes(self.take(size), "little")
 
-    def count(self, most: int, what: str) -> int:
-        if (count := self.number(8)) > most:
-            raise ValueError(f"it claims {count} {what}; the limit is {most}")
+    def count(self, limit: int, what: str) -> int:
+        if (count := self.number(8)) > limit:
+            raise ValueError(f"it claims {count} {what}; the limit is {limit}")
         return count
 
     def value(self, kind: int) -> None:
-        """Skip a value of a type; KeyError for a type that GGUF doesn't have, or an array of arrays."""
+        """Skip a value of type `kind`; KeyError for an unknown type, or an array of arrays."""
         if kind == Value.STRING:
             self.skip(self.number(8))
         elif kind == Value.ARRAY:
@@ -62,7 +62,7 @@ class _Cursor:
 
 
 def check_header(data: mmap.mmap) -> None:
-    """Follow every length, count and offset; ValueError or KeyError where one leads outside the file."""
+    """Check every length, count and offset; ValueError or KeyError if one points outside the file or is invalid."""
     cursor = _Cursor(data)
     cursor.skip(4)  # the magic
     if (version := cursor.number(4)) not in (2, 3):
@@ -94,7 +94,7 @@ def _alignment(kind: int, cursor: _Cursor) -> int:
 
 
 def _span(cursor: _Cursor, alignment: int) -> tuple[int, int]:
-    """Where a tensor's bytes begin, from the end of the header, and how many they are."""
+    """(offset of a tensor's bytes from the end of the header, number of bytes)."""
     cursor.skip(cursor.number(8))
     dimensions = cursor.number(4)
     if not 1 <= dimensions <= _MOST_DIMENSIONS:

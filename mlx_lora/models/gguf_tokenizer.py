@@ -1,11 +1,12 @@
-"""tokenizer.json and its companions from the vocabulary inside a GGUF file.
+"""Write tokenizer.json and the other tokenizer files from the vocabulary in a GGUF file.
 
-Two kinds exist for the architectures imported here. `gpt2` is byte-level BPE: the file holds tokens and merges, and
-names the rule that cuts text into words before merging. `llama` is SentencePiece's BPE: the file holds tokens and
-scores, and two neighbours merge in the order of their union's score, with bytes for what has no token.
+Files of the supported architecture have one of two kinds. `gpt2` is byte-level BPE: the file has tokens and merges, and
+names the rule that splits text into words before merging. `llama` is SentencePiece's BPE: the file has tokens and
+scores. Neighbours whose union has the best score merge first, and characters without a token become bytes.
 
-Where a file leaves something out, this follows llama.cpp, the program such files are written for. Where llama.cpp
-would guess how text is cut, this refuses: a wrong cut changes every token after it, and nobody would notice.
+For settings that a file leaves out, this follows llama.cpp, the program such files are written for. But where
+llama.cpp would guess how to split text, this refuses the file: a wrong split changes all following tokens, and nothing
+would show it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from mlx_lora import files
 from mlx_lora.errors import ModelError, nearest
 
-# Each expression cuts the pieces the one before it left; what lies between two matches is a piece too.
+# Each expression splits the pieces that the previous one left; text between two matches is also a piece.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -43,10 +44,10 @@ SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("qwen2", "megrez"), (_QWEN2,)),
     "tekken": (_TEKKEN,),
 }
-# With these a word that is a token of its own is taken whole, and text begins with the BOS token unless the file
-# says otherwise.
+# With these rules, a word that is itself a token isn't merged from parts, and text begins with the BOS token unless the
+# file says otherwise.
 _WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"}
-# Tokens that end a turn under the common chat templates, whatever the file names as its end of text.
+# Tokens that end a turn in common chat templates. They are used in addition to the file's end-of-text token.
 _ENDS_TURN = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"}
 _SPACE = "\u2581"
 # The longest tokens of published models are runs of some hundred spaces.
@@ -55,7 +56,7 @@ _LONGEST_TOKEN = 4096
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says about its tokens: their texts, types (`gguf.TokenType`) and the ids of the named ones."""
+    """A GGUF file's tokens: their texts, types (`gguf.TokenType`), and the ids of tokens with a role (bos, eos, …)."""
 
     fields: dict[str, Any]
     tokens: list[str]
@@ -64,7 +65,7 @@ class Vocabulary:
 
     @classmethod
     def read(cls, fields: dict[str, Any]) -> Vocabulary:
-        """Take the vocabulary from the file's metadata; ModelError when it is missing or inconsistent."""
+        """Read the vocabulary from the file's metadata; ModelError if it is missing or inconsistent."""
         tokens = fields.get("tokenizer.ggml.tokens") or []
         types = fields.get("tokenizer.ggml.token_type") or [int(TokenType.NORMAL)] * len(tokens)
         if not tokens or len(types) != len(tokens):
@@ -73,38 +74,38 @@ class Vocabulary:
             raise ModelError(f"the file's vocabulary names {len(tokens) - len(set(tokens))} of its tokens twice")
         if (longest := max(map(len, tokens))) > _LONGEST_TOKEN:
             raise ModelError(f"the file's vocabulary has a token of {longest} characters")
-        # SentencePiece models written before these keys existed all had Llama's own ids.
-        known = {"unknown": 0, "bos": 1, "eos": 2} if fields.get("tokenizer.ggml.model") == "llama" else {}
+        # Files with SentencePiece models that were written before these keys existed all have Llama's ids.
+        ids = {"unknown": 0, "bos": 1, "eos": 2} if fields.get("tokenizer.ggml.model") == "llama" else {}
         for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
             if (index := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
-                known[name] = index
-        beyond = [name for name, index in known.items() if not 0 <= index < len(tokens)]
-        if beyond:
-            raise ModelError(f"the file's {', '.join(beyond)} token is outside its {len(tokens)} tokens")
-        return cls(fields, tokens, types, known)
+                ids[name] = index
+        outside = [name for name, index in ids.items() if not 0 <= index < len(tokens)]
+        if outside:
+            raise ModelError(f"the file's {', '.join(outside)} token is outside its {len(tokens)} tokens")
+        return cls(fields, tokens, types, ids)
 
     def flag(self, name: str, default: bool) -> bool:
-        """A yes-or-no setting of the tokenizer."""
+        """A boolean setting of the tokenizer."""
         return bool(self.fields.get(f"tokenizer.ggml.{name}", default))
 
     @property
     def special(self) -> set[int]:
-        """Ids matched whole and left out of decoded text: control tokens, and the ones that begin or end a text."""
-        marked = {i for i, kind in enumerate(self.types) if kind in (TokenType.CONTROL, TokenType.UNKNOWN)}
-        return marked | {self.ids[name] for name in ("bos", "eos", "eot", "eom") if name in self.ids}
+        """Ids that are never split and left out of decoded text: control tokens, tokens that begin or end a text."""
+        control = {i for i, kind in enumerate(self.types) if kind in (TokenType.CONTROL, TokenType.UNKNOWN)}
+        return control | {self.ids[name] for name in ("bos", "eos", "eot", "eom") if name in self.ids}
 
     @property
     def ends(self) -> list[int]:
         """Ids that end a generation: the end of text first, then the ends of a turn."""
-        named = [self.ids[name] for name in ("eos", "eot", "eom") if name in self.ids]
-        return list(dict.fromkeys(named + [i for i in sorted(self.special) if self.tokens[i] in _ENDS_TURN]))
+        ends = [self.ids[name] for name in ("eos", "eot", "eom") if name in self.ids]
+        return list(dict.fromkeys(ends + [i for i in sorted(self.special) if self.tokens[i] in _ENDS_TURN]))
 
 
 def write_tokenizer(fields: dict[str, Any], directory: Path, *, context_length: int) -> dict[str, Any]:
     """Write tokenizer.json, tokenizer_config.json, generation_config.json and the chat template into `directory`.
 
     `fields` is the GGUF metadata by key. Returns the token ids for config.json: `bos_token_id`, `eos_token_id`,
-    `pad_token_id`, as far as the file names them. Raises ModelError for a vocabulary that can't be written exactly.
+    `pad_token_id`, those that the file names. Raises ModelError for a vocabulary that can't be converted exactly.
     """
     vocabulary = Vocabulary.read(fields)
     build_tokenizer(vocabulary).save(str(directory / "tokenizer.json"))
@@ -115,38 +116,38 @@ def write_tokenizer(fields: dict[str, Any], directory: Path, *, context_length: 
         "model_max_length": context_length,
     }
     for name, key in (("bos", "bos_token"), ("eos", "eos_token"), ("unknown", "unk_token"), ("padding", "pad_token")):
-        # A token named here becomes special when the tokenizer is loaded; some files name an ordinary one as unknown.
+        # Loading makes every token listed here special, but some files name an ordinary token as the unknown one.
         if name in ids and ids[name] in vocabulary.special:
             settings[key] = tokens[ids[name]]
     write_json(directory / "tokenizer_config.json", settings)
 
-    named = {"bos_token_id": ids.get("bos"), "eos_token_id": ids.get("eos"), "pad_token_id": ids.get("padding")}
-    named = {key: index for key, index in named.items() if index is not None}
-    write_json(directory / "generation_config.json", {**named, "eos_token_id": vocabulary.ends})
+    config = {"bos_token_id": ids.get("bos"), "eos_token_id": ids.get("eos"), "pad_token_id": ids.get("padding")}
+    config = {key: index for key, index in config.items() if index is not None}
+    write_json(directory / "generation_config.json", {**config, "eos_token_id": vocabulary.ends})
     if template := fields.get("tokenizer.chat_template"):
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
-    return named
+    return config
 
 
 def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
-    """The `tokenizers` object that cuts text as llama.cpp does with this vocabulary."""
+    """The `tokenizers` object that splits text as llama.cpp does with this vocabulary."""
     kind = vocabulary.fields.get("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
         raise ModelError(f"tokenizer type {kind!r} is not supported; known: {', '.join(builders)}")
-    with files.refusing(ModelError, "the file's vocabulary is inconsistent"):  # as merges outside the vocabulary are
-        tokenizer, begins = builders[kind](vocabulary)
+    with files.refusing(ModelError, "the file's vocabulary is inconsistent"):  # such as merges of unknown tokens
+        tokenizer, adds_bos = builders[kind](vocabulary)
         special = vocabulary.special
         added = special | {i for i, kind in enumerate(vocabulary.types) if kind == TokenType.USER_DEFINED}
         tokenizer.add_tokens(
             [AddedToken(vocabulary.tokens[i], special=i in special, normalized=False) for i in sorted(added)]
         )
-        _add_ends(tokenizer, vocabulary, begins)
+        _add_bos_and_eos(tokenizer, vocabulary, adds_bos)
     return tokenizer
 
 
 def _byte_level(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
-    """Byte-level BPE, and whether text begins with BOS where the file doesn't say."""
+    """Byte-level BPE, and whether text begins with BOS if the file doesn't say."""
     rule = vocabulary.fields.get("tokenizer.ggml.pre")
     if rule is None:
         raise ModelError(
@@ -173,7 +174,7 @@ def _byte_level(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
-    """SentencePiece BPE with byte fallback; text begins with BOS where the file doesn't say otherwise."""
+    """SentencePiece BPE with byte fallback, and True: text begins with BOS if the file doesn't say."""
     tokens = vocabulary.tokens
     scores = vocabulary.fields.get("tokenizer.ggml.scores") or []
     if len(scores) != len(tokens):
@@ -188,7 +189,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
             byte_fallback=True,
         )
     )
-    # As a normalizer, the leading space is added to every stretch between special tokens, which is llama.cpp's rule.
+    # A normalizer adds the leading space to every piece of text between special tokens, as llama.cpp does.
     leading = vocabulary.flag("add_space_prefix", True)
     prepend = [normalizers.Prepend(_SPACE)] if leading else []
     tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
@@ -200,7 +201,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
 
 
 def _merges_by_score(ids: dict[str, int], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
-    """Every way to form a token from two others, best score first: the order in which SentencePiece merges."""
+    """All pairs of tokens whose union is a token, best score first, which is the order of SentencePiece's merges."""
     ranked = []
     for token, i in ids.items():
         if types[i] != TokenType.NORMAL:
@@ -213,18 +214,18 @@ def _merges_by_score(ids: dict[str, int], scores: list[float], types: list[int])
     return [(left, right) for _, _, left, right in ranked]
 
 
-def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, begins: bool) -> None:
-    """Put BOS before and EOS after a text as the file asks for, each only where it is named."""
-    named = vocabulary.ids
-    begins = "bos" in named and vocabulary.flag("add_bos_token", begins)
-    finishes = "eos" in named and vocabulary.flag("add_eos_token", False)
-    single = ["bos:0"] * begins + ["$A:0"] + ["eos:0"] * finishes
-    pair = single + ["bos:1"] * begins + ["$B:1"] + ["eos:1"] * finishes
-    # Under names of their own, since a template can't spell a token that has a colon in it.
+def _add_bos_and_eos(tokenizer: Tokenizer, vocabulary: Vocabulary, default_bos: bool) -> None:
+    """Add BOS before and EOS after a text if the file's settings say so and it has such a token."""
+    ids = vocabulary.ids
+    bos = "bos" in ids and vocabulary.flag("add_bos_token", default_bos)
+    eos = "eos" in ids and vocabulary.flag("add_eos_token", False)
+    single = ["bos:0"] * bos + ["$A:0"] + ["eos:0"] * eos
+    pair = single + ["bos:1"] * bos + ["$B:1"] + ["eos:1"] * eos
+    # The template calls them "bos" and "eos", because it can't contain a token's text that has a colon in it.
     tokens = [
-        {"id": name, "ids": [named[name]], "tokens": [vocabulary.tokens[named[name]]]}
+        {"id": name, "ids": [ids[name]], "tokens": [vocabulary.tokens[ids[name]]]}
         for name in ("bos", "eos")
-        if name in named
+        if name in ids
     ]
     tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
 

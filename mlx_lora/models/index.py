@@ -1,7 +1,7 @@
-"""What the files of a model hold counts, not what its index says: where the two differ, and which tensor is missing.
+"""Compare a model's index with its weight files, and name tensors that are missing.
 
-Several public conversions carry the index of the model they were made from, which names shards that were never there.
-Knows headers of safetensors files, and not one architecture.
+The files decide, not the index: several public conversions include the index of their source model, which names shards
+that the conversion doesn't have. Reads only headers of safetensors files, and works for any architecture.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from mlx_lora import files
 from mlx_lora.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
-# What MLX says of weights that don't fit a model: how many, and then their names, one a line.
-_UNFITTING = re.compile(r"(Missing|Received) (\d+) parameters(?: not in model)?: \n(.+)")
+# MLX's message for weights that don't fit a model: their number, then their names, one a line.
+_MISMATCH = re.compile(r"(Missing|Received) (\d+) parameters(?: not in model)?: \n(.+)")
 
 
 def disagreement(path: Path, weights: list[Path]) -> str | None:
-    """How the index of a model directory differs from its files, or None where it doesn't, or isn't there."""
+    """How the index of a model directory differs from its files, or None if it doesn't differ or there is no index."""
     file = path / INDEX
     if not file.exists():
         return None
     try:
-        promised = _weight_map(file)
+        indexed = _weight_map(file)
     except ModelError:
         return f"{file} can't be read"
-    held = {tensor.name: file.name for file in weights for tensor in files.tensors(file, ModelError)}
-    if absent := _absent(path, promised):
-        return f"{file} names {_some(absent)}, not here"
-    if wrong := sorted(name for name in {*promised, *held} if promised.get(name) != held.get(name)):
-        return f"{file} doesn't agree with the files about {_some(wrong)}"
+    actual = {tensor.name: file.name for file in weights for tensor in files.tensors(file, ModelError)}
+    if absent := _absent(path, indexed):
+        return f"{file} names {_abbreviated(absent)}, not here"
+    if wrong := sorted(name for name in {*indexed, *actual} if indexed.get(name) != actual.get(name)):
+        return f"{file} doesn't agree with the files about {_abbreviated(wrong)}"
     return None
 
 
 @contextmanager
 def naming_tensors(path: Path) -> Iterator[None]:
-    """Turn what MLX and mlx_lm raise over weights that don't fit the model into a ModelError naming the tensor."""
+    """Turn errors of MLX and mlx_lm about weights that don't fit the model into a ModelError that names the tensor."""
     try:
         yield
     except KeyError as error:
@@ -48,38 +48,38 @@ def naming_tensors(path: Path) -> Iterator[None]:
             raise
         raise ModelError(f"{path}: {name} is missing, no file has it", hint=_hint(path)) from error
     except ValueError as error:
-        if (found := _UNFITTING.match(str(error))) is None:
+        if (match := _MISMATCH.match(str(error))) is None:
             raise
-        what, count, name = found[1], int(found[2]), found[3].rstrip(",.")
+        kind, count, name = match[1], int(match[2]), match[3].rstrip(",.")
         more = f", and so {'is' if count == 2 else 'are'} {count - 1} more" if count > 1 else ""
-        if what == "Missing":
+        if kind == "Missing":
             raise ModelError(f"{path}: {name} is missing, no file has it{more}", hint=_hint(path)) from error
         more = f", and {count - 1} more" if count > 1 else ""
         raise ModelError(f"{path}: its files hold {name}{more}, which the model doesn't have") from error
 
 
 def _hint(path: Path) -> str | None:
-    """Files that the index names and that aren't there, as where a missing tensor may be."""
+    """A hint that names files which are in the index but not in the directory: a missing tensor may be in them."""
     try:
         absent = _absent(path, _weight_map(path / INDEX))
     except ModelError:
         return None
-    return f"{INDEX} names {_some(absent)}, not here: fetch what is missing" if absent else None
+    return f"{INDEX} names {_abbreviated(absent)}, not here: fetch what is missing" if absent else None
 
 
 def _weight_map(file: Path) -> dict[str, str]:
     value: Any = files.read_json(file, ModelError)
-    promised = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(promised, dict):
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict):
         raise ModelError(f"{file}: has no weight_map")
-    return {str(name): str(where) for name, where in promised.items()}
+    return {str(tensor): str(shard) for tensor, shard in weight_map.items()}
 
 
-def _absent(path: Path, promised: dict[str, str]) -> list[str]:
-    """Files that an index names and the directory doesn't hold; none are looked for elsewhere."""
-    here = {file.name for file in path.iterdir()}
-    return sorted(set(promised.values()) - here)
+def _absent(path: Path, weight_map: dict[str, str]) -> list[str]:
+    """Files that the index names but the directory itself doesn't contain."""
+    present = {file.name for file in path.iterdir()}
+    return sorted(set(weight_map.values()) - present)
 
 
-def _some(names: list[str]) -> str:
+def _abbreviated(names: list[str]) -> str:
     return names[0][:200] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

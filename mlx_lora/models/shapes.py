@@ -1,8 +1,8 @@
-"""A model's modules from its configuration alone: every shape and dtype, and not one weight.
+"""A model's modules from its configuration alone: all shapes and dtypes, without weights.
 
-MLX is lazy: the arrays of a module that was just made are descriptions of random numbers that nobody has drawn yet.
-As long as nothing here evaluates one, a model of any size costs some milliseconds and no memory, and its adapters, its
-packed layers and its optimizer's state have their true shapes. Knows nothing about what shapes cost.
+MLX is lazy: the arrays of a new module are random numbers that haven't been computed yet. As long as nothing evaluates
+them, a model of any size takes milliseconds and no memory. Its adapters, quantized layers and optimizer state have the
+same shapes as those of the real model.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from mlx_lora.quant.quantize import pack
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 HEADERS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# What nearly every model is published in, where its configuration doesn't say.
+# Assumed dtype if the configuration names none: nearly every model is published in it.
 USUAL = mx.bfloat16
 
 
 def network(config: dict[str, Any], *, quantization: dict[str, Any] | None = None, gpu: bool) -> nn.Module:
     """The frozen model that `load` makes of this config.json, without weights; never evaluate its arrays.
 
-    `quantization` is what `Quantize.complete` gives, for a base that is packed on loading. Where it computes on a CPU,
-    what isn't packed is float32. Raises ModelError for an architecture that mlx_lm doesn't have, and for a
-    configuration that lacks what its architecture needs.
+    `quantization` is the result of `Quantize.complete`, for a base that is quantized on loading. On a CPU (not `gpu`),
+    arrays that aren't quantized are float32. Raises ModelError for an architecture that mlx_lm doesn't have, and for a
+    configuration that lacks a setting of its architecture.
     """
     inner = config.get("text_config")
     packed = any("quantization_config" in part for part in (config, inner) if isinstance(part, dict))
     if packed and not config.get("quantization"):
         raise ModelError("config.json: how this base is packed (quantization_config) is not known here")
     with files.refusing(ModelError, "config.json describes no model"):
-        model = _bare(config)
+        model = _new_model(config)
     model.set_dtype(stored_dtype(config))
     if config.get("quantization"):
         try:
@@ -60,15 +60,15 @@ def network(config: dict[str, Any], *, quantization: dict[str, Any] | None = Non
 
 
 def summary(model: Model) -> dict[str, Any]:
-    """config.json of a model, with the float dtype that most of its files' bytes have where it says none.
+    """config.json of a model; if it names no dtype, the float dtype of most of the weights is added.
 
-    Raises ModelError as `read_config` does; a directory without weights is as good as one with them.
+    Raises ModelError as `read_config` does. The directory needs no weight files.
     """
     opened = open_model(model)
     config, path = opened.config, opened.path
-    if _named(config) is not None:
+    if _configured_dtype(config) is not None:
         return config
-    # those of nf4 are float32 in a model of any dtype
+    # nf4's scales are float32 in a model of any dtype, so they don't count
     float32_scales = nf4.SCALES if (config.get("quantization") or {}).get("mode") == "nf4" else ()
     sizes: dict[str, int] = {}
     for file in weight_files(path):
@@ -81,20 +81,23 @@ def summary(model: Model) -> dict[str, Any]:
 
 
 def stored_dtype(config: dict[str, Any]) -> mx.Dtype:
-    """The float dtype of a model's files, as its configuration has it."""
-    return DTYPES.get(str(_named(config)), USUAL)
+    """The float dtype of a model's files according to its configuration."""
+    return DTYPES.get(str(_configured_dtype(config)), USUAL)
 
 
-def _named(config: dict[str, Any]) -> Any:
+def _configured_dtype(config: dict[str, Any]) -> Any:
+    """The dtype's name in config.json, or None."""
     inner = config.get("text_config") or {}
     return next((part[key] for part in (config, inner) for key in ("torch_dtype", "dtype") if part.get(key)), None)
 
 
-def _bare(config: dict[str, Any]) -> nn.Module:
+def _new_model(config: dict[str, Any]) -> nn.Module:
+    """The model with lazy random weights."""
     model_class, arguments = check_architecture(config)
     with naming_settings(config):
         model: nn.Module = model_class(arguments.from_dict(config))
     if config.get("tie_word_embeddings", True) and hasattr(model, "sanitize"):
-        with suppress(Exception):  # some drop a head of their own where the files have none; others want every tensor
+        # Without a tensor for the head, `sanitize` removes it in some models; others raise because tensors are missing.
+        with suppress(Exception):
             model.sanitize({})
     return model

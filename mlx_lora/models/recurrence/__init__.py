@@ -1,7 +1,7 @@
-"""Exact chunked forms of what runs along the row, in plain MLX operations, for mlx-lm's layers to call.
+"""Exact chunked forms of recurrences and short convolutions, in plain MLX operations, for mlx-lm's layers to call.
 
-Each function has the signature of mlx-lm's, and keeps its inputs and a state every few chunks for the backward pass
-where mlx-lm's loop keeps copies of the state for every position.
+Each function has the signature of mlx-lm's. For the backward pass it keeps its inputs and one state every few chunks;
+mlx-lm's loop keeps copies of the state for every position.
 """
 
 from mlx_lora.models.recurrence.convolution import CausalConv1d, convolved, is_short

@@ -1,8 +1,8 @@
-"""What chunked recurrences share: cutting a span into chunks, decays between positions, and borders of packed rows.
+"""Shared parts of chunked recurrences: cutting a span into chunks, decays between positions, borders of packed rows.
 
-Arrays are cut to (B, n, Hk, G, C, …): n chunks of C positions, Hk heads of keys, each read by G heads of values.
-Decays are at most 1 and only ever multiplied: to divide one product of them by another, or to subtract sums of their
-logarithms, loses all digits after one very strong decay.
+Arrays are cut to (B, n, Hk, G, C, …): n chunks of C positions, Hk key heads, each shared by G value heads. Decays are
+at most 1 and are only multiplied. Dividing products of them, or subtracting sums of their logarithms, would lose all
+digits after one very strong decay.
 """
 
 from __future__ import annotations
@@ -16,30 +16,32 @@ import mlx.core as mx
 from mlx_lora.machine import device
 from mlx_lora.models.recurrence.triangular import joined
 
-# Positions of a chunk. On a CPU, 32 took a quarter less time than 64 and half of 128's; a GPU wants larger products.
+# Positions of a chunk. On a CPU, 32 took a quarter less time than 64, and half as long as 128. A GPU is efficient only
+# with larger matrix products.
 CHUNK, CHUNK_GPU = 32, 64
-# Bytes that one span may hold for the time it runs. Few spans keep fewer states; small ones stay in a CPU's cache.
+# Bytes of temporaries that one span may hold while it runs. Larger spans keep fewer states for the backward pass;
+# smaller spans fit in a CPU's cache.
 SPAN_BYTES, SPAN_BYTES_GPU = 32 << 20, 128 << 20
 
 
 def longest() -> int:
-    """Positions of a chunk that isn't cut short."""
+    """Positions of a full chunk on this device."""
     return CHUNK_GPU if device.on_gpu() else CHUNK
 
 
 def span_length(chunk_bytes: int) -> int:
-    """Positions of a span, given what a chunk of `longest` positions holds in the backward pass."""
-    most = SPAN_BYTES_GPU if device.on_gpu() else SPAN_BYTES
-    return longest() * max(most // chunk_bytes, 1)
+    """Positions of a span, given the bytes that a chunk of `longest` positions holds in the backward pass."""
+    span_bytes = SPAN_BYTES_GPU if device.on_gpu() else SPAN_BYTES
+    return longest() * max(span_bytes // chunk_bytes, 1)
 
 
 def chunk_length(length: int) -> int:
-    """Positions of a chunk: `longest`, or the next power of 2 that holds all of a shorter span."""
+    """Positions of a chunk: `longest`, or for a shorter span the smallest power of 2 that holds all of it."""
     return min(longest(), 1 << (length - 1).bit_length())
 
 
 def cut(x: mx.array, heads: int, size: int) -> mx.array:
-    """(B, T, H, …) as float32 (B, n, heads, H / heads, size, …), with zeros behind the last position."""
+    """(B, T, H, …) as float32 (B, n, heads, H / heads, size, …), padded with zeros after the last position."""
     lines, length, count, *rest = x.shape
     missing = -length % size
     if missing:
@@ -55,36 +57,37 @@ def uncut(y: mx.array, length: int) -> mx.array:
 
 
 class Borders(NamedTuple):
-    """Where rows of a packed batch meet, in booleans for chunks (B, n, 1, 1, C)."""
+    """Borders between the rows of a packed batch, as booleans for chunks (B, n, 1, 1, C)."""
 
-    same: mx.array  # (…, C, C): both positions belong to one row
-    carried: mx.array  # (…, C): the row of the state that enters the chunk
-    last: mx.array  # (…, C): the row of the chunk's last position, whose state leaves it
+    same: mx.array  # (…, C, C): both positions belong to the same row
+    carried: mx.array  # (…, C): the position belongs to the row of the state that enters the chunk
+    last: mx.array  # (…, C): the position belongs to the row of the chunk's last position, whose state leaves the chunk
 
 
 def borders(segments: mx.array | None, before: mx.array | None, size: int) -> Borders | None:
-    """Of `segments` (B, T), with `before` the segment of the position before; None where rows aren't packed."""
+    """Borders of `segments` (B, T); `before` is the segment of the position before. None if rows aren't packed."""
     if segments is None or before is None:
         return None
     lines, length = segments.shape
     widths = [(0, 0), (0, -length % size)]
-    here, earlier = (mx.pad(x, widths, mode="edge").reshape(lines, -1, 1, 1, size) for x in (segments, before))
-    same = here[..., :, None] == here[..., None, :]
-    return Borders(same, here == earlier[..., :1], here == here[..., -1:])
+    current, previous = (mx.pad(x, widths, mode="edge").reshape(lines, -1, 1, 1, size) for x in (segments, before))
+    same = current[..., :, None] == current[..., None, :]
+    return Borders(same, current == previous[..., :1], current == current[..., -1:])
 
 
 def marks(segments: mx.array | None, mask: mx.array | None) -> tuple[mx.array | None, ...]:
-    """(segments, the segment of the position before, mask): a state that enters belongs to the first position's."""
+    """(segments, segments of the position before, mask). The initial state belongs to the first position's segment."""
     if segments is None:
         return None, None, mask
     return segments, mx.concatenate([segments[:, :1], segments[:, :-1]], axis=1), mask
 
 
 class Decays(NamedTuple):
-    """Products of decays α (…, C, D) inside chunks; D is 1 where a head decays as a whole. All at most 1.
+    """Products of decays α (…, C, D) inside chunks, all at most 1; D is 1 if a head has one decay for all channels.
 
-    `halves` is for blocks of 2, 4, … C positions, from small to large: decays from a block's middle to the positions of
-    its second half, and from those of its first half to the middle, both (…, blocks, half a block, D).
+    `halves` has an entry for blocks of 2, 4, … C positions, from small to large: (decays from a block's middle to the
+    positions of its second half, decays from the positions of its first half to the middle), both
+    (…, blocks, half a block, D).
     """
 
     halves: list[tuple[mx.array, mx.array]]
@@ -94,16 +97,21 @@ class Decays(NamedTuple):
 
 
 def decays(alpha: mx.array, packed: Borders | None) -> Decays:
-    """Products over ever longer blocks: nothing is divided or subtracted, so an α of 0 is as exact as any other."""
+    """`Decays` of α (…, C, D), by joining neighbouring blocks into ever longer ones.
+
+    Nothing is divided or subtracted, so an α of 0 is as exact as any other.
+    """
     entering = total = alpha[..., None, :]
     leaving = mx.ones_like(entering)
     levels = []
     while entering.shape[-3] > 1:
-        (early, late), (first, second), (one, two) = halved(entering), halved(leaving), halved(total)
-        levels.append((late, first))
-        entering = mx.concatenate([early, late * one], axis=-2)
-        leaving = mx.concatenate([first * two, second], axis=-2)
-        total = one * two
+        entering_first, entering_second = halved(entering)
+        leaving_first, leaving_second = halved(leaving)
+        total_first, total_second = halved(total)
+        levels.append((entering_second, leaving_first))
+        entering = mx.concatenate([entering_first, entering_second * total_first], axis=-2)
+        leaving = mx.concatenate([leaving_first * total_second, leaving_second], axis=-2)
+        total = total_first * total_second
     entering, leaving, total = (x[..., 0, :, :] for x in (entering, leaving, total))
     if packed is not None:
         entering = mx.where(packed.carried[..., None], entering, 0.0)
@@ -113,25 +121,25 @@ def decays(alpha: mx.array, packed: Borders | None) -> Decays:
 
 
 def within(decay: Decays, packed: Borders | None) -> mx.array:
-    """Decay of a head from position j to i ≥ j, 0 elsewhere: (…, C, C)."""
+    """Decays of heads with one decay for all channels: from position j to i ≥ j, 0 elsewhere; (…, C, C)."""
     blocks = mx.ones((*decay.entering.shape[:-1], 1, 1))
-    for late, early in decay.halves:
+    for entering, leaving in decay.halves:
         upper, lower = halved(blocks)
-        blocks = joined(upper, late * early.swapaxes(-1, -2), lower)
+        blocks = joined(upper, entering * leaving.swapaxes(-1, -2), lower)
     return blocks[..., 0, :, :] if packed is None else mx.where(packed.same, blocks[..., 0, :, :], 0.0)
 
 
 def halved(blocks: mx.array) -> tuple[mx.array, mx.array]:
-    """Every first and every second of (…, blocks, rows, columns)."""
+    """The first and the second block of every pair of (…, blocks, rows, columns)."""
     first, second = unstacked(blocks.reshape(*blocks.shape[:-3], -1, 2, *blocks.shape[-2:]), axis=-3)
     return first, second
 
 
 def unstacked(x: mx.array, *, axis: int) -> tuple[mx.array, ...]:
-    """What lies along an axis, one by one.
+    """All slices of `x` along an axis, without that axis.
 
-    Together they have one gradient, where that of a slice is as large as what it is cut from. `mx.split` has that too,
-    but where a function calls it twice with equal arrays, `mx.compile` can fail (IndexError).
+    All slices share one gradient array. With ordinary indexing, the gradient of every slice would be as large as `x`.
+    `mx.split` avoids that too, but `mx.compile` can fail (IndexError) if a function calls it twice with equal arrays.
     """
     return _unstacking(axis % x.ndim)(x)  # type: ignore[no-any-return]
 

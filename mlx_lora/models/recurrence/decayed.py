@@ -1,4 +1,4 @@
-"""Attention without softmax whose heads decay as a whole: what Mamba-2 (2405.21060) and Lightning (2401.04658) share.
+"""Attention without softmax, with one decay a head: the shared part of Mamba-2 (2405.21060) and Lightning (2401.04658).
 
 For each position, with the state S (Dv, Dk):  S ← e^{g} S + v kᵀ;  y = S q. In a chunk, Λᵢ = Σ_{m≤i} g_m:
 
@@ -18,24 +18,23 @@ def decayed_attention(
 ) -> tuple[mx.array, mx.array]:
     """y (B, T, H, Dv) and the state (B, H, Dv, Dk) after one span, in float32.
 
-    q, k (B, T, G, Dk), each for H / G heads that follow one another; v (B, T, H, Dv); logarithms (B, T, H).
-    `marks`: segments of the positions and of the ones before, or Nones; what follows is for the caller.
+    q, k (B, T, G, Dk), each shared by H / G consecutive heads; v (B, T, H, Dv); logarithms (B, T, H).
+    `marks` begin with the segments of the positions and of the positions before them, or two Nones.
     """
     length, groups = q.shape[1:3]
     size = chunks.chunk_length(length)
     packed = chunks.borders(marks[0], marks[1], size)
     q, k, v, logarithms = (chunks.cut(x, groups, size) for x in (q, k, v, logarithms))
     decay = chunks.decays(mx.exp(logarithms[..., None]), packed)
-    inside = ((q @ k.swapaxes(-1, -2)) * chunks.within(decay, packed)) @ v
-    added = (v * decay.leaving).swapaxes(-1, -2) @ k
-    carried = state.reshape(state.shape[0], groups, -1, *state.shape[2:])
-    entered = []
-    for total, more in zip(chunks.unstacked(decay.total, axis=1), chunks.unstacked(added, axis=1), strict=True):
-        entered.append(carried)
-        carried = carried * total + more
-    before = mx.stack(entered, axis=1).swapaxes(-1, -2)
-    y = inside + decay.entering * (q @ before)
-    return chunks.uncut(y, length), carried.reshape(state.shape)
+    within_chunk = ((q @ k.swapaxes(-1, -2)) * chunks.within(decay, packed)) @ v
+    updates = (v * decay.leaving).swapaxes(-1, -2) @ k
+    current = state.reshape(state.shape[0], groups, -1, *state.shape[2:])
+    states = []  # before each chunk
+    for total, update in zip(chunks.unstacked(decay.total, axis=1), chunks.unstacked(updates, axis=1), strict=True):
+        states.append(current)
+        current = current * total + update
+    y = within_chunk + decay.entering * (q @ mx.stack(states, axis=1).swapaxes(-1, -2))
+    return chunks.uncut(y, length), current.reshape(state.shape)
 
 
 def held_bytes(lines: int, heads: int, depth: int, width: int) -> int:

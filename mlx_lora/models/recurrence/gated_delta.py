@@ -1,15 +1,16 @@
-"""The gated delta rule (2412.06464) in chunks, with one decay a head or, as Kimi Linear (2510.26692), one a channel.
+"""The gated delta rule (2412.06464) in chunks, with one decay a head or, as in Kimi Linear (2510.26692), one a channel.
 
 For each position, with the state S (Dv, Dk):  S ← S Diag(α);  δ = β (v - S k);  S ← S + δ kᵀ;  y = S q.
 
-In a chunk of C positions Λᵢ = Σ_{m≤i} log α_m and S₀ enters. With, for j ≤ i, Mᵢⱼ = Σ_c q_ic k_jc e^{Λ_ic - Λ_jc} and,
-for j < i, Aᵢⱼ = βᵢ Σ_c k_ic k_jc e^{Λ_ic - Λ_jc}:
+For a chunk of C positions, S₀ is the state before it, Λᵢ = Σ_{m≤i} log α_m, Mᵢⱼ = Σ_c q_ic k_jc e^{Λ_ic - Λ_jc} for
+j ≤ i, and Aᵢⱼ = βᵢ Σ_c k_ic k_jc e^{Λ_ic - Λ_jc} for j < i. Then:
 
     T = (I + A)⁻¹ Diag(β)     Δ = T V - T (K ∘ e^Λ) S₀ᵀ
     Y = (Q ∘ e^Λ) S₀ᵀ + M Δ   S ← S₀ Diag(e^{Λ_C}) + Δᵀ (K ∘ e^{Λ_C - Λ})
 
-Only Δ, Y and S need the state: the rest is computed for all chunks of a span at once. Where rows are packed, pairs of
-two rows don't meet, e^Λ is 0 for rows that the state doesn't belong to, and only the chunk's last row leaves it.
+Only Δ, Y and S need the state; the rest is computed for all chunks of a span at once. With packed rows, M and A are 0
+for positions of different rows, e^Λ is 0 for positions outside the row that S₀ belongs to, and only the row of the
+chunk's last position contributes to S.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def gated_delta_update(
 
     q, k (B, T, Hk, Dk), normalised; v (B, T, Hv, Dv); b (B, T, Hv); a (B, T, Hv), or (B, T, Hv, Dk) for a decay of
     each channel. log α = -e^{A_log} softplus(a + dt_bias), or lower_bound · sigmoid(e^{A_log} (a + dt_bias)); β =
-    sigmoid(b), twice that with `allow_neg_eigval`. `mask` (B, T) bool: positions that leave the state as it is; what
-    is returned for them has no meaning. `segments`: see `resetting`; a given `state` belongs to the first position's.
-    Chunks serve for one position too few: mlx_lm's own function does that, which alone heeds `use_kernel`.
+    sigmoid(b), twice that with `allow_neg_eigval`. `mask` (B, T) bool: where it is False, the state doesn't change and
+    y is meaningless. `segments`: see `resetting`; `state` belongs to the first position's segment. A single position
+    isn't worth a chunk, so it goes to mlx_lm's own function; only that one uses `use_kernel`.
     """
     segments = current_segments() if segments is None else segments
     lines, length, keys, width = q.shape
@@ -83,15 +84,15 @@ def _step(lower_bound: float | None, allow_neg_eigval: bool) -> Step:
 
     def step(state: mx.array, sequences: Arrays, constants: Arrays, marks: Marks) -> tuple[mx.array, mx.array]:
         q, k, v, a, b = sequences
-        segments, before, mask = marks
+        segments, segments_before, mask = marks
         A_log, dt_bias = constants
         logarithms, beta = gates(a, b, A_log, dt_bias, lower_bound, allow_neg_eigval, mask)
         length, keys = q.shape[1:3]
         size = chunks.chunk_length(length)
-        packed = chunks.borders(segments, before, size)
-        entered = state.reshape(state.shape[0], keys, -1, *state.shape[2:])
-        y, after = _chunks(entered, packed, *(chunks.cut(x, keys, size) for x in (q, k, v, logarithms, beta)))
-        return chunks.uncut(y, length).astype(q.dtype), after.reshape(state.shape)
+        packed = chunks.borders(segments, segments_before, size)
+        initial = state.reshape(state.shape[0], keys, -1, *state.shape[2:])
+        y, final = _chunks(initial, packed, *(chunks.cut(x, keys, size) for x in (q, k, v, logarithms, beta)))
+        return chunks.uncut(y, length).astype(q.dtype), final.reshape(state.shape)
 
     return step
 
@@ -105,7 +106,7 @@ def gates(
     allow_neg_eigval: bool,
     mask: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
-    """(log α float32, β) of every position, both 0 where the mask is; computed in mlx_lm's order and dtypes."""
+    """(log α float32, β) of every position, both 0 where the mask is False; computed in mlx_lm's order and dtypes."""
     rate = mx.exp(A_log.astype(mx.float32))
     if lower_bound is None:
         logarithms = -rate * nn.softplus(a + dt_bias)
@@ -130,24 +131,25 @@ def _chunks(
     beta: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """y (B, n, Hk, G, C, Dv) and the state (B, Hk, G, Dv, Dk) after n chunks, in float32."""
-    whole = logarithms.ndim == beta.ndim
-    decay = chunks.decays(mx.exp(logarithms[..., None] if whole else logarithms), packed)
-    if whole:
-        turned, within = k.swapaxes(-1, -2), chunks.within(decay, packed)
-        reads, keys = (q @ turned) * within, (k @ turned) * within
+    one_decay_a_head = logarithms.ndim == beta.ndim
+    decay = chunks.decays(mx.exp(logarithms[..., None] if one_decay_a_head else logarithms), packed)
+    if one_decay_a_head:
+        transposed, within = k.swapaxes(-1, -2), chunks.within(decay, packed)
+        query_products, key_products = (q @ transposed) * within, (k @ transposed) * within
     else:
-        reads, keys = channels.products(q, k, decay, packed)
-    inverse = unit_lower_inverse(beta[..., None] * keys) * beta[..., None, :]
+        query_products, key_products = channels.products(q, k, decay, packed)
+    inverse = unit_lower_inverse(beta[..., None] * key_products) * beta[..., None, :]
     entering, leaving = decay.entering, decay.leaving
-    return _serial(state, inverse @ v, inverse @ (k * entering), q * entering, k * leaving, reads, decay.total)
+    values, keys = inverse @ v, inverse @ (k * entering)
+    return _serial(state, values, keys, q * entering, k * leaving, query_products, decay.total)
 
 
-def _serial(state: mx.array, *parts: mx.array) -> tuple[mx.array, mx.array]:
-    """The short loop over chunks: `parts` are T V, T (K e^Λ), Q e^Λ, K e^{Λ_C - Λ}, M and e^{Λ_C}, (B, n, …)."""
-    made = []
-    for values, keys, q, k, reads, total in zip(*(chunks.unstacked(part, axis=1) for part in parts), strict=True):
-        turned = state.swapaxes(-1, -2)
-        delta = values - keys @ turned
-        made.append(q @ turned + reads @ delta)
+def _serial(state: mx.array, *factors: mx.array) -> tuple[mx.array, mx.array]:
+    """The loop over chunks: `factors` are T V, T (K e^Λ), Q e^Λ, K e^{Λ_C - Λ}, M and e^{Λ_C}, each (B, n, …)."""
+    outputs = []
+    for values, keys, q, k, products, total in zip(*(chunks.unstacked(x, axis=1) for x in factors), strict=True):
+        transposed = state.swapaxes(-1, -2)
+        delta = values - keys @ transposed
+        outputs.append(q @ transposed + products @ delta)
         state = state * total + delta.swapaxes(-1, -2) @ k
-    return mx.stack(made, axis=1), state
+    return mx.stack(outputs, axis=1), state

@@ -1,4 +1,4 @@
-"""Lightning attention (2401.04658) in chunks: a state that decays by a constant of its head.
+"""Lightning attention (2401.04658) in chunks: each head's state decays by a constant.
 
 h (K, V) of a head:  h ← e^{g} h + kᵀ v;  y = scale · q h.
 """
@@ -30,16 +30,16 @@ def recurrent_gla(
 ) -> tuple[mx.array, mx.array]:
     """bailing_hybrid's and bailing_moe_linear's function: y (B, H, T, V) in q's dtype, the state (B, H, K, V) float32.
 
-    q, k (B, H, T, K), v (B, H, T, V), g (H,), at most 0. `mask` (B, T) bool: positions that leave the state as it is;
-    what is returned for them has no meaning. `segments`: see `resetting`; a given `h` belongs to the first position's.
-    `chunk` is there for the signature. In half precision this is more exact than bailing_moe_linear's, which rounds
-    e^g. One position is left to bailing_hybrid's function.
+    q, k (B, H, T, K), v (B, H, T, V), g (H,), at most 0. `mask` (B, T) bool: where it is False, the state doesn't
+    change and y is meaningless. `segments`: see `resetting`; `h` belongs to the first position's segment. `chunk` is
+    ignored; it exists for the same signature. In half precision this is more exact than bailing_moe_linear's function,
+    which rounds e^g. A single position goes to bailing_hybrid's function.
     """
     lines, heads, length, width = q.shape
     depth = v.shape[-1]
     if length == 1:
-        y, after = theirs.recurrent_gla(q, k, v, g, scale=scale, h=h, mask=mask)
-        return y.astype(q.dtype), after
+        y, h = theirs.recurrent_gla(q, k, v, g, scale=scale, h=h, mask=mask)
+        return y.astype(q.dtype), h
     segments = current_segments() if segments is None else segments
     if h is None:
         h = mx.zeros((lines, heads, width, depth), dtype=mx.float32)
@@ -55,7 +55,7 @@ def recurrent_gla(
 
 
 def _step(state: mx.array, sequences: Arrays, constants: Arrays, marks: Marks) -> tuple[mx.array, mx.array]:
-    """The function of one span."""
+    """Compute one span."""
     q, k, v = sequences
     mask = marks[2]
     logarithms = mx.broadcast_to(constants[0].astype(mx.float32), q.shape[:3])

@@ -1,7 +1,8 @@
-"""Which rows share a packed row, for functions that a model calls without saying so.
+"""The segments of the packed batch that is running, for functions that mlx-lm's layers call without them.
 
-A recurrence must forget at the border between two rows, but mlx-lm's layers have no argument for borders. Whoever runs
-a packed batch says where they are with `resetting`, and the functions of this room ask `current_segments`.
+A recurrence must reset its state at the border between two rows, but mlx-lm's layers have no argument for borders. So
+the caller that runs a packed batch sets the segments with `resetting`, and the functions of this folder read them with
+`current_segments`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ _segments: list[mx.array] = []
 
 @contextmanager
 def resetting(segments: mx.array) -> Iterator[None]:
-    """While the block runs, states of this room start anew at every border of `segments`.
+    """While the block runs, the functions of this folder reset their states at every border of `segments`.
 
     `segments` int32 (B, T): one number for the positions of a row, rows one after another, 0 for padding. Under
-    `mx.compile` or `mx.checkpoint` enter it inside the function, with an array that is one of its inputs.
+    `mx.compile` or `mx.checkpoint`, enter it inside the function, with an array that is one of the function's inputs.
     """
     _segments.append(segments)
     try:

@@ -37,14 +37,15 @@ def ssm_update(
     """mlx_lm's function of this name: y (B, T, H, P) and the state (B, H, P, N) in float32.
 
     hidden_states (B, T, H, P); B, C (B, T, G, N), each for H / G heads; dt (B, T, H); A_log, D, dt_bias (H,).
-    `mask` (B, T) bool: positions that leave the state as it is, on the right as well, where mlx_lm's loses the state;
-    what is returned for them has no meaning. `segments`: see `resetting`; a given `state` belongs to the first
-    position's. One position, and `lengths`, which only batches being generated have, are left to mlx_lm's function.
+    `mask` (B, T) bool: where it is False, the state doesn't change and y is meaningless. That includes positions at
+    the end of a line, where mlx_lm's function loses the state. `segments`: see `resetting`; `state` belongs to the
+    first position's segment. A single position goes to mlx_lm's function, and so do calls with `lengths`, which only
+    batched generation uses.
     """
     lines, length, heads, depth = hidden_states.shape
     if length == 1 or lengths is not None:
-        found = (hidden_states, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths)
-        return theirs.ssm_update(*found)  # type: ignore[no-any-return]
+        arguments = (hidden_states, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask, lengths)
+        return theirs.ssm_update(*arguments)  # type: ignore[no-any-return]
     segments = current_segments() if segments is None else segments
     if state is None:
         state = mx.zeros((lines, heads, depth, B.shape[-1]), dtype=mx.float32)

@@ -1,8 +1,8 @@
-"""What a layer is called with, and gives back, as a flat list of arrays; and the way back from such a list.
+"""Flatten a layer's arguments or outputs to a list of arrays, and rebuild them from such a list.
 
-Differentiating a layer, or computing it again, sees the arrays that it is handed and no others. Most layers take and
-return arrays, tuples and dicts of them. Some hand an object on from layer to layer and change it in place, as Kimi
-K3's layers do with the states of earlier ones: its arrays are found too, and the layer gets a copy to change.
+Differentiation and recomputation handle only arrays that are passed explicitly. Most layers take and return arrays,
+tuples and dicts of them. Some pass an object from layer to layer and change it in place, as Kimi K3's layers do with
+the states of earlier layers. The arrays in such an object are found too, and the layer gets a copy to change.
 """
 
 from __future__ import annotations
@@ -18,52 +18,55 @@ Rebuild = Callable[[Sequence[mx.array]], Any]
 
 
 def flattened(tree: Any) -> tuple[list[mx.array], Rebuild]:
-    """The arrays in `tree` in order, and a function that makes the same tree around other arrays."""
+    """The arrays in `tree` in order, and a function that rebuilds the same tree with other arrays in their place."""
     arrays: list[mx.array] = []
-    shape = _opened(tree, arrays)
-    return arrays, lambda others: shape(list(others))
+    rebuild = _collect(tree, arrays)
+    return arrays, lambda replacements: rebuild(list(replacements))
 
 
-def _opened(value: Any, arrays: list[mx.array]) -> Callable[[list[mx.array]], Any]:
-    """A function from a whole list of arrays to `value` around its own part of them; adds its arrays to `arrays`."""
+def _collect(value: Any, arrays: list[mx.array]) -> Callable[[list[mx.array]], Any]:
+    """Append the arrays in `value` to `arrays`; returns a function that rebuilds `value` from a list of as many arrays.
+
+    That function gets the replacements of all of `arrays` and picks those at its own positions.
+    """
     if isinstance(value, mx.array):
-        place = len(arrays)
+        position = len(arrays)
         arrays.append(value)
-        return lambda others: others[place]
+        return lambda replacements: replacements[position]
     if isinstance(value, dict):
-        parts = {key: _opened(part, arrays) for key, part in value.items()}
-        return lambda others: {key: part(others) for key, part in parts.items()}
+        entries = {key: _collect(entry, arrays) for key, entry in value.items()}
+        return lambda replacements: {key: rebuild(replacements) for key, rebuild in entries.items()}
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        items, kind = [_opened(part, arrays) for part in value], type(value)
-        return lambda others: kind(item(others) for item in items)
+        items, kind = [_collect(item, arrays) for item in value], type(value)
+        return lambda replacements: kind(rebuild(replacements) for rebuild in items)
     if (attributes := array_attributes(value)) is not None:
-        around = _opened(attributes, arrays)
+        rebuild_attributes = _collect(attributes, arrays)
 
-        def again(others: list[mx.array]) -> Any:
-            twin = copy.copy(value)
-            vars(twin).update(around(others))
-            return twin
+        def rebuild_object(replacements: list[mx.array]) -> Any:
+            duplicate = copy.copy(value)
+            vars(duplicate).update(rebuild_attributes(replacements))
+            return duplicate
 
-        return again
-    return lambda others: value
+        return rebuild_object
+    return lambda _: value
 
 
 def objects_in(tree: Any) -> list[Any]:
-    """The objects of `tree` that arrays are carried in, in order."""
+    """The objects in `tree` that hold arrays in their attributes, in order."""
     if array_attributes(tree) is not None:
         return [tree]
     parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
-    return [found for part in parts for found in objects_in(part)]
+    return [holder for part in parts for holder in objects_in(part)]
 
 
 def array_attributes(value: Any) -> dict[str, Any] | None:
-    """The attributes in which an object carries arrays from layer to layer, or None where it carries none.
+    """The attributes in which an object passes arrays from layer to layer, or None if it passes none.
 
-    Objects and caches of mlx-lm may do so in any attribute; caches of ours name those that do in SHARED_ARRAYS.
+    For objects and caches of mlx-lm, these are all attributes. Our own caches list theirs in SHARED_ARRAYS.
     """
     if isinstance(value, mx.array | nn.Module):
         return None
     if names := getattr(value, "SHARED_ARRAYS", ()):
         return {name: getattr(value, name) for name in names}
-    of_a_model = type(value).__module__.startswith("mlx_lm.models.")
-    return dict(vars(value)) if of_a_model and hasattr(value, "__dict__") else None
+    from_mlx_lm = type(value).__module__.startswith("mlx_lm.models.")
+    return dict(vars(value)) if from_mlx_lm and hasattr(value, "__dict__") else None

@@ -1,4 +1,4 @@
-"""A model's layers: which they are, in which list the trunk keeps them, and from which one on something is trained."""
+"""A model's layers: the list of them, the trunk's attribute that holds it, and the lowest layer that is trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def name_of_list(trunk: nn.Module, layers: list[nn.Module]) -> str | None:
-    """The attribute of a trunk that lists exactly these layers; most call it `layers`."""
+    """The trunk's attribute that holds exactly these layers as a list, or None; in most models it is `layers`."""
     for name, value in trunk.items():
         if isinstance(value, list) and [id(item) for item in value] == [id(layer) for layer in layers]:
             return str(name)
@@ -25,7 +25,10 @@ def name_of_list(trunk: nn.Module, layers: list[nn.Module]) -> str | None:
 
 
 def lowest_trainable(model: nn.Module) -> int | str:
-    """Index of the lowest layer with trainable parameters, or the reason why what enters it may change."""
+    """Index of the lowest layer with trainable parameters; training doesn't change that layer's input.
+
+    Where there is no such layer, the reason as a sentence: a module outside the layers is trained, or nothing is.
+    """
     layers = [tree_flatten(layer.trainable_parameters()) for layer in layers_of(model)]
     inside = {id(array) for layer in layers for _, array in layer}
     outside = [path for path, array in tree_flatten(model.trainable_parameters()) if id(array) not in inside]

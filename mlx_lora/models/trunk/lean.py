@@ -1,11 +1,14 @@
-"""Attention, gated activations and recurrences that keep their inputs for the backward pass and compute the rest again.
+"""Attention, gated activations and recurrences that keep only their inputs for the backward pass.
 
-What a layer keeps decides how long a row fits in memory: attention's scores grow with the square of its length, and a
-gated activation holds five arrays of the widest size where two are enough. Both are cheap to compute again, unlike the
-matrix products around them. mlx-lm's layers call one function for each, so the layers run here with their own code and
-two functions of ours in place of mlx-lm's, object by object and undone on leaving; no class and no module is patched.
+The rest is recomputed. What layers keep for the backward pass limits how long a row may be. Attention's scores grow
+with the square of the row's length. A gated activation keeps five arrays of the MLP's width, and two are enough. Both
+are cheap to recompute, unlike the matrix products around them.
 
-Recurrences run in the exact chunked forms of `models.recurrence`, which also stop at the borders of packed rows.
+mlx-lm's layers call a module-level function for each of these. So each layer object gets a subclass whose methods are
+the same code with our functions in place of mlx-lm's. The original classes are restored when the block ends; no class
+and no module is patched.
+
+Recurrences run in the exact chunked forms of `models.recurrence`, which also reset at the borders of packed rows.
 """
 
 from __future__ import annotations
@@ -39,12 +42,12 @@ with allocation.file_limits_kept():
 
 @contextmanager
 def lean(layers: list[nn.Module], *, without: frozenset[str] = frozenset()) -> Iterator[None]:
-    """While the block runs, `layers` keep less for the backward pass; on a GPU, evaluation is left as it is.
+    """While the block runs, `layers` keep less for the backward pass; on a GPU, evaluation uses mlx-lm's own functions.
 
-    Recurrences and short convolutions also stop at the borders of packed rows. `without` names PARTS that stay
+    Recurrences and short convolutions also reset at the borders of packed rows. PARTS named in `without` stay
     mlx-lm's own.
     """
-    modules = {id(module): module for layer in layers for module in layer.modules()}  # some are shared
+    modules = {id(module): module for layer in layers for module in layer.modules()}  # by id: some modules are shared
     classes = {key: cls for key, module in modules.items() if (cls := _lean_class_of(module, without))}
     running = [layer for layer in layers if any(parts_of(module) & RUNNING for module in layer.modules())]
     classes |= {
@@ -62,22 +65,22 @@ def lean(layers: list[nn.Module], *, without: frozenset[str] = frozenset()) -> I
 
 
 def _lean_class_of(module: nn.Module, without: frozenset[str]) -> type[nn.Module] | None:
-    """The class that a module is given, or None where it stays as it is."""
+    """The class that a module gets while `lean` is active, or None if it keeps its own."""
     if type(module) is nn.Conv1d:
         return CausalConv1d if "convolution" not in without and is_short(module) else None
     return _lean_class(type(module), without)  # type: ignore[arg-type]
 
 
 def parts_of(module: nn.Module) -> frozenset[str]:
-    """The PARTS that a module runs in."""
+    """The PARTS that a module uses."""
     if type(module) is nn.Conv1d:
         return frozenset({"convolution"} if is_short(module) else ())
-    return _replaced(type(module))  # type: ignore[arg-type]
+    return _parts_called(type(module))  # type: ignore[arg-type]
 
 
 @lru_cache
 def _resetting_class(original: type[nn.Module]) -> type[nn.Module]:
-    """A layer that tells what runs inside it where packed rows begin, which its cache knows."""
+    """A subclass of a layer that runs inside `resetting`, with the packed rows' segments from the layer's cache."""
 
     def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
         segments = segments_of([*arguments, *named.values()])
@@ -91,13 +94,13 @@ def _resetting_class(original: type[nn.Module]) -> type[nn.Module]:
 
 @lru_cache
 def _lean_class(original: type[nn.Module], without: frozenset[str]) -> type[nn.Module] | None:
-    """A subclass whose methods call the lean functions, or None where they would call none."""
-    methods = {name: made for name, method in _methods(original) if (made := _changed(method, without))}
+    """A subclass whose methods call the lean functions, or None if its methods call none of them."""
+    methods = {name: copy for name, method in _methods(original) if (copy := _lean_method(method, without))}
     return type(f"Lean{original.__name__}", (original,), methods) if methods else None
 
 
 @lru_cache
-def _replaced(original: type[nn.Module]) -> frozenset[str]:
+def _parts_called(original: type[nn.Module]) -> frozenset[str]:
     """The PARTS that a class's methods call."""
     return frozenset(part for _, method in _methods(original) for part, *_ in _calls(method))
 
@@ -110,7 +113,7 @@ def _methods(original: type[nn.Module]) -> Iterator[tuple[str, types.FunctionTyp
 
 
 def _calls(method: types.FunctionType) -> Iterator[tuple[str, str, Any]]:
-    """(part, name, ours) of each function that a method calls by name and that has one in its place."""
+    """(part, name, our function) for each function in FUNCTIONS that a method calls by name."""
     for part, name, original, ours in FUNCTIONS:
         if name in method.__code__.co_names and method.__globals__.get(name) is original:
             yield part, name, ours
@@ -118,24 +121,27 @@ def _calls(method: types.FunctionType) -> Iterator[tuple[str, str, Any]]:
         yield "activation", "nn", LAYERS
 
 
-def _changed(method: types.FunctionType, without: frozenset[str]) -> Callable[..., Any] | None:
-    """A method that calls the lean functions while training, or None where it would call none."""
+def _lean_method(method: types.FunctionType, without: frozenset[str]) -> Callable[..., Any] | None:
+    """The method with calls to the lean functions, or None if it calls none of them.
+
+    On a GPU, in evaluation mode and without packed rows, it still calls mlx-lm's functions.
+    """
     ours = {name: function for part, name, function in _calls(method) if part not in without}
     if not ours:
         return None
-    again = types.FunctionType(
+    lean_method = types.FunctionType(
         method.__code__, {**method.__globals__, **ours}, method.__name__, method.__defaults__, method.__closure__
     )
-    again.__kwdefaults__ = method.__kwdefaults__
+    lean_method.__kwdefaults__ = method.__kwdefaults__
 
     def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        own = device.on_gpu() and not self.training and current_segments() is None
-        return (method if own else again)(self, *arguments, **named)
+        use_original = device.on_gpu() and not self.training and current_segments() is None
+        return (method if use_original else lean_method)(self, *arguments, **named)
 
     return call
 
 
-# part, the name that mlx-lm's layers call a function by, mlx-lm's function, and the one in its place
+# (part, name under which mlx-lm's layers call the function, mlx-lm's function, our replacement)
 FUNCTIONS: list[tuple[str, str, Any, Callable[..., Any]]] = [
     ("activation", "swiglu", theirs.swiglu, activations.swiglu),
     ("activation", "precise_swiglu", theirs.precise_swiglu, activations.precise_swiglu),
@@ -150,8 +156,8 @@ FUNCTIONS: list[tuple[str, str, Any, Callable[..., Any]]] = [
     ("recurrence", "recurrent_gla", bailing_moe_linear.recurrent_gla, recurrent_gla),
     ("recurrence", "recurrent_gla", bailing_hybrid.recurrent_gla, recurrent_gla),
 ]
-# mlx-lm's layers call this one as `nn.silu`, so they get another `nn`.
+# mlx-lm's layers call SiLU as `nn.silu`, so their methods get this copy of `nn` in which `silu` is ours.
 LAYERS = types.SimpleNamespace(**{**vars(nn), "silu": activations.silu})
-# What runs along the row, and stops at the borders of packed rows only in our form.
+# Parts that run along the positions of a row. Only our versions reset at the borders of packed rows.
 RUNNING = frozenset({"recurrence", "convolution"})
 PARTS = frozenset(part for part, *_ in FUNCTIONS) | RUNNING

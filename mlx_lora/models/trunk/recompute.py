@@ -1,8 +1,8 @@
-"""Gradient checkpointing: a layer keeps its input and computes its inside again in the backward pass.
+"""Gradient checkpointing: a layer keeps only its input, and its forward pass is computed again in the backward pass.
 
-Scoped to the layers it is given and undone on leaving, by giving each layer object a subclass of its own class; no
-class is patched. Dropout draws the same mask twice, because its key is captured before the first pass: `mx.checkpoint`
-by itself would draw another mask in the recomputation and make the gradients wrong.
+Each layer object gets a subclass of its own class while the block runs; no class is patched. Dropout draws the same
+mask in both passes, because its key is drawn before the first one. `mx.checkpoint` alone would draw another mask in
+the second pass, and the gradients would be wrong.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from mlx_lora.models.trunk.flatten import Rebuild, array_attributes, flattened, 
 
 @contextmanager
 def recomputed(layers: list[nn.Module]) -> Iterator[None]:
-    """Recompute the inside of each of `layers` in the backward pass while the block runs."""
+    """While the block runs, the forward pass of each of `layers` is recomputed in the backward pass."""
     classes = [type(layer) for layer in layers]
-    for layer, original in zip(layers, classes, strict=True):  # one that is listed twice is computed again once
+    for layer, original in zip(layers, classes, strict=True):  # a layer that is listed twice is wrapped once
         layer.__class__ = _checkpointed(original)
     try:
         yield
@@ -38,30 +38,30 @@ def _checkpointed(original: type[nn.Module]) -> type[nn.Module]:
         dropouts = [module for module in self.modules() if isinstance(module, Dropout)]
         keys = [mx.random.randint(0, 2**31, (2,)).astype(mx.uint32) for _ in dropouts]
 
-        taken, called_with = flattened((arguments, named))
-        made: list[Rebuild] = []
+        inputs, rebuild_arguments = flattened((arguments, named))
+        rebuilds: list[Rebuild] = []
 
-        def inside(parameters: Any, taken: list[mx.array]) -> list[mx.array]:
+        def forward(parameters: Any, inputs: list[mx.array]) -> list[mx.array]:
             self.update(parameters)
-            arguments, named = called_with(taken)
-            with _drawn_from(dropouts, keys):
+            arguments, named = rebuild_arguments(inputs)
+            with _fixed_keys(dropouts, keys):
                 output = original.__call__(self, *arguments, **named)
             changed = [array_attributes(value) for value in objects_in((arguments, named))]
             outputs, rebuild = flattened((output, changed))
-            made.append(rebuild)
+            rebuilds.append(rebuild)
             return outputs
 
-        outputs = mx.checkpoint(inside)(self.trainable_parameters(), taken)
-        output, changed = made[0](outputs)
+        outputs = mx.checkpoint(forward)(self.trainable_parameters(), inputs)
+        output, changed = rebuilds[0](outputs)
         for value, attributes in zip(objects_in((arguments, named)), changed, strict=True):
-            vars(value).update(attributes)  # what the layer has left there for the layers above
+            vars(value).update(attributes)  # the layer changed a copy; the layers above read the original object
         return output
 
     return type(f"Recomputed{original.__name__}", (original,), {"__call__": call})
 
 
 @contextmanager
-def _drawn_from(dropouts: list[Dropout], keys: list[mx.array]) -> Iterator[None]:
+def _fixed_keys(dropouts: list[Dropout], keys: list[mx.array]) -> Iterator[None]:
     for dropout, key in zip(dropouts, keys, strict=True):
         dropout.drawn_from(key)
     try:

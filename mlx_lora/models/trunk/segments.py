@@ -1,11 +1,11 @@
-"""Attention, states and short convolutions kept inside segments, so that several training rows can share one line.
+"""Caches that confine attention, states and short convolutions to segments, so that several rows can share one line.
 
-mlx-lm's models ask their cache for the mask and let it replace keys and values. The caches here answer with a mask
-that joins a position only to those of its own row, hand keys and values back unchanged and keep nothing, so the
-forward pass is an ordinary one: it can be compiled, differentiated and recomputed. Rotary positions run on from row to
-row, which changes nothing, being relative. A state that runs along the line is reset at the borders by
-`models.recurrence`, which a layer's cache tells the segments (`lean.py`). This file doesn't know which architectures
-all of that is true of: `verify.py` runs the model and compares.
+mlx-lm's models get the attention mask from their cache, and pass keys and values through it. The caches here return a
+mask under which a position attends only to positions of its own row. They return keys and values unchanged and store
+nothing across passes, so the forward pass can be compiled, differentiated and recomputed as usual. Rotary positions
+continue from row to row; that changes nothing, because only their differences matter. `models.recurrence` resets
+recurrent states at the borders between rows; it gets the segments from the layer's cache (`lean.py`). Not every
+architecture works this way: `packing.py` runs the model and compares.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from mlx_lora.errors import ModelError
 
 
 class _Masks:
-    """Masks of one packed batch, each built once however many layers use it."""
+    """Masks of one packed batch, each built once for all layers that use it."""
 
     def __init__(self, segment_ids: mx.array, *, grouped: bool):
         self.segment_ids, self.length = segment_ids, segment_ids.shape[1]
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        self._same = mx.expand_dims(same, (1, 2) if grouped else 1)
-        self._made: dict[int | None, mx.array] = {}
+        self._same_segment = mx.expand_dims(same, (1, 2) if grouped else 1)
+        self._by_window: dict[int | None, mx.array] = {}
 
     def within(self, window: int | None) -> mx.array:
-        """Where position i may look at j: the same row, not later, and fewer than `window` before. Bool (B, 1, T, T)"""
+        """Bool (B, 1, T, T): i may attend to j if both are in one row and 0 ≤ i - j < `window`. None is no window."""
         window = window if window and window < self.length else None
-        if window not in self._made:
-            self._made[window] = self._same & create_causal_mask(self.length, window_size=window)
-        return self._made[window]
+        if window not in self._by_window:
+            self._by_window[window] = self._same_segment & create_causal_mask(self.length, window_size=window)
+        return self._by_window[window]
 
 
 class RowCache:
-    """Stands in for the cache of one layer where layers above use its keys and values: it hands them on, within a pass.
+    """Cache of one layer whose keys and values upper layers reuse: it passes them on within one forward pass.
 
-    Gemma 3n's upper layers look at keys of lower ones wherever there is a cache, as there is when it is served.
+    Gemma 3n's upper layers reuse the keys of lower ones only if there is a cache, and when it is served there is one.
     """
 
     def __init__(self, offset: int = 0, *, shares_keys: bool = True):
@@ -62,7 +62,7 @@ class RowCache:
 
 
 class PackedCache(RowCache):
-    """Stands in for the cache of one layer, of which attention wants a mask, an offset and the keys and values."""
+    """Cache of one attention layer for packed rows: gives it the mask and the offset, returns its keys and values."""
 
     def __init__(self, masks: _Masks, offset: int, *, shares_keys: bool):
         super().__init__(offset, shares_keys=shares_keys)
@@ -80,9 +80,9 @@ class PackedCache(RowCache):
 
 
 class PackedState(ArraysCache):
-    """Stands in for the state cache of one mixer: nothing came before, and nothing is kept behind the line.
+    """State cache of one mixer for packed rows: the state starts empty and isn't stored at the end of the line.
 
-    Resets at the borders between rows are made where the state is computed, by `segments` int32 (B, T).
+    Where the state is computed, `segments` int32 (B, T) tell at which positions to reset it.
     """
 
     def __init__(self, masks: _Masks, size: int):
@@ -97,14 +97,14 @@ class PackedState(ArraysCache):
 
 
 def caches(model: nn.Module, segment_ids: mx.array, *, first: int = 0, shares_keys: bool = False) -> list[Any]:
-    """What to pass as `cache` to the model or its trunk so that rows in one line don't reach each other.
+    """The caches to pass to the model or its trunk so that rows in one line don't affect each other.
 
-    `segment_ids` int32 (B, T): one number for the positions of a row, rows one after another, 0 for padding. Make them
-    anew for every forward pass. Rotary positions start at `first`. `shares_keys` says that layers hand keys on in their
-    caches. Raises ModelError for a model whose layers keep something that can't be kept apart.
+    `segment_ids` int32 (B, T): one number for the positions of a row, rows one after another, 0 for padding. Make new
+    caches for every forward pass. Rotary positions start at `first`. With `shares_keys`, layers pass keys on in their
+    caches. Raises ModelError for a model with caches whose contents can't be separated by row.
     """
     kinds = make_prompt_cache(model)
-    if reason := crossing(kinds):
+    if reason := not_separable(kinds):
         raise ModelError(f"rows can't be packed for {type(model).__module__.rpartition('.')[2]}: {reason}")
     masks = _Masks(segment_ids, grouped=_grouped(model))
 
@@ -121,33 +121,33 @@ def caches(model: nn.Module, segment_ids: mx.array, *, first: int = 0, shares_ke
 
 
 def row_caches(model: nn.Module) -> list[RowCache] | None:
-    """The `cache` for rows alone of a model whose layers hand keys on in it, or None where some keep something else."""
+    """Caches for rows that aren't packed, through which layers share keys; None if a layer caches something else."""
     kinds = make_prompt_cache(model)
     return [RowCache() for _ in kinds] if all(type(kind) in (KVCache, RotatingKVCache) for kind in kinds) else None
 
 
 def keeps_state(model: nn.Module) -> bool:
-    """Whether some layer keeps more than keys and values of positions."""
+    """Whether some layer caches a state rather than keys and values of positions."""
     return any(not hasattr(kind, "update_and_fetch") for kind in _leaves(make_prompt_cache(model)))
 
 
 def segments_of(arguments: Iterable[Any]) -> mx.array | None:
-    """The segments of a packed line that a layer's arguments tell of, or None for rows alone."""
+    """The segments of a packed line, from the cache among a layer's arguments; None if rows aren't packed."""
     for argument in arguments:
         if isinstance(argument, PackedCache | PackedState):
             return argument.segments
-        if isinstance(argument, tuple) and (found := segments_of(list(argument))) is not None:
-            return found
+        if isinstance(argument, tuple) and (segments := segments_of(list(argument))) is not None:
+            return segments
     return None
 
 
 def _grouped(model: nn.Module) -> bool:
-    """Whether attention scores are (B, kv heads, queries of a key, T, T): Gemma 2 computes them itself."""
+    """Whether attention scores are (B, kv heads, group, T, T), as in Gemma 2, which computes them itself."""
     return getattr(model, "model_type", "") == "gemma2" and model.layers[0].self_attn.repeats > 1
 
 
-def crossing(kinds: list[Any]) -> str | None:
-    """Why layers with caches of these kinds can't be kept inside segments, where their kind alone tells."""
+def not_separable(kinds: list[Any]) -> str | None:
+    """Why layers with caches of these kinds can't be confined to segments, or None if the kinds allow it."""
     for kind in _leaves(kinds):
         if isinstance(kind, ChunkedKVCache):
             return "its attention is cut into chunks at fixed positions"

@@ -7,7 +7,7 @@
     RecordingCache   a layer's cache that records the keys and values which attention gives it
     FixedCache       a layer's cache that returns the keys and values it was made with
 
-What stand-ins leave unused (embedding lookups, for one) is never evaluated, since MLX is lazy.
+What a stand-in doesn't use (an embedding lookup, for example) is never evaluated, since MLX is lazy.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mlx_lora.errors import ModelError
 from mlx_lora.models.trunk.layers import layers_of, name_of_list
 
 
-class _Lending:
-    """Lends the attributes of what it stands for: some models look at their layers' own."""
+class _StandIn:
+    """Forwards attribute access to the module that it replaces: some models read attributes of their layers."""
 
     def __init__(self, original: nn.Module):
         self._original = original
@@ -32,8 +32,8 @@ class _Lending:
         return getattr(self._original, name)
 
 
-class FixedTrunk(_Lending):
-    """Stands in for a trunk: returns `hidden`."""
+class FixedTrunk(_StandIn):
+    """Replaces a trunk: returns `hidden`."""
 
     def __init__(self, trunk: nn.Module, hidden: mx.array):
         super().__init__(trunk)
@@ -43,8 +43,8 @@ class FixedTrunk(_Lending):
         return self._hidden
 
 
-class PassThrough(_Lending):
-    """Stands in for a layer: computes nothing, returns `hidden` or else its input, which is noted as `entered`."""
+class PassThrough(_StandIn):
+    """Replaces a layer: returns `hidden`, or its input if there is none. `entered` is the input."""
 
     def __init__(self, layer: nn.Module, hidden: mx.array | None = None):
         super().__init__(layer)
@@ -52,13 +52,13 @@ class PassThrough(_Lending):
         self.entered: mx.array | None = None
 
     def __call__(self, x: mx.array, *_: Any, **__: Any) -> mx.array:
-        # both are other array objects: some trunks change theirs in place
+        # both arrays are new objects, because some trunks change theirs in place
         self.entered = mx.stop_gradient(x)
         return x if self._hidden is None else self._hidden.astype(self._hidden.dtype)
 
 
-class FixedInput(_Lending):
-    """Stands in for a layer: the layer itself, but what enters it is `hidden`, whatever it is called with."""
+class FixedInput(_StandIn):
+    """Replaces a layer: calls it with `hidden` in place of its input."""
 
     def __init__(self, layer: nn.Module, hidden: mx.array):
         super().__init__(layer)
@@ -68,8 +68,8 @@ class FixedInput(_Lending):
         return self._original(self._hidden, *arguments, **named)
 
 
-class CallRecorder(_Lending):
-    """Stands in for a layer whose parameters are called `names`: notes what it is called with, computes nothing."""
+class CallRecorder(_StandIn):
+    """Replaces a layer whose parameters are called `names`: records its arguments by name, computes nothing."""
 
     def __init__(self, layer: nn.Module, names: list[str]):
         super().__init__(layer)
@@ -80,11 +80,11 @@ class CallRecorder(_Lending):
         if self.call:
             raise ModelError("the trunk runs its last layer more than once")
         self.call = dict(zip(self._names, arguments, strict=False)) | named
-        return mx.stop_gradient(self.call[self._names[0]])  # another object: some trunks change theirs in place
+        return mx.stop_gradient(self.call[self._names[0]])  # a new object: some trunks change theirs in place
 
 
 class RecordingCache:
-    """Stands in for a layer's cache: notes the keys and values that attention gives it, and hands them back."""
+    """Replaces a layer's cache: records the keys and values that attention passes to it, and returns them unchanged."""
 
     def __init__(self, cache: Any = None):
         self.offset = 0 if cache is None else cache.offset
@@ -96,17 +96,17 @@ class RecordingCache:
 
 
 class FixedCache:
-    """A cache whose keys and values are there already; `offset` (B,) is where each line's columns begin."""
+    """A cache that already has its keys and values; `offset` (B,) is the position of each line's first column."""
 
-    def __init__(self, held: tuple[mx.array, mx.array], offset: mx.array):
-        self.offset, self._held = offset, held
+    def __init__(self, keys_and_values: tuple[mx.array, mx.array], offset: mx.array):
+        self.offset, self._keys_and_values = offset, keys_and_values
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return self._held
+        return self._keys_and_values
 
 
 def trunk_with(trunk: nn.Module, model: nn.Module, layers: list[Any]) -> Any:
-    """The trunk of a model with other layers; its other parts are the very same objects.
+    """A copy of a model's trunk with other layers; its other parts are the same objects.
 
     Raises ModelError for a trunk that doesn't keep its layers in one list.
     """

@@ -1,6 +1,6 @@
-"""Arrays in a file without a name: hidden states of many rows, of which only one is in memory at a time.
+"""Arrays in an unnamed temporary file: hidden states of many rows, only one of which is in memory at a time.
 
-The file lies in the home's folder, is readable by nobody else, and is gone when the process ends, however it ends.
+The file lies in the home folder, no other user can read it, and it disappears when the process ends, even by a crash.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mlx_lora import paths
 
 
 class StatesFile:
-    """Float arrays by number; one that is put again takes the place of the one before."""
+    """Float arrays by number; storing an array under a number again replaces the previous one."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(dir=paths.home())

@@ -1,4 +1,4 @@
-"""How far a part of the trunk may be from the whole model, and whether it is."""
+"""How far the results of a part of `trunk/` may be from the whole model's, and the comparison."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-# Largest distance from the whole model, relative to the norm of what is compared: in float32, and in half precision,
-# where another shape of batch rounds differently and can send a token to another expert. A part that doesn't hold
-# moves values or gradients by tens of percent. What is split off runs the same operations on the same numbers.
+# Largest distance from the whole model, relative to the norm of the compared array: (in float32, in half precision).
+# In half precision, another batch shape rounds differently and can route a token to another expert. A part that is
+# wrong for a model changes values or gradients by tens of percent. "start" runs the same operations on the same
+# numbers, so its limit is tight.
 TOLERANCES = {
     "head": (1e-3, 1e-2),
     "lean": (1e-4, 5e-2),
@@ -19,7 +20,8 @@ TOLERANCES = {
     "start": (1e-5, 1e-5),
     "packing": (1e-3, 5e-2),
 }
-# Gradients that are this small a part of the largest one are rounding.
+# Gradients with a norm below this share of the largest one are mostly rounding error, so they are compared relative
+# to that share of the largest norm.
 SMALL = 1e-2
 
 
@@ -28,15 +30,15 @@ def agree(
 ) -> bool:
     """Whether the first array of each pair equals the second within `times` the tolerance of a part of TOLERANCES.
 
-    The tolerance is that of half precision where an array that is compared is in half precision, or one of the layer
-    `of` that made them. NaN agrees with nothing.
+    The tolerance for half precision applies if a compared array, or a parameter of the layer `of` that computed it, is
+    in half precision. NaN agrees with nothing.
     """
-    if any(ours.shape != theirs.shape for ours, theirs in pairs):
+    if any(actual.shape != expected.shape for actual, expected in pairs):
         return False
-    arrays = [theirs for _, theirs in pairs] + [array for _, array in tree_flatten(of.parameters() if of else {})]
+    arrays = [expected for _, expected in pairs] + [array for _, array in tree_flatten(of.parameters() if of else {})]
     half = any(array.dtype in (mx.float16, mx.bfloat16) for array in arrays)
     tolerance = TOLERANCES[part][half] * times
-    norms = mx.stack([mx.linalg.norm(theirs.astype(mx.float32)) for _, theirs in pairs])
-    away = [mx.linalg.norm(ours.astype(mx.float32) - theirs.astype(mx.float32)) for ours, theirs in pairs]
-    allowed = mx.maximum(norms, SMALL * norms.max())
-    return bool((mx.stack(away) <= tolerance * allowed).all().item())
+    norms = mx.stack([mx.linalg.norm(expected.astype(mx.float32)) for _, expected in pairs])
+    distances = [mx.linalg.norm(actual.astype(mx.float32) - expected.astype(mx.float32)) for actual, expected in pairs]
+    scales = mx.maximum(norms, SMALL * norms.max())
+    return bool((mx.stack(distances) <= tolerance * scales).all().item())

@@ -1,7 +1,7 @@
-"""A run of a few tokens through a model as it is, and what its layers make of the calls that it noted.
+"""Run a few tokens through the unmodified model, record each layer's call, and repeat single calls for comparison.
 
-Layers of the same shape behave alike: `kinds` picks one call of each kind, and `outcome` differentiates what a layer
-makes of it, so that two ways of running a layer can be compared in values and in gradients without a whole model.
+Layers of the same shape behave alike, so `kinds` picks one call of each kind. `outcome` repeats a call and computes its
+outputs and gradients, so two ways of running a layer can be compared without running the whole model.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
 if TYPE_CHECKING:
     from mlx_lora.models.trunk.trunk import Trunk
 
-# Five lines, so that no mask fits where a model has another axis, of nine tokens.
+# Five lines, a size that other axes of a model don't have: a mask can't broadcast along a wrong axis. Nine tokens each.
 STARTS = (3, 6, 0, 5, 2)
 LENGTH = 9
-# Attributes of modules that differ from layer to layer and change nothing that is computed.
-PLACES = ("layer_idx", "layer_id", "layer_index", "idx", "index", "layer_number")
+# Attributes that number the layers. They differ from layer to layer and don't affect what a layer computes.
+LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_index", "idx", "index", "layer_number")
 
 Function = Callable[..., Any]
 
 
 @dataclass
 class Call:
-    """How a trunk called one of its layers, and what came back.
+    """One call of a layer by its trunk: arguments and output.
 
-    A `frozen` one lies below the lowest layer with something to train: no gradient is ever asked of it.
+    `frozen`: the layer is below the lowest trained layer, so its gradients are never needed.
     """
 
     layer: nn.Module
@@ -54,11 +54,11 @@ class Call:
 
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """Training mode, in which mlx-lm's kernels without a gradient aren't used, but without dropout.
+    """Training mode, but without dropout. In training mode mlx-lm doesn't use its kernels that have no gradient.
 
-    Behind the block the model has the arrays that it had, and all of it the mode that it had as a whole.
+    When the block ends, the model has the same arrays as before, and all its modules get the mode that `model` had.
     """
-    before = model.training
+    was_training = model.training
     model.train()
     for module in model.modules():
         if isinstance(module, Dropout | nn.Dropout):
@@ -67,14 +67,15 @@ def training(model: nn.Module) -> Iterator[None]:
         with arrays_kept(model):
             yield
     finally:
-        model.train(before)
+        model.train(was_training)
 
 
 @dataclass
 class Trial:
-    """A run of `tokens`: the trunk's hidden states, and the first call of every layer, or of the trunk instead.
+    """A run of `tokens`: the trunk's hidden states and the first call of every layer.
 
-    `arrays` are the model's at that time: a run of another adapter says nothing.
+    If the model doesn't call its layers itself, `calls` is a single call of the trunk. `arrays` are the model's arrays
+    at the time of the run: with another adapter the results no longer apply.
     """
 
     tokens: mx.array
@@ -83,13 +84,13 @@ class Trial:
     arrays: list[mx.array]
 
     def fresh(self, model: nn.Module) -> bool:
-        """Whether the model has the very arrays that it ran with."""
-        now = _arrays(model)
-        return len(now) == len(self.arrays) and all(a is b for a, b in zip(now, self.arrays, strict=True))
+        """Whether the model still has exactly the arrays that it ran with."""
+        current = _arrays(model)
+        return len(current) == len(self.arrays) and all(a is b for a, b in zip(current, self.arrays, strict=True))
 
 
 def trial_run(trunk: Trunk) -> Trial:
-    """The trial of this trunk, run now unless `take_apart` has just done so."""
+    """The trial of this trunk: the one that `take_apart` ran if it is still valid, otherwise a new run."""
     if trunk.trial is None or not trunk.trial.fresh(trunk.model):
         calls: dict[int, Call] = {}
         tokens = trial_tokens()
@@ -100,16 +101,16 @@ def trial_run(trunk: Trunk) -> Trial:
 
 
 def trial_of(trunk: Trunk, tokens: mx.array, hidden: mx.array, calls: dict[int, Call]) -> Trial:
-    """What was noted while `tokens` ran through the trunk."""
+    """The trial made of the `calls` that were recorded, by module id, while `tokens` ran through the trunk."""
     layers = layers_of(trunk.model)
-    if any(id(layer) not in calls for layer in layers):  # the model runs their parts itself
-        of_layers = [Call(trunk.module, (tokens,), {}, hidden)]
+    if any(id(layer) not in calls for layer in layers):  # the model runs the layers' parts itself
+        layer_calls = [Call(trunk.module, (tokens,), {}, hidden)]
     else:
-        of_layers = [calls[id(layer)] for layer in layers]
+        layer_calls = [calls[id(layer)] for layer in layers]
         first = lowest_trainable(trunk.model)
-        for call in of_layers[: first if isinstance(first, int) else 0]:
+        for call in layer_calls[: first if isinstance(first, int) else 0]:
             call.frozen = True
-    return Trial(tokens, hidden, of_layers, _arrays(trunk.model))
+    return Trial(tokens, hidden, layer_calls, _arrays(trunk.model))
 
 
 def trial_tokens() -> mx.array:
@@ -123,22 +124,23 @@ def _arrays(model: nn.Module) -> list[mx.array]:
 
 @contextmanager
 def recording(layers: Sequence[nn.Module], calls: dict[int, Call]) -> Iterator[None]:
-    """While the block runs, note how each of these modules is called first, by the module's id."""
+    """While the block runs, record the first call of each of these modules in `calls`, by the module's id."""
     classes = [type(layer) for layer in layers]
 
     def recording_class(original: type[nn.Module]) -> type[nn.Module]:
         def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-            kept = _copied(arguments), _copied(named)
+            inputs = _copied(arguments), _copied(named)
             output = original.__call__(self, *arguments, **named)
-            calls.setdefault(id(self), Call(self, *kept, _copied(output)))
+            calls.setdefault(id(self), Call(self, *inputs, _copied(output)))
             return output
 
         return type(f"Recording{original.__name__}", (original,), {"__call__": call})
 
-    made = {cls: recording_class(cls) for cls in set(classes) if any("__call__" in vars(base) for base in cls.__mro__)}
+    callable_classes = {cls for cls in classes if any("__call__" in vars(base) for base in cls.__mro__)}
+    subclasses = {cls: recording_class(cls) for cls in callable_classes}
     try:
         for layer, cls in zip(layers, classes, strict=True):
-            layer.__class__ = made.get(cls, cls)  # type: ignore[assignment]
+            layer.__class__ = subclasses.get(cls, cls)  # type: ignore[assignment]
         yield
     finally:
         for layer, cls in zip(layers, classes, strict=True):
@@ -146,7 +148,7 @@ def recording(layers: Sequence[nn.Module], calls: dict[int, Call]) -> Iterator[N
 
 
 def _copied(tree: Any) -> Any:
-    """Other array objects: some models change theirs in place."""
+    """The same tree with new array objects, because some models change theirs in place."""
     arrays, rebuild = flattened(tree)
     return rebuild([mx.stop_gradient(array) for array in arrays])
 
@@ -158,7 +160,7 @@ def kinds(calls: list[Call]) -> list[Call]:
         plain = [
             (name, value)
             for name, value in sorted(vars(module).items())
-            if isinstance(value, bool | int | float | str) and name.lstrip("_") not in PLACES
+            if isinstance(value, bool | int | float | str) and name.lstrip("_") not in LAYER_NUMBERS
         ]
         arrays = [
             (name, array.shape, str(array.dtype)) for name, array in module.items() if isinstance(array, mx.array)
@@ -167,56 +169,62 @@ def kinds(calls: list[Call]) -> list[Call]:
 
     def kind(call: Call) -> Any:
         arrays, _ = flattened((call.arguments, call.named))
-        others = [value for value in [*call.arguments, *call.named.values()] if isinstance(value, str | int | None)]
+        constants = [value for value in [*call.arguments, *call.named.values()] if isinstance(value, str | int | None)]
         modules = tuple((path, settings(module)) for path, module in call.layer.named_modules())
-        return call.frozen, modules, tuple((array.ndim, str(array.dtype)) for array in arrays), str(others)
+        return call.frozen, modules, tuple((array.ndim, str(array.dtype)) for array in arrays), str(constants)
 
     return list({kind(call): call for call in reversed(calls)}.values())
 
 
 def borrows(call: Call, model: nn.Module) -> bool:
-    """Whether what a layer makes depends on trained arrays that aren't its own: each is shifted as a whole."""
-    own = {id(array) for _, array in tree_flatten(call.layer.trainable_parameters())}
-    others = [(name, array) for name, array in tree_flatten(model.trainable_parameters()) if id(array) not in own]
-    if not others:
+    """Whether a layer's output depends on trained arrays of other modules.
+
+    A scalar is added to each of those arrays; the layer depends on an array if the scalar's gradient isn't 0.
+    """
+    layer_arrays = {id(array) for _, array in tree_flatten(call.layer.trainable_parameters())}
+    trained = tree_flatten(model.trainable_parameters())
+    outside = [(name, array) for name, array in trained if id(array) not in layer_arrays]
+    if not outside:
         return False
 
     def run(*shifts: mx.array) -> mx.array:
-        moved = [(name, array + shift) for (name, array), shift in zip(others, shifts, strict=True)]
-        model.update(tree_unflatten(moved))
-        taken, called_with = flattened((call.arguments, call.named))
-        arguments, named = called_with(taken)  # copies of what the layer may change
-        made, _ = flattened(call.layer(*arguments, **named))
-        return sum((mx.cos(array.astype(mx.float32)).sum() for array in made), start=mx.array(0.0))
+        shifted = [(name, array + shift) for (name, array), shift in zip(outside, shifts, strict=True)]
+        model.update(tree_unflatten(shifted))
+        inputs, rebuild = flattened((call.arguments, call.named))
+        arguments, named = rebuild(inputs)  # copies of objects that the layer may change
+        outputs, _ = flattened(call.layer(*arguments, **named))
+        return sum((mx.cos(array.astype(mx.float32)).sum() for array in outputs), start=mx.array(0.0))
 
+    zeros = [mx.zeros((), array.dtype) for _, array in outside]
     try:
-        gradients = mx.grad(run, argnums=tuple(range(len(others))))(*(mx.zeros((), array.dtype) for _, array in others))
+        gradients = mx.grad(run, argnums=tuple(range(len(outside))))(*zeros)
     finally:
-        model.update(tree_unflatten(others))
+        model.update(tree_unflatten(outside))
     return bool(mx.stack([(gradient != 0).any() for gradient in gradients]).any().item())
 
 
 def outcome(call: Call, function: Function) -> list[mx.array]:
-    """What `function` makes of a call's arguments, and the gradients of that by all it takes and trains; lazily.
+    """Outputs of `function` for a call's arguments, then gradients of all floating inputs and trained arrays; lazy.
 
-    The gradients are those of a sum that no two outputs enter alike. What enters is float32 also where the model is in
-    half precision, whose rounding a recurrence can make large, and which sends tokens to other experts.
+    The gradients are those of a weighted sum of the outputs, with a different weight for each element. Inputs are cast
+    to float32 even if the model is in half precision: a recurrence can amplify its rounding errors, and they can route
+    tokens to other experts.
     """
     layer = call.layer
     trained = [] if call.frozen else tree_flatten(layer.trainable_parameters())
-    leaves, called_with = flattened((call.arguments, call.named))
+    leaves, rebuild = flattened((call.arguments, call.named))
     leaves = [leaf.astype(mx.float32) if mx.issubdtype(leaf.dtype, mx.floating) else leaf for leaf in leaves]
-    moving = [index for index, leaf in enumerate(leaves) if not call.frozen and mx.issubdtype(leaf.dtype, mx.floating)]
+    floating = [] if call.frozen else [i for i, leaf in enumerate(leaves) if mx.issubdtype(leaf.dtype, mx.floating)]
 
     def run(*arrays: mx.array) -> list[mx.array]:
-        given = dict(zip(moving, arrays, strict=False))
-        values = zip(trained, arrays[len(moving) :], strict=True)
-        layer.update(tree_unflatten([(name, array) for (name, _), array in values]))
-        arguments, named = called_with([given.get(index, leaf) for index, leaf in enumerate(leaves)])
-        made, _ = flattened(function(*arguments, **named))
-        return [array for array in made if mx.issubdtype(array.dtype, mx.floating)]
+        inputs = dict(zip(floating, arrays, strict=False))
+        parameters = zip(trained, arrays[len(floating) :], strict=True)
+        layer.update(tree_unflatten([(name, array) for (name, _), array in parameters]))
+        arguments, named = rebuild([inputs.get(index, leaf) for index, leaf in enumerate(leaves)])
+        outputs, _ = flattened(function(*arguments, **named))
+        return [array for array in outputs if mx.issubdtype(array.dtype, mx.floating)]
 
-    primals = [leaves[index] for index in moving] + [array for _, array in trained]
+    primals = [leaves[index] for index in floating] + [array for _, array in trained]
     outputs = run(*primals)
     if not primals:
         return outputs

@@ -1,15 +1,15 @@
-"""A causal language model taken apart: hidden states, by several ways, and the head that makes logits of them.
+"""A causal language model split into a trunk, which computes hidden states, and a head, which computes logits.
 
-    run(tokens)                         the trunk's own hidden states, after the final norm
-    run(states, start=n)                the same, from what enters layer n: layers below it are frozen and ran before
-    run(tokens, columns=places)         the last layer for some positions alone (`last_layer.py`)
-    run(tokens, segments=ids)           several training rows in one line, none of which sees another (`segments.py`)
+    run(tokens)                         the trunk's hidden states, after the final norm
+    run(states, start=n)                the same from the states that enter layer n, computed earlier: frozen below n
+    run(tokens, columns=columns)        the last layer only for some positions (`last_layer.py`)
+    run(tokens, segments=ids)           several training rows in one line that don't affect each other (`segments.py`)
     head(hidden)                        logits
 
-Every way is the model's own code with stand-ins for some of its parts, so that embeddings, masks, norms and endings
-(tied embeddings, soft caps, logit scales) stay the model's own. Not every way holds for every model: `verify.py`
-compares each with the whole model before it is used. A model that can't be taken apart has no `name`: `run` then gives
-logits, and `head` hands them on.
+All of them run the model's own code with stand-ins for some of its parts. So embeddings, masks, norms and heads (tied
+embeddings, soft caps, logit scales) are computed exactly as the model does. Not every call works for every model:
+`verify.py` compares each with the whole model before it is used. If a model can't be split, `name` is None; then `run`
+returns logits, and `head` returns its argument.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ if TYPE_CHECKING:
 
 @dataclass
 class Trunk:
-    """`name` is the model's attribute that holds the trunk, inside its attribute `language` where it has one.
+    """`name` is the attribute that holds the trunk: of `model`, or of its attribute `language` if that isn't None.
 
-    The model is looked up anew in every call and never changed, so adapters put on later are part of every way.
+    Every call reads the model's modules again and none changes the model, so adapters attached later take effect.
     """
 
     model: nn.Module
     name: str | None = None
     language: str | None = None
     vocabulary: int = 0
-    shares_keys: bool = False  # in its cache: it is another model without one
-    finite: bool = True  # its logits, on the few tokens that `take_apart` ran
-    trial: Trial | None = field(default=None, repr=False, compare=False)  # for `verify`, once
+    shares_keys: bool = False  # layers share keys through the cache; without a cache the outputs differ
+    finite: bool = True  # whether the logits of `take_apart`'s trial tokens are finite
+    trial: Trial | None = field(default=None, repr=False, compare=False)  # `take_apart`'s run; `verify` uses it once
 
     @property
     def apart(self) -> bool:
-        """Whether hidden states and head are known apart."""
+        """Whether the model could be split into trunk and head."""
         return self.name is not None
 
     @property
     def whole(self) -> nn.Module:
-        """The language model: what maps tokens to logits."""
+        """The language model, which maps tokens to logits."""
         return self.model[self.language] if self.language else self.model
 
     @property
     def module(self) -> nn.Module:
-        """What maps tokens to hidden states; the language model itself where it can't be taken apart."""
+        """The module that maps tokens to hidden states; the language model itself if it can't be split."""
         return self.whole[self.name] if self.name else self.whole
 
     def run(
@@ -66,13 +66,13 @@ class Trunk:
     ) -> mx.array:
         """Hidden states after the final norm, (B, T, d); (B, M, d) of consecutive `columns` (B, M) of each line.
 
-        `x` are tokens (B, T), or with a `start` the states (B, T, d) that enter that layer. `segments` int32 (B, T) has
-        one number for the positions of a row, and 0 for padding.
+        `x` are tokens (B, T), or with `start` the states (B, T, d) that enter that layer. `segments` int32 (B, T) has
+        one number for all positions of a row, and 0 for padding.
         """
         return self.run_with(x, self._caches(segments), start, columns)
 
     def run_with(self, x: mx.array, cache: Any, start: int = 0, columns: mx.array | None = None) -> mx.array:
-        """`run` with the caller's own caches, one for each layer, or None for none."""
+        """`run` with the caller's own caches, one for each layer; None runs without caches."""
         with arrays_kept(self.model):
             if not self.apart:
                 return self.model(x) if cache is None else self.model(x, cache=cache)
@@ -86,7 +86,7 @@ class Trunk:
         return row_caches(self.model) if self.shares_keys else None
 
     def head(self, hidden: mx.array) -> mx.array:
-        """Logits (N, V) of hidden states (N, d), through the model's own ending."""
+        """Logits (N, V) of hidden states (N, d), by the model's own head."""
         if not self.apart:
             return hidden
         shell = copy.copy(self.whole)
@@ -94,20 +94,20 @@ class Trunk:
         return shell(mx.zeros((1, 1), dtype=mx.int32))[0]
 
     def entering(self, tokens: mx.array, layer: int, *, segments: mx.array | None = None) -> mx.array:
-        """Hidden states entering `layer`, (B, T, d), without gradients."""
+        """Hidden states that enter `layer`, (B, T, d), without gradients."""
         layers = layers_of(self.model)
-        boxes = [PassThrough(above) for above in layers[layer:]]
+        skipped = [PassThrough(above) for above in layers[layer:]]
         with arrays_kept(self.model):
-            trunk_with(self.module, self.model, [*layers[:layer], *boxes])(tokens, cache=self._caches(segments))
-        return boxes[0].entered
+            trunk_with(self.module, self.model, [*layers[:layer], *skipped])(tokens, cache=self._caches(segments))
+        return skipped[0].entered
 
     def above(self, hidden: mx.array, start: int, cache: Any = None, *, final: Any = None) -> mx.array:
-        """Hidden states after the final norm, from those entering layer `start`; `final` takes the last layer's place.
+        """Hidden states after the final norm, from those that enter layer `start`; `final` replaces the last layer.
 
-        With as many layers as there are for `start`, it is the final norm alone.
+        If `start` is the number of layers, only the final norm is applied.
         """
         layers = layers_of(self.model)
         rest = layers[start:] if final is None else [*layers[start:-1], final]
-        boxes = [PassThrough(layer, hidden) for layer in layers[:start]]
+        skipped = [PassThrough(layer, hidden) for layer in layers[:start]]
         tokens = mx.zeros(hidden.shape[:2], mx.int32)
-        return trunk_with(self.module, self.model, [*boxes, *rest])(tokens, cache=cache)  # type: ignore[no-any-return]
+        return trunk_with(self.module, self.model, [*skipped, *rest])(tokens, cache=cache)  # type: ignore[no-any-return]

@@ -1,10 +1,10 @@
-"""Which ways of running a model in parts give what the whole model gives: values and gradients, on a few tokens.
+"""Verify which parts of `trunk/` give the same values and gradients as the whole model, on a few tokens.
 
-Every part of `trunk/` rests on an assumption about the model's code that most architectures keep and some don't. So
-nothing is looked up by name: the model runs once as it is, with what enters each layer noted, and each part is then
-held against it. Layers of the same shape behave alike, so one of each kind is compared, in values and in gradients of
-all that it takes and trains; a model of 30 layers costs little more than two forward passes of a few tokens. What
-doesn't hold is left out, with a reason for people; nothing here decides what is done without it.
+Every part of `trunk/` makes an assumption about the model's code. It is true for most architectures, not for all. No
+list of architectures decides: the unmodified model runs once while each layer's inputs are recorded, and each part is
+compared with that run. Layers of the same shape behave alike, so one layer of each kind is compared, in values and in
+gradients of all its inputs and trained parameters. A model of 30 layers costs little more than two forward passes of
+a few tokens. A part that differs isn't used, and a note gives the reason; callers decide how to train without it.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ from mlx_lora.models.trunk.trial import (
 )
 from mlx_lora.models.trunk.trunk import Trunk
 
-# Rows of the hidden states that the head is tried on, and columns of each line that the last layer is run for.
+# Positions whose hidden states the head is tested with, and number of columns that the last layer is tested with.
 ROWS, COLUMNS = (8, 0, 3), 3
 
 
 @dataclass
 class Verified:
-    """What holds for a model: the parts of `lean` to leave `without`, layers that may be computed again, columns.
+    """What works for a model.
 
-    `notes` say in plain words what was left out.
+    `without`: parts of `lean` that must not be used. `recompute`: layers may be recomputed in the backward pass.
+    `columns`: the last layer may run only for some columns. `notes` tell users what isn't used, and why.
     """
 
     without: frozenset[str] = frozenset()
@@ -62,7 +63,7 @@ class Verified:
 def take_apart(model: nn.Module) -> Trunk:
     """The trunk of `model`, verified on a few tokens against the whole model.
 
-    The head gets some rows in another order: one that looks at neighbouring positions, or at the tokens, shows.
+    The head gets some positions in another order, so a head that uses neighbouring positions, or the tokens, fails.
     """
     tokens, calls = trial_tokens(), dict[int, Call]()
     with training(model):
@@ -79,7 +80,7 @@ def take_apart(model: nn.Module) -> Trunk:
             try:
                 hidden = _states(trunk, tokens, calls)
                 logits = trunk.head(hidden[0][mx.array(ROWS)])
-            except Exception:  # an architecture whose trunk or head takes something else
+            except Exception:  # an architecture whose trunk or head takes other arguments
                 continue
             expected = whole[0][mx.array(ROWS)]
             if logits.shape == expected.shape and agree("head", [(logits, expected)]):
@@ -93,15 +94,15 @@ def take_apart(model: nn.Module) -> Trunk:
 
 
 def _served(model: nn.Module, tokens: mx.array) -> mx.array | None:
-    """Logits with a cache, as the model is served, where some of its layers share a cache and might use it so."""
-    if (count := len(getattr(model, "layers", []))) and (kept := row_caches(model)) and len(kept) < count:
-        with suppress(Exception):  # a model whose caches are its own affair
-            return model(tokens, cache=kept)  # type: ignore[no-any-return]
+    """Logits with caches, as in serving, if the model has fewer caches than layers: then layers may share keys."""
+    if (count := len(getattr(model, "layers", []))) and (caches := row_caches(model)) and len(caches) < count:
+        with suppress(Exception):  # a model that needs caches of its own kind
+            return model(tokens, cache=caches)  # type: ignore[no-any-return]
     return None
 
 
 def _states(trunk: Trunk, tokens: mx.array, calls: dict[int, Call]) -> mx.array:
-    """The trunk's hidden states: those noted, where the model called it with nothing but the tokens."""
+    """The trunk's hidden states: the recorded ones if the model passed it only the tokens, else those of a new run."""
     call = calls.get(id(trunk.module))
     if (
         not trunk.shares_keys
@@ -121,18 +122,20 @@ def _candidates(model: nn.Module) -> Iterator[Trunk]:
 
 
 def verify(trunk: Trunk, *, recompute: bool, columns: bool) -> Verified:
-    """What of `lean`, and where wanted of gradient checkpointing and the cut last layer, holds for this model.
+    """Which parts of `lean` work for this model, and if wanted also gradient checkpointing and the cut last layer.
 
-    Raises ModelError where the model's own layers have no gradient on this device, as with kernels that lack one.
+    Raises ModelError if the model's own layers have no gradient on this device, because of a kernel without one.
     """
     verified, name = Verified(recompute=recompute, columns=columns and trunk.apart), _name(trunk.model)
     with training(trunk.model):
         trial, trunk.trial = trial_run(trunk), None
         compared = _differentiable(trial, name)
-        verified.without = _without(compared)
+        verified.without = _differing_parts(compared)
         if verified.without:
             parts = " and ".join(sorted(verified.without))
-            verified.notes.append(f"{parts} of {name} run as mlx-lm has them: lean ones differ, and these keep more")
+            verified.notes.append(
+                f"{name} runs {parts} in mlx-lm's own code, which needs more memory: the lean form gives other numbers"
+            )
         if recompute and (reason := _not_recomputed(trunk, compared, verified.without)):
             verified.recompute = False
             verified.notes.append(f"layers of {name} aren't computed again in the backward pass: {reason}")
@@ -141,16 +144,16 @@ def verify(trunk: Trunk, *, recompute: bool, columns: bool) -> Verified:
             verified.notes.append(f"the last layer isn't cut for {name}: {reason}")
     if any(type(module).__name__ in OWN_LOOPS for module in trunk.model.modules()):
         verified.notes.append(
-            f"{name} runs its state position by position, as mlx-lm has it: slow, and large in memory"
+            f"{name} runs its recurrence in mlx-lm's loop over positions, which is slow and needs much memory"
         )
     return verified
 
 
 def verify_start(trunk: Trunk, start: int) -> mx.array | str:
-    """States that enter layer `start`, of which only shape and dtype say something, or why they alone don't do.
+    """Example states that enter layer `start`, for their shape and dtype; or why layers can't run from states alone.
 
-    Layers that take more than hidden states from below, such as shared keys or a part of the embeddings, can't be cut
-    off. Needs the model in evaluation mode: with dropout the two sides draw different masks.
+    Layers that take more than hidden states from below, such as shared keys or a part of the embeddings, can't. Needs
+    the model in evaluation mode: with dropout, the two compared runs would draw different masks.
     """
     count = len(layers_of(trunk.model))
     if not trunk.apart:
@@ -175,7 +178,7 @@ Compared = list[tuple[Call, list[mx.array]]]
 
 
 def _differentiable(trial: Trial, name: str) -> Compared:
-    """A call of each kind of layer, with the values and gradients that the layer itself has."""
+    """One call of each kind of layer, with the outputs and gradients of the unmodified layer."""
     compared = []
     for call in kinds(trial.calls):
         try:
@@ -187,12 +190,12 @@ def _differentiable(trial: Trial, name: str) -> Compared:
     return compared
 
 
-def _without(compared: Compared) -> frozenset[str]:
-    """The parts of `lean` that don't give what the layers give by themselves."""
+def _differing_parts(compared: Compared) -> frozenset[str]:
+    """The parts of `lean` that change a layer's outputs or gradients."""
     if not _lean_differs(compared, frozenset()):
         return frozenset()
-    every = lean_module.PARTS
-    return frozenset(part for part in every if _lean_differs(compared, every - {part}))
+    parts = lean_module.PARTS
+    return frozenset(part for part in parts if _lean_differs(compared, parts - {part}))
 
 
 def _lean_differs(compared: Compared, without: frozenset[str]) -> str | None:
@@ -205,57 +208,57 @@ def _lean_differs(compared: Compared, without: frozenset[str]) -> str | None:
 
 def _not_recomputed(trunk: Trunk, compared: Compared, without: frozenset[str]) -> str | None:
     if compared[0][0].layer is trunk.module:
-        return "the model runs their parts itself"
+        return "the model runs the parts of its layers itself"
     if any(borrows(call, trunk.model) for call, _ in compared if not call.frozen):
-        return "they compute with what is trained in others"
+        return "they use trained arrays of other modules"
 
     def changed(call: Call, stack: ExitStack) -> Function:
         stack.enter_context(lean([call.layer], without=without))
         stack.enter_context(recomputed([call.layer]))
         return call.layer
 
-    return _layers_differ("recompute", [(call, found) for call, found in compared if not call.frozen], changed)
+    return _layers_differ("recompute", [(call, expected) for call, expected in compared if not call.frozen], changed)
 
 
 def _layers_differ(part: str, compared: Compared, changed: Callable[[Call, ExitStack], Function]) -> str | None:
-    """Why a change of the layers doesn't hold for one of their kinds, or None."""
+    """Why the `changed` layers don't give the expected outputs and gradients for some kind of layer, or None."""
     for call, expected in compared:
         try:
             with ExitStack() as stack:
-                found = outcome(call, changed(call, stack))
-                mx.eval(found)
+                actual = outcome(call, changed(call, stack))
+                mx.eval(actual)
         except Exception as error:
-            return f"{type(call.layer).__name__} can't be run so: {error} ({type(error).__name__})"
-        if not agree(part, list(zip(found, expected, strict=True)), of=call.layer):
+            return f"{type(call.layer).__name__} can't be run this way: {error} ({type(error).__name__})"
+        if not agree(part, list(zip(actual, expected, strict=True)), of=call.layer):
             return f"values or gradients of {type(call.layer).__name__} differ"
     return None
 
 
 def _not_cut(trunk: Trunk, trial: Trial, without: frozenset[str]) -> str | None:
-    """Why the last layer can't be run for some columns alone, or None: it is compared with the whole trunk."""
+    """Why the last layer can't run for some columns only, or None; compared with the whole trunk."""
     last = layers_of(trunk.model)[-1]
     call = next((call for call in trial.calls if call.layer is last), None)
     if call is None:
-        return "the model runs its parts itself"
+        return "the model runs the parts of its layers itself"
     columns = mx.array(STARTS)[:, None] + mx.arange(COLUMNS)
     try:
         with lean([last], without=without):
-            columns_of(trunk, trial.tokens, columns)  # only that it can be run: nothing is evaluated
-            found = trunk.above(columns_of_layer(last, call.by_name(), columns), len(layers_of(trunk.model)))
-            if not agree("last layer", [(found, _at(trial.hidden, columns))]):
-                return "its columns alone are other states"
+            columns_of(trunk, trial.tokens, columns)  # checks that it runs without an error; nothing is evaluated
+            states = trunk.above(columns_of_layer(last, call.by_name(), columns), len(layers_of(trunk.model)))
+            if not agree("last layer", [(states, _take_columns(trial.hidden, columns))]):
+                return "its columns alone give other states"
             cut = outcome(call, lambda *a, **n: columns_of_layer(last, Call(last, a, n, None).by_name(), columns))
-            whole = outcome(call, lambda *a, **n: _at(last(*a, **n), columns))
+            whole = outcome(call, lambda *a, **n: _take_columns(last(*a, **n), columns))
             if not agree("last layer", list(zip(cut, whole, strict=True)), of=last):
-                return "its columns alone have other gradients"
+                return "its columns alone give other gradients"
     except ModelError as error:
         return error.message
-    except Exception as error:  # a layer that keeps something else, or takes something else
+    except Exception as error:  # a layer that caches something else, or takes other arguments
         return f"it keeps or takes something else than keys and values ({type(error).__name__})"
     return None
 
 
-def _at(hidden: mx.array, columns: mx.array) -> mx.array:
+def _take_columns(hidden: mx.array, columns: mx.array) -> mx.array:
     return mx.take_along_axis(hidden, columns[..., None], axis=1)
 
 
