@@ -166,11 +166,7 @@ def _of_rows(prepared: Prepared, recipe: Recipe, *, epochs: int | None) -> list[
     epochs = epochs or min(max(round(STEPS / per_epoch), 1), MOST_EPOCHS)
     every = max(per_epoch * epochs // 5, 1)
     choices = [
-        Choice(
-            "data.max_seq_length",
-            max(1 << (longest - 1).bit_length(), SHORTEST),
-            f"the longest row has {longest} tokens",
-        ),
+        Choice("data.max_seq_length", max(padded, SHORTEST), f"the longest row has {longest} tokens"),
         Choice("train.epochs", epochs, f"{per_epoch * epochs} steps"),
     ]
     if prepared.valid:
