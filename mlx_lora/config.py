@@ -65,12 +65,14 @@ class Data(Section):
     template: str = Field(
         default="auto",
         examples=[*TEMPLATES, "FILE.jinja"],
-        description="Chat template: auto and chat are the model's own, none is none, others are for bases without.",
+        description="Chat template: the model's own, none, or one for a base without.",
     )
     thinking: Annotated[Literal["auto", "on", "off"], BeforeValidator(as_switch)] = Field(
         default="auto", description="Ask models that think to think; auto where the row has reasoning."
     )
-    template_args: dict[str, Any] = Field(default={}, description="Arguments for the chat template.")
+    template_args: dict[str, Any] = Field(
+        default={}, examples=["{name: value}"], description="Arguments for the chat template."
+    )
     drop: list[Literal["reasoning_content", "name", "tool_calls", "tools"]] = Field(
         default=[], description="Parts of a conversation to leave out, where the template doesn't show them."
     )

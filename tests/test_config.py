@@ -42,6 +42,9 @@ data:
   path: null
   format: auto
   template: auto
+  thinking: auto
+  template_args: {}
+  drop: []
   mask: auto
   max_seq_length: 2048
   too_long: error

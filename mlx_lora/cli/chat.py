@@ -22,6 +22,9 @@ def register(app: typer.Typer) -> None:
 System = Annotated[str | None, typer.Option("--system", help="A system message, as in training rows that have one.")]
 
 
+Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Ask a model that can think to think, or not.")]
+
+
 def _engine(model: str | None, adapter: str | None) -> tuple[Engine, Trained]:
     """An engine with the adapter in use, and how that was trained."""
     from mlx_lora.models.unpack import unpack_once
@@ -57,7 +60,7 @@ def generate(
         int | None, typer.Option("--seed", help="Seed of the sampling; without it, every run differs.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Encode the prompt as it is, without a chat template.")] = False,
-    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask a model that can think to.")] = None,
+    think: Think = None,
     json: Json = False,
 ) -> None:
     """Answer one prompt."""
@@ -70,10 +73,8 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     check_prompt(text)
     engine, trained = _engine(model, adapter)
-    if raw:
-        trained = replace(trained, template="none")
-    if think is not None:
-        trained = replace(trained, thinking=think)
+    trained = replace(trained, template="none" if raw else trained.template)
+    trained = replace(trained, thinking=trained.thinking if think is None else think)
     tokens = first_prompt(engine.loaded.tokenizer, text, system=system, trained=trained)
     room = room_for_answer(engine, tokens, hint="a shorter prompt fits")
     if room is not None and max_tokens > room:

@@ -93,10 +93,12 @@ def checked_message(message: Any, name: str) -> dict[str, Any]:
     if role not in ROLES:
         raise ValueError(f"{name} has role {shorten(role)}; known: {', '.join(ROLES)}")
     calls, content = message.get("tool_calls"), _text(message.get("content"), f"{name} ({role})")
-    if calls:
-        message = {**message, "content": content or "", "tool_calls": _calls(calls, name)}
-    elif not isinstance(content, str):
+    if calls and content is None:
+        content = ""
+    if not isinstance(content, str):
         raise ValueError(f"{name} ({role}) has content of type {type(content).__name__}, not a string")
+    if calls:
+        message = {**message, "content": content, "tool_calls": _calls(calls, name)}
     elif content is not message["content"]:
         message = {**message, "content": content}
     if role == "assistant":

@@ -3,7 +3,7 @@
     adapters.safetensors     arrays by module path; LoRA's and DoRA's as mlx-lm names and shapes them
     adapter_config.json      what `mlx_lm.generate --adapter-path` needs, with `alpha` for tools that read only that
     manifest.json            what the adapter is: recipe, base, data by hash (never the data), metrics
-    chat_template.jinja      the template it was trained with, where that isn't the model's own
+    chat_template.jinja      the template it was trained with, if it isn't the model's own
 
 Arrays are rounded to bf16, but for those that multiply, which stay float32. mlx-lm knows LoRA, DoRA and full weights;
 what it doesn't know has a configuration that it refuses. A directory without a manifest of ours (trained by mlx-lm)
@@ -84,8 +84,7 @@ class StoredAdapter:
     @property
     def chat_template(self) -> str | None:
         """The template it was trained with, where that isn't the model's own."""
-        file = self.path / CHAT_TEMPLATE
-        return files.read_text(file, AdapterError) if file.exists() else None
+        return files.read_text(file, AdapterError) if (file := self.path / CHAT_TEMPLATE).exists() else None
 
 
 def save(

@@ -21,7 +21,7 @@ from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
 from mlx_lora.store.base import base_for
-from mlx_lora.study.evaluate import Questions, Result, chosen_file, evaluate, questions
+from mlx_lora.study.evaluate import Result, chosen_file, evaluate, questions
 
 Settings = Callable[[dict[str, Any] | None], Data]
 
@@ -63,17 +63,14 @@ def evaluate_adapters(
     unpack_once(loaded)
     engine = Engine(loaded)
     tokenizer = engine.loaded.tokenizer
-    of_base = stored[0] if stored else None
-    chosen: dict[str | None, _Chosen] = {None: _chosen(of_base, settings, tokenizer)}
+    chosen: dict[str | None, _Chosen] = {None: _chosen(stored[0] if stored else None, settings, tokenizer)}
     for adapter, name in zip(stored, _names(stored), strict=True):
         chosen[name] = _chosen(adapter, settings, tokenizer)
         engine.add(name, wrappers_for(engine.loaded.model, adapter), end=chosen[name].format.own_end)
-    asked: dict[str, Questions] = {}
-    for own in chosen.values():
-        if own.key not in asked:
-            asked[own.key] = questions(
-                str(file), own.settings, tokenizer, exact=exact, format=own.format, progress=progress
-            )
+    asked = {
+        own.key: questions(str(file), own.settings, tokenizer, exact=exact, format=own.format, progress=progress)
+        for own in {own.key: own for own in chosen.values()}.values()
+    }
     work = sum(len(asked[own.key].rows) + len(asked[own.key].prompts) for own in chosen.values())
     advance = progress("evaluating", work)
     results = [
