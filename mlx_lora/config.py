@@ -74,7 +74,7 @@ class Data(Section):
         default={}, examples=["{name: value}"], description="Arguments for the chat template."
     )
     drop: list[Literal["reasoning_content", "name", "tool_calls", "tools"]] = Field(
-        default=[], description="Parts of a conversation to leave out, where the template doesn't show them."
+        default=[], description="Parts to leave out, where the chat template doesn't show them."
     )
     mask: Literal["auto", "all", "completion", "assistant", "last"] = Field(
         default="auto", description="Which tokens carry loss; auto goes by the format."

@@ -61,7 +61,7 @@ class EncodedFile:
 
     `examples` gave rows, `texts` of them plain text; `answers` is the most that one has; `split` gave several rows
     because of how the template shows history. `reasoned` answers are learned with reasoning, `unreasoned` without.
-    `tools_hidden` conversations define tools that the template doesn't show.
+    `tools_hidden` conversations define tools that the template doesn't show; `hidden` are other such parts, by line.
     """
 
     settings: Data
@@ -80,9 +80,11 @@ class EncodedFile:
     reasoned: int = 0
     unreasoned: int = 0
     tools_hidden: int = 0
+    hidden: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, one: Encoded, line: int) -> bool:
         """Take an encoded example; whether it gave rows. A fault becomes a problem with its line."""
+        self.hidden += [(line, part) for part in (one.talk.hidden if one.talk else ())]
         try:
             if one.fault:
                 raise ValueError(one.fault)

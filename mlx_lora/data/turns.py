@@ -44,6 +44,7 @@ class Talk:
     """A conversation with its learned turns; without any it is learned as a whole.
 
     `texts` are P, and P with the answer, of each turn, once it is rendered; of a whole conversation its one text.
+    `hidden` are the parts that the template leaves out.
     """
 
     example: Example
@@ -51,6 +52,7 @@ class Talk:
     texts: list[str] = field(default_factory=list)
     fault: str | None = None
     tools_shown: bool = True
+    hidden: list[str] = field(default_factory=list)
 
     def job(self, chat: ChatFormat) -> Job:
         """The views that `take` wants: for each turn P, W, and where P hides reasoning the messages before it."""
@@ -111,6 +113,7 @@ class Talk:
         missing = hidden(messages, self.example.tools, text, learned=turn.index)
         self.tools_shown = self.tools_shown and all(part.kind != "tools" for part in missing)
         parts = list(dict.fromkeys((part.number, part.kind) for part in missing if part.kind != "tools"))
+        self.hidden += [f"{kind} of message {number + 1}" for number, kind in parts]
         if not parts:
             return
         shown = ", ".join(f"{kind} of message {number + 1}" for number, kind in parts[:3])
