@@ -71,7 +71,7 @@ class Talk:
             if isinstance(texts, ValueError):
                 raise refusal(texts)
             if not self.turns:
-                self._check_shown(Turn(-1, None), texts[0])
+                self._check_shown(Turn(len(self.example.messages) - 1, None), texts[0])
                 self.texts = texts
             for place, turn in enumerate(self.turns):
                 size = len(texts) // len(self.turns)
@@ -109,7 +109,7 @@ class Talk:
 
         Definitions of tools that it leaves out are only noted: calls can be learned without them.
         """
-        messages = self.example.messages[: turn.index + 1] if self.turns else self.example.messages
+        messages = self.example.messages[: turn.index + 1]
         missing = hidden(messages, self.example.tools, text, learned=turn.index)
         self.tools_shown = self.tools_shown and all(part.kind != "tools" for part in missing)
         parts = list(dict.fromkeys((part.number, part.kind) for part in missing if part.kind != "tools"))
