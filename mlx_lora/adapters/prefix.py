@@ -197,8 +197,8 @@ def _cache_shapes(layer: nn.Module) -> tuple[Shape, Shape]:
         except Exception as error:  # this isn't the width of the hidden states
             fault = error
             continue
-        if len(cache.noted) == 1 and all(array.ndim == 4 for array in cache.noted[0]):
-            keys, values = cache.noted[0]
+        if len(cache.recorded) == 1 and all(array.ndim == 4 for array in cache.recorded[0]):
+            keys, values = cache.recorded[0]
             return keys.shape, values.shape
         fault = AdapterError("it keeps no keys and values of its own")
     raise fault
