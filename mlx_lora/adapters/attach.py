@@ -1,7 +1,7 @@
-"""Put adapters on a model, take them off, exchange them: always whole, never touching the base's arrays.
+"""Attach an adapter to a model, detach it, or swap it for another. The base's arrays never change.
 
-`build` makes the wrappers for one adapter without changing the model; `put` installs a set of wrappers in place of
-whatever adapter is there. Swapping is therefore a few hundred attribute assignments and no arithmetic.
+`build` makes the wrappers of one adapter without changing the model. `put` replaces the attached adapter, if any, by a
+set of wrappers. Swapping adapters is therefore a few hundred attribute assignments and no arithmetic.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Wrappers = dict[str, AdapterLayer]
 def attach(model: nn.Module, config: Adapter, *, seed: int = 0) -> Wrappers:
     """Wrap the targets of `config` in place and return the wrappers by module path.
 
-    Whatever adapter was attached comes off first. Raises AdapterError when a target or a layer matches nothing, or
-    when the method can't serve it.
+    An adapter that is already attached is detached first. Raises AdapterError when a target or a layer matches
+    nothing, or when the method can't wrap a target.
     """
     wrappers = build(model, config, seed=seed)
     put(model, wrappers)
@@ -33,10 +33,10 @@ def attach(model: nn.Module, config: Adapter, *, seed: int = 0) -> Wrappers:
 
 
 def build(model: nn.Module, config: Adapter, *, seed: int = 0, only: Iterable[str] | None = None) -> Wrappers:
-    """Wrappers around the base modules of `config`'s targets (or of the paths in `only`), leaving the model as it is.
+    """Make wrappers around the base modules of `config`'s targets (or the paths in `only`). The model doesn't change.
 
-    The initial A of a module depends on the seed and on the module's place among the targets. Ranks are checked
-    against `targets` only: what another tool has trained may be wider than its layers.
+    A module's initial A depends on the seed and on the module's index among the targets. Ranks aren't checked for the
+    paths in `only`: a stored adapter from another tool may have a rank above the dimensions of its layers.
     """
     bare = bare_modules(model)
     if only is None:
@@ -48,7 +48,7 @@ def build(model: nn.Module, config: Adapter, *, seed: int = 0, only: Iterable[st
     wrappers: Wrappers = {}
     for name in methods.parts(config.method):
         method, settings = methods.resolve(name), config.of(name)
-        layers = {path: bare[path] for path, served_by in places.items() if served_by == name}
+        layers = {path: bare[path] for path, method_name in places.items() if method_name == name}
         shared = method.shared(layers, settings)
         for path, layer in layers.items():
             wrappers[path] = method.from_base(layer, settings, path=path, key=keys[path], shared=shared)
@@ -56,23 +56,26 @@ def build(model: nn.Module, config: Adapter, *, seed: int = 0, only: Iterable[st
 
 
 def put(model: nn.Module, wrappers: Wrappers) -> None:
-    """Install `wrappers` (none: the bare base) in place of whatever is attached, wherever what they wrap is."""
+    """Detach the attached adapter and install `wrappers`; an empty dict leaves the bare base.
+
+    A module that several layers share has several paths: its wrapper is installed at all of them.
+    """
     detach(model)
     for wrapper in wrappers.values():
         wrapper.train(model.training)
     bare = bare_modules(model)
-    around = {id(bare[path]): wrapper for path, wrapper in wrappers.items() if path in bare}
-    shared = {path: around[id(module)] for path, module in bare.items() if id(module) in around}
-    _set(model, shared | wrappers, outer_first=False)  # a wrapper takes what it wraps as it is then
+    wrapper_of = {id(bare[path]): wrapper for path, wrapper in wrappers.items() if path in bare}
+    everywhere = {path: wrapper_of[id(module)] for path, module in bare.items() if id(module) in wrapper_of}
+    _set(model, everywhere | wrappers, outer_first=False)  # once a block is wrapped, paths inside it have changed
 
 
 def detach(model: nn.Module) -> None:
-    """Give every wrapped module's place back to the very module that is wrapped."""
+    """Replace every wrapper by the very module that it wraps."""
     _set(model, {path: wrapper.base for path, wrapper in attached(model).items()}, outer_first=True)
 
 
 def _set(model: nn.Module, modules: dict[str, nn.Module], *, outer_first: bool) -> None:
-    """Put modules at paths, of which some may be inside others."""
+    """Put modules at paths; a path may be inside another one."""
 
     def depth(path: str) -> int:
         return path.count(".")

@@ -1,18 +1,18 @@
-"""The contract of a method, and what every method asks of the module it wraps.
+"""The contract of a method's wrapper, and what every method needs of a layer: its kind, its shape, its largest rank.
 
-A method's wrapper is a module that holds one frozen base module, whose place it takes, and a few trainable arrays:
+A wrapper is a module that replaces one frozen base module, which it holds, and adds a few trainable arrays:
 
-    find(model, config) -> paths                 the modules to wrap, or None for those that adapter.targets names
-    refusal(layer, config, path) -> reason       why a layer can't be served, and what works; None where it can
-    shared(layers, config) -> anything           made once for all wrappers, such as frozen arrays in common
+    find(model, config) -> paths                 the modules to wrap, or None: adapter.targets names them
+    refusal(layer, config, path) -> reason       why the method can't wrap a layer and what works instead, or None
+    shared(layers, config) -> anything           what all wrappers share, made once, such as VeRA's frozen matrices
     from_base(layer, config, path=…, key=…, shared=…) -> module     the wrapper around `layer`
     __call__(x)                                  base output with the update
-    base -> layer                                the very same module it was given
-    adapter_params() -> names                    its own trainable arrays
-    delta() -> array                             the update of the weight, or CannotFuse where there is none
-    fuse() -> layer                              a plain layer with the update merged, or CannotFuse
+    base -> layer                                the wrapped module, the same object that from_base got
+    adapter_params() -> names                    names of the trainable arrays
+    delta() -> array                             the update of the weight; raises CannotFuse if there is none
+    fuse() -> layer                              a plain layer with the update merged; raises CannotFuse
     fuse_packed() -> layer                       a packed layer with the update merged exactly, or None
-    stored_arrays() -> arrays                    what is written of it
+    stored_arrays() -> arrays                    the arrays that the adapter's file holds
 
 Adapter parameters are float32 masters; they are cast to the activations' dtype where they are used, so that a
 half-precision model stays in half precision.
@@ -39,18 +39,19 @@ EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear, NF4SwitchLinear)
 ADAPTABLE = LINEARS + EMBEDDINGS + EXPERTS
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
-# What every method must have; the rest of the contract has a default.
+# The part of the contract that has no default.
 REQUIRED = ("from_base", "__call__", "base", "adapter_params", "delta")
 
 
 class AdapterLayer(nn.Module):
     """Base of every method's wrapper. `scale` is s in y = W₀x + s·Δx, `rank` is 0 where the method has none.
 
-    PRECISE names the arrays that are stored in float32, because they multiply: factors are stored in bf16.
+    PRECISE names the arrays that are stored in float32, such as vectors that multiply a whole row. Low-rank factors are
+    stored in bf16.
 
-    `class LoRA(AdapterLayer, abstract=True)` is for what several classes of a method share. Any other subclass that
-    lacks a part of the contract raises TypeError where it is defined: nn.Module's metaclass isn't abc's, and
-    `@abstractmethod` by itself would do nothing.
+    `class LoRA(AdapterLayer, abstract=True)` declares the common base of a method's classes. Any other subclass that
+    lacks a part of the contract raises TypeError when it is defined. `@abstractmethod` alone would have no effect,
+    because nn.Module's metaclass isn't ABCMeta.
     """
 
     PRECISE: ClassVar[frozenset[str]] = frozenset()
@@ -60,35 +61,35 @@ class AdapterLayer(nn.Module):
 
     def __init_subclass__(cls, *, abstract: bool = False, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        found: dict[str, Any] = {}  # not getattr: every class has a __call__, which makes its objects
+        members: dict[str, Any] = {}  # not getattr: it finds a __call__ on every class, the one that makes objects
         for parent in reversed(cls.__mro__):
-            found |= vars(parent)
-        lacking = {name for name, part in found.items() if getattr(part, "__isabstractmethod__", False)}
-        lacking |= set(REQUIRED) - found.keys()
+            members |= vars(parent)
+        lacking = {name for name, member in members.items() if getattr(member, "__isabstractmethod__", False)}
+        lacking |= set(REQUIRED) - members.keys()
         if lacking and not abstract:
             raise TypeError(f"{cls.__name__} lacks {', '.join(sorted(lacking))} of the contract in adapters/base.py")
 
     @staticmethod
     def find(model: nn.Module, config: Adapter) -> list[str] | None:
-        """Paths of the modules to wrap, where the place is the method's own; None leaves it to `adapter.targets`."""
+        """Paths of the modules to wrap, if the method chooses them; None if `adapter.targets` does."""
         return None
 
     @staticmethod
     def refusal(layer: nn.Module, config: Adapter, path: str) -> str | None:
-        """Why `layer` can't be served and what works instead, or None."""
+        """Why the method can't wrap `layer` and what works instead, or None."""
         if isinstance(layer, ADAPTABLE):
             return None
         return f"a {type(layer).__name__} can't be served by {config.method}; a linear layer or an embedding can"
 
     @staticmethod
     def shared(layers: dict[str, nn.Module], config: Adapter) -> Any:
-        """Whatever the wrappers of `layers` have in common."""
+        """What the wrappers of all `layers` share; passed to `from_base`."""
         return None
 
     @property
     @abstractmethod
     def base(self) -> nn.Module:
-        """The wrapped module, the same object that was given."""
+        """The wrapped module, the same object that `from_base` got."""
 
     @abstractmethod
     def adapter_params(self) -> tuple[str, ...]:
@@ -103,7 +104,7 @@ class AdapterLayer(nn.Module):
         return plain_layer(self.base, dequantize_layer(self.base, mx.float32) + self.delta())
 
     def fuse_packed(self) -> nn.Module | None:
-        """The packed base with the update merged exactly, nothing packed anew; None where that can't be."""
+        """The packed base with the update merged exactly, without requantizing; None where that isn't possible."""
         return None
 
     def adapter_arrays(self) -> dict[str, mx.array]:
@@ -111,12 +112,12 @@ class AdapterLayer(nn.Module):
         return {name: self[name] for name in self.adapter_params()}
 
     def stored_arrays(self) -> dict[str, mx.array]:
-        """The arrays to write, by name: what `from_base` needs to be filled with."""
+        """The arrays to store, by name. Loading puts them into a wrapper that `from_base` made."""
         return self.adapter_arrays()
 
 
 def by_kind(layer: nn.Module, linear: Any, embedding: Any, experts: Any) -> Any:
-    """Of a method's three classes the one for the kind of `layer`."""
+    """The class for the kind of `layer`, out of a method's three."""
     if isinstance(layer, EMBEDDINGS):
         return embedding
     return experts if isinstance(layer, EXPERTS) else linear
@@ -144,7 +145,7 @@ def check_ranks(config: Adapter, layers: dict[str, nn.Module]) -> None:
 
 
 def smaller_dimension(layer: nn.Module) -> int:
-    """Of the weight as a matrix; a convolution's is (out, patch)."""
+    """The smaller dimension of the weight as a matrix; a convolution's matrix is (out, patch)."""
     if isinstance(layer, CONVOLUTIONS):
         outputs, *patch = layer["weight"].shape
         return min(outputs, prod(patch))
@@ -152,7 +153,7 @@ def smaller_dimension(layer: nn.Module) -> int:
 
 
 def draw(config: Adapter, shape: tuple[int, ...], *, fan_in: int, rank: int, key: Any) -> mx.array:
-    """The random factor A: uniform ±1/√fan_in (Kaiming with a = √5), or Gaussian with deviation 1/r; float32."""
+    """Draw factor A: uniform ±1/√fan_in (Kaiming with a = √5), or Gaussian with standard deviation 1/r; float32."""
     if config.init == "gaussian":
         return mx.random.normal(shape, scale=1 / rank, key=key)
     bound = fan_in**-0.5

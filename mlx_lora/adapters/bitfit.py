@@ -2,8 +2,8 @@
 
     y = W₀x + b + shift
 
-A layer without a bias gets one. `shift` is what training adds to the bias and starts at zero, so a new adapter changes
-no bit; the base's own bias stays as it is. Weights are never touched, which is why a packed base merges as it is.
+A layer without a bias gets one. `shift` starts at zero, so a new adapter changes no bit. The base's bias is frozen. No
+weight changes, so a packed base is merged without requantizing.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ class BitFit(AdapterLayer):
         return fused
 
     def fuse_packed(self) -> nn.Module | None:
-        """The packed base, not one byte of it changed, with the shifted bias; None over a plain base.
+        """The packed base with the shifted bias and the same packed weight; None over a plain base.
 
-        The bias keeps its dtype; a new one has that of the scales, or float32 where those are integers.
+        The bias keeps its dtype. A new bias has the scales' dtype, or float32 where the scales are integers.
         """
         if "scales" not in self.base:
             return None
         fused: nn.Module = like(self.base, type(self.base))
-        beside = self.base["bias"] if "bias" in self.base else self.base["scales"]
-        fused["bias"] = self._bias().astype(beside.dtype if mx.issubdtype(beside.dtype, mx.floating) else mx.float32)
+        dtype = self.base["bias" if "bias" in self.base else "scales"].dtype
+        fused["bias"] = self._bias().astype(dtype if mx.issubdtype(dtype, mx.floating) else mx.float32)
         return fused
 
     def _bias(self) -> mx.array:

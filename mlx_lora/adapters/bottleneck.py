@@ -1,10 +1,11 @@
-"""Bottleneck adapters: a small two-layer network after each sub-layer, its output added to what came in.
+"""Bottleneck adapters: a small two-layer network with a residual connection after each sub-layer.
 
     y = h + up σ(down h),  h = W₀x + b,  σ = GELU
 
 Houlsby et al. (arXiv 1902.00751, figure 2) put one after attention's output projection and one after the MLP's last
-linear: the method's own targets, `outputs`. Pfeiffer et al. (2005.00247) leave out attention's: name the MLP's last
-linear in adapter.targets. `up` starts at zero, so a new adapter changes no bit. What is not linear has no merged form.
+linear: targets `outputs`, the method's default. Pfeiffer et al. (2005.00247) leave out the one after attention: for
+that, name the MLP's last linear in adapter.targets. `up` starts at zero, so a new adapter changes no bit. The network
+isn't linear, so it can't be merged into a weight.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from mlx_lora.adapters.targets import find_targets
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, CannotFuse
 
-# What mlx-lm's models call the last linear of a sub-layer: of an MLP or expert, and of attention or another mixer.
+# Names of a sub-layer's last linear in mlx-lm's models: of an MLP or expert, of attention or another mixer.
 OUTPUTS = FEED_FORWARD | {"o_proj", "out_proj", "wo", "dense", "attn_out", "linear_out", "o_b_proj"}
 
 
 class Bottleneck(AdapterLayer):
-    """down (d, width), down_bias (width,), up (width, d), up_bias (d,); one for all experts of a layer; float32."""
+    """down (d, width), down_bias (width,), up (width, d), up_bias (d,); a layer's experts share them; float32."""
 
     def __init__(self, layer: nn.Module, config: Adapter, key: Any):
         super().__init__()
@@ -47,11 +48,11 @@ class Bottleneck(AdapterLayer):
         if config.targets != "outputs":
             return None
         linear = find_targets(model, config.model_copy(update={"targets": "all-linear"}))
-        if found := [path for path in linear if path.rpartition(".")[2] in OUTPUTS]:
-            return found
+        if paths := [path for path in linear if path.rpartition(".")[2] in OUTPUTS]:
+            return paths
         names = sorted({path.rpartition(".")[2] for path in linear})
         raise AdapterError(
-            "which linear ends a sub-layer of this model is not known here",
+            "none of this model's linears has a name known for the last linear of a sub-layer",
             hint=f"name it in adapter.targets; its layers have: {', '.join(names)}",
         )
 

@@ -2,10 +2,11 @@
 
     the module itself, computing with trained copies of its parameters
 
-The copies are float32 and are cast to the dtype that the base's own parameters have, so the start is bit-identical
-and a half-precision model stays one. At the start they share the base's memory where that is float32 already. Any
-module without modules inside can be wrapped: linears, embeddings, experts, norms, convolutions. What a block holds
-itself, beside the modules inside it (attention sinks, for example), stays as it is; so do running statistics.
+The copies are float32. The module computes with them cast to the dtype of the base's parameters, so the start is
+bit-identical and a half-precision model stays in half precision. Copies of float32 parameters share the base's memory
+until training changes them. Any module without modules inside can be wrapped: linears, embeddings, experts, norms,
+convolutions. Parameters that a block holds beside its modules (attention sinks, for example) don't train; neither do
+running statistics.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ class Full(AdapterLayer):
         self.layer = layer
         for name in own_parameters(layer):
             self[name] = layer[name].astype(mx.float32)
-        # bf16 would round away the base's own bits with the update
+        # stored in float32: bf16 would round the base's values, not only the update
         self.__dict__["PRECISE"] = frozenset(own_parameters(layer))
 
     @staticmethod
     def from_base(layer: nn.Module, config: Adapter, *, path: str, key: Any, shared: Any = None) -> Full:
-        """Wrap any module that `refusal` has nothing against. Nothing here is random."""
+        """Wrap any module for which `refusal` returns None. Nothing here is random."""
         return Full(layer)
 
     @staticmethod
     def find(model: nn.Module, config: Adapter) -> list[str] | None:
-        """For targets `all`: what holds parameters inside the chosen layers, and outside where all are chosen."""
+        """For targets `all`: modules with parameters in the chosen layers, and outside the layers if all are chosen."""
         if config.targets != "all":
             return None
         prefixes = layer_prefixes(model)
@@ -51,7 +52,7 @@ class Full(AdapterLayer):
             path
             for path, module in bare_modules(model).items()
             if not module.children()
-            and _own_arrays(module)  # packed ones too, to be refused
+            and _own_arrays(module)  # packed ones too, so that `refusal` names them
             and (path.startswith(chosen) or (config.layers == "all" and not path.startswith(tuple(prefixes))))
         ]
 
@@ -71,29 +72,30 @@ class Full(AdapterLayer):
         return own_parameters(self.base)
 
     def __call__(self, *arguments: Any, **settings: Any) -> mx.array:
-        return self._computing()(*arguments, **settings)
+        return self._trained_module()(*arguments, **settings)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return self._computing().as_linear(x)
+        return self._trained_module().as_linear(x)
 
-    def _computing(self) -> Any:
-        """The module with the trained parameters, in the base's dtypes; in evaluation, for statistics to stay."""
-        module = self._with({name: self[name].astype(self.base[name].dtype) for name in self.adapter_params()})
+    def _trained_module(self) -> Any:
+        """The module with the trained parameters in the base's dtypes; in evaluation mode, so statistics stay."""
+        module = self._copy_with({name: self[name].astype(self.base[name].dtype) for name in self.adapter_params()})
         return module.eval()
 
-    def _with(self, arrays: dict[str, mx.array]) -> nn.Module:
+    def _copy_with(self, arrays: dict[str, mx.array]) -> nn.Module:
+        """A copy of the base with other parameters."""
         module: nn.Module = like(self.base, type(self.base))
         dict.update(module, arrays)
         return module
 
     def delta(self) -> mx.array:
         if "weight" not in self.adapter_params():
-            raise CannotFuse(f"a {type(self.base).__name__} has no weight whose update could be told")
+            raise CannotFuse(f"a {type(self.base).__name__} has no weight, so it has no weight update")
         return self["weight"] - self.base["weight"].astype(mx.float32)
 
     def fuse(self) -> nn.Module:
         """A module of the base's kind with the trained parameters in float32."""
-        return self._with(self.adapter_arrays())
+        return self._copy_with(self.adapter_arrays())
 
 
 def own_parameters(module: nn.Module) -> tuple[str, ...]:

@@ -2,16 +2,16 @@
 
     W = W₀ + W₀ ⊙ A + B,   b = b₀ + b₀ ⊙ D + E + W₀C   (eq. 6)
 
-`adapter.glora` chooses the form of each, and what is chosen `none` is left out:
+`adapter.glora` chooses the form of A to E; `none` leaves one out:
 
     A, B   lora    glora_a_down (in, r), glora_a_up (r, out), their product transposed; for B glora_b_…
            vector  glora_a (out,), one number for each row of the weight, as in the authors' code; scalar (1,)
     C      lora    glora_c_down (in, r), glora_c_up (r,);   vector  glora_c (in,)
     D, E   vector  glora_d, glora_e (out,);   scalar (1,)
 
-There is no scale. Everything starts with a product or a value of zero, so the wrapped layer equals its base at the
-start, bit for bit. Where the layer has no bias, b₀ is zero and D, which would only scale it, is left out; E and C
-make a bias then. Knows linear layers only: an expert's bias is chosen for each token, an embedding has none.
+There is no scale. Every product and value is zero at the start, so the wrapped layer equals its base, bit for bit. In
+a layer without a bias, b₀ is zero: D, which would only scale it, is left out, and E and C add a bias. Only linear
+layers are supported: an expert's bias is chosen for each token, and an embedding has none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mlx_lora.quant import nf4
 from mlx_lora.quant.matmul import like
 from mlx_lora.quant.quantize import dequantize_layer
 
-# Bytes of a dequantized block: a quarter of what `quant.matmul` takes, for here five such arrays are alive at a time.
+# Bytes of a dequantized block: a quarter of `quant.matmul`'s, because five such arrays are alive at a time.
 BLOCK_BYTES = 2 << 20
 
 
@@ -45,14 +45,14 @@ class GLoRA(AdapterLayer):
         choices = config.glora
         sizes = {"vector": outputs, "scalar": 1}
         keys = mx.random.split(key, 3)
-        for letter, choice, own in (("a", choices.a, keys[0]), ("b", choices.b, keys[1])):
+        for letter, choice, factor_key in (("a", choices.a, keys[0]), ("b", choices.b, keys[1])):
             if choice == "lora":
-                down = draw(config, (inputs, self.rank), fan_in=inputs, rank=self.rank, key=own)
+                down = draw(config, (inputs, self.rank), fan_in=inputs, rank=self.rank, key=factor_key)
                 self[f"glora_{letter}_down"] = down
                 self[f"glora_{letter}_up"] = mx.zeros((self.rank, outputs))
             elif choice != "none":
                 self[f"glora_{letter}"] = mx.zeros((sizes[choice],))
-        if choices.c == "lora":  # here the first factor is the zero, so that all of it learns at once
+        if choices.c == "lora":  # the large factor is the zero one: only a zero factor gets a gradient at first
             self.glora_c_down = mx.zeros((inputs, self.rank))
             self.glora_c_up = draw(config, (self.rank,), fan_in=1, rank=self.rank, key=keys[2])
         elif choices.c == "vector":
@@ -84,26 +84,26 @@ class GLoRA(AdapterLayer):
         return tuple(sorted(name for name in self if name.startswith("glora_")))
 
     def __call__(self, x: mx.array) -> mx.array:
-        own = {name: array.astype(x.dtype) for name, array in self.adapter_arrays().items()}
+        arrays = {name: array.astype(x.dtype) for name, array in self.adapter_arrays().items()}
         y = base = self.linear(x)
-        if "glora_a" in own:
-            y = y + own["glora_a"] * base
-            if "bias" in self.linear:  # of which A is no business
-                y = y - own["glora_a"] * self.linear["bias"].astype(x.dtype)
-        if "glora_a_down" in own:
-            y = y + multiply_hadamard(x, self.linear, own["glora_a_down"], own["glora_a_up"])
-        if "glora_b" in own:
-            y = y + own["glora_b"] * x.astype(mx.float32).sum(-1, keepdims=True).astype(x.dtype)
-        if "glora_b_down" in own:
-            y = mx.addmm(y, x @ own["glora_b_down"], own["glora_b_up"])
-        column = _column(own)
+        if "glora_a" in arrays:
+            y = y + arrays["glora_a"] * base
+            if "bias" in self.linear:  # A must not scale the bias
+                y = y - arrays["glora_a"] * self.linear["bias"].astype(x.dtype)
+        if "glora_a_down" in arrays:
+            y = y + multiply_hadamard(x, self.linear, arrays["glora_a_down"], arrays["glora_a_up"])
+        if "glora_b" in arrays:
+            y = y + arrays["glora_b"] * x.astype(mx.float32).sum(-1, keepdims=True).astype(x.dtype)
+        if "glora_b_down" in arrays:
+            y = mx.addmm(y, x @ arrays["glora_b_down"], arrays["glora_b_up"])
+        column = _column(arrays)
         product = None if column is None else _without_bias(self.linear)(column[None])[0]
-        return y + self._bias_update(own, product)
+        return y + self._bias_update(arrays, product)
 
     def delta(self) -> mx.array:
-        """W₀ ⊙ A + B. The bias has an update of its own, which `fuse` merges too."""
-        own, weight = self.adapter_arrays(), dequantize_layer(self.linear, mx.float32)
-        return weight * _matrix(own, "a") + _matrix(own, "b") + mx.zeros_like(weight)
+        """W₀ ⊙ A + B, without the update of the bias, which `fuse` merges too."""
+        arrays, weight = self.adapter_arrays(), dequantize_layer(self.linear, mx.float32)
+        return weight * _matrix(arrays, "a") + _matrix(arrays, "b") + mx.zeros_like(weight)
 
     def fuse(self) -> nn.Module:
         """A plain Linear of weight W and bias b, float32."""
@@ -112,25 +112,25 @@ class GLoRA(AdapterLayer):
     def fuse_packed(self) -> nn.Module | None:
         """The packed base with A and B in its scales and zero-points, and the bias b, each in the dtype of the scales.
 
-        scale·q + zero-point takes a factor and a summand for each row, so A and B must be vector, scalar or none, and
-        the base affine; None otherwise. C, D and E may be anything.
+        A row's scales and zero-points can absorb one factor and one summand, so the base must be affine, and A and B
+        vector, scalar or none; otherwise returns None. C, D and E may have any form.
         """
-        own, base = self.adapter_arrays(), self.base
-        if getattr(base, "mode", None) != "affine" or "glora_a_down" in own or "glora_b_down" in own:
+        arrays, base = self.adapter_arrays(), self.base
+        if getattr(base, "mode", None) != "affine" or "glora_a_down" in arrays or "glora_b_down" in arrays:
             return None
         merged: nn.Module = like(base, type(base))
-        scales, zero_points, factor = base["scales"], base["biases"], 1 + _matrix(own, "a")
-        moved = zero_points.astype(mx.float32) * factor + _matrix(own, "b")
+        scales, zero_points, factor = base["scales"], base["biases"], 1 + _matrix(arrays, "a")
+        new_zero_points = zero_points.astype(mx.float32) * factor + _matrix(arrays, "b")
         merged["scales"] = (scales.astype(mx.float32) * factor).astype(scales.dtype)
-        merged["biases"] = moved.astype(zero_points.dtype)
+        merged["biases"] = new_zero_points.astype(zero_points.dtype)
         return self._with_bias(merged)
 
     def _with_bias(self, layer: nn.Module) -> nn.Module:
         """`layer` with the bias b: in float32 beside a plain weight, in the scales' dtype beside a packed one."""
-        own = self.adapter_arrays()
-        column = _column(own)
+        arrays = self.adapter_arrays()
+        column = _column(arrays)
         product = None if column is None else dequantize_layer(self.linear, mx.float32) @ column
-        bias = self._bias_update(own, product)
+        bias = self._bias_update(arrays, product)
         if "bias" in self.linear:
             bias = bias + self.linear["bias"].astype(mx.float32)
         if isinstance(bias, mx.array):
@@ -139,29 +139,29 @@ class GLoRA(AdapterLayer):
             layer["bias"] = mx.broadcast_to(bias, (outputs,)).astype(dtype)
         return layer
 
-    def _bias_update(self, own: dict[str, mx.array], product: mx.array | None) -> mx.array | int:
-        """b₀ ⊙ D + E + W₀C, given W₀C; (out,) or (1,) in the dtype of `own`, and the number 0 where all are none."""
-        terms = [own[name] for name in ("glora_e",) if name in own] + ([] if product is None else [product])
-        if "glora_d" in own:
-            terms.append(own["glora_d"] * self.linear["bias"].astype(own["glora_d"].dtype))
+    def _bias_update(self, arrays: dict[str, mx.array], product: mx.array | None) -> mx.array | int:
+        """b₀ ⊙ D + E + W₀C, where `product` is W₀C: (out,) or (1,) in the dtype of `arrays`; 0 without C, D and E."""
+        terms = [arrays[name] for name in ("glora_e",) if name in arrays] + ([] if product is None else [product])
+        if "glora_d" in arrays:
+            terms.append(arrays["glora_d"] * self.linear["bias"].astype(arrays["glora_d"].dtype))
         return sum(terms)
 
     def _extra_repr(self) -> str:
         return f"rank={self.rank}, {', '.join(self.adapter_params())}"
 
 
-def _matrix(own: dict[str, mx.array], letter: str) -> mx.array:
+def _matrix(arrays: dict[str, mx.array], letter: str) -> mx.array:
     """A or B in a shape that broadcasts to the weight's: (out, in), (out, 1) or (1, 1)."""
-    if f"glora_{letter}_down" in own:
-        return (own[f"glora_{letter}_down"] @ own[f"glora_{letter}_up"]).T
-    return own.get(f"glora_{letter}", mx.zeros((1,)))[:, None]
+    if f"glora_{letter}_down" in arrays:
+        return (arrays[f"glora_{letter}_down"] @ arrays[f"glora_{letter}_up"]).T
+    return arrays.get(f"glora_{letter}", mx.zeros((1,)))[:, None]
 
 
-def _column(own: dict[str, mx.array]) -> mx.array | None:
-    """C (in,), or None where there is none."""
-    if "glora_c_down" in own:
-        return own["glora_c_down"] @ own["glora_c_up"]
-    return own.get("glora_c")
+def _column(arrays: dict[str, mx.array]) -> mx.array | None:
+    """C (in,), or None if the layer has no C."""
+    if "glora_c_down" in arrays:
+        return arrays["glora_c_down"] @ arrays["glora_c_up"]
+    return arrays.get("glora_c")
 
 
 def _without_bias(layer: nn.Module) -> nn.Module:
@@ -174,51 +174,51 @@ def _without_bias(layer: nn.Module) -> nn.Module:
 def multiply_hadamard(x: mx.array, layer: nn.Module, down: mx.array, up: mx.array) -> mx.array:
     """x (…, in) times (W₀ ⊙ A)ᵀ with A = (down up)ᵀ, giving (…, out) in x's dtype.
 
-    down (in, r) and up (r, out) have x's dtype. A product with A needs the weight itself: for A of rank r it could be
-    had from r multiplications by W₀, but those cost r times the base's work and keep r times its activations, while
-    this costs one more multiplication and a pass over the weight. A dense copy must not live until the backward pass,
-    and never as a whole: both passes unpack the weight anew, a block of rows at a time, each after the one before.
+    down (in, r) and up (r, out) have x's dtype. W₀ ⊙ A is computed from the unpacked weight, which costs one more
+    multiplication and a pass over the weight. The alternative, r multiplications by W₀, costs r times the base's work
+    and keeps r times its activations. Both passes unpack the weight again, a block of rows at a time, each block after
+    the previous one. So there is never a whole dense copy, and nothing dense is kept for the backward pass.
     """
     names = [name for name in ("weight", *nf4.SCALES, "biases") if layer.get(name) is not None]
-    outputs, inputs = layer_shape(layer)
-    step = max(BLOCK_BYTES // (4 * inputs), 1)
-    blocks = [slice(start, min(start + step, outputs)) for start in range(0, outputs, step)]
+    out_dim, in_dim = layer_shape(layer)
+    step = max(BLOCK_BYTES // (4 * in_dim), 1)
+    blocks = [slice(start, min(start + step, out_dim)) for start in range(0, out_dim, step)]
 
-    def dense(arrays: Sequence[mx.array], here: slice, after: list[mx.array]) -> tuple[mx.array, mx.array]:
-        """The rows `here` of W₀ and of A in x's dtype, made only once all of `after` is there."""
-        down, up, *stored = mx.depends(list(arrays), after)
-        factor = up[:, here].T @ down.T
-        if getattr(layer, "mode", None) == nf4.MODE:  # whose scales aren't all row by row
-            return nf4.unpack(stored, here).astype(factor.dtype), factor
-        rows: nn.Module = like(layer, type(layer))
+    def dense(arrays: Sequence[mx.array], rows: slice, dependencies: list[mx.array]) -> tuple[mx.array, mx.array]:
+        """The given rows of W₀ and of A in x's dtype, computed after `dependencies`."""
+        down, up, *stored = mx.depends(list(arrays), dependencies)
+        factor = up[:, rows].T @ down.T
+        if getattr(layer, "mode", None) == nf4.MODE:  # nf4's scales can't be sliced by row
+            return nf4.unpack(stored, rows).astype(factor.dtype), factor
+        block: nn.Module = like(layer, type(layer))
         for name, array in zip(names, stored, strict=True):
-            rows[name] = array[here]
-        return dequantize_layer(rows, factor.dtype), factor
+            block[name] = array[rows]
+        return dequantize_layer(block, factor.dtype), factor
 
     @mx.custom_function  # type: ignore[untyped-decorator]
     def multiply(x: mx.array, *arrays: mx.array) -> mx.array:
-        parts, after = [], x
-        for here in blocks:
-            weight, factor = dense(arrays, here, [after])
-            after = x @ (weight * factor).T
-            parts.append(after)
-        return mx.concatenate(parts, axis=-1)
+        outputs, previous = [], x
+        for rows in blocks:
+            weight, factor = dense(arrays, rows, [previous])
+            previous = x @ (weight * factor).T
+            outputs.append(previous)
+        return mx.concatenate(outputs, axis=-1)
 
     @multiply.vjp  # type: ignore[untyped-decorator]
     def multiply_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         x, *arrays = primals
         down, up, *stored = arrays
-        rows, slopes = x.reshape(-1, inputs), cotangent.reshape(-1, outputs)
-        to_x, to_down, to_up = mx.zeros_like(rows), mx.zeros_like(down), []
-        after = [slopes]
-        for here in blocks:
-            weight, factor = dense(arrays, here, after)
-            to_x = mx.addmm(to_x, slopes[:, here], weight * factor)
-            to_a = weight * (slopes[:, here].T @ rows)
-            to_down = mx.addmm(to_down, to_a.T, up[:, here].T)
-            to_up.append((to_a @ down).T)
-            after = [to_x, to_down]
+        flat_x, grad_y = x.reshape(-1, in_dim), cotangent.reshape(-1, out_dim)
+        grad_x, grad_down, grad_up = mx.zeros_like(flat_x), mx.zeros_like(down), []
+        dependencies = [grad_y]
+        for rows in blocks:
+            weight, factor = dense(arrays, rows, dependencies)
+            grad_x = mx.addmm(grad_x, grad_y[:, rows], weight * factor)
+            grad_a = weight * (grad_y[:, rows].T @ flat_x)
+            grad_down = mx.addmm(grad_down, grad_a.T, up[:, rows].T)
+            grad_up.append((grad_a @ down).T)
+            dependencies = [grad_x, grad_down]
         frozen = tuple(mx.broadcast_to(mx.zeros((), array.dtype), array.shape) for array in stored)
-        return (to_x.reshape(x.shape), to_down, mx.concatenate(to_up, axis=1), *frozen)
+        return (grad_x.reshape(x.shape), grad_down, mx.concatenate(grad_up, axis=1), *frozen)
 
     return multiply(x, down, up, *(layer[name] for name in names))  # type: ignore[no-any-return]

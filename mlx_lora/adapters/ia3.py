@@ -1,10 +1,10 @@
-"""IA³ (arXiv 2205.05638, §3.3): learned vectors that stretch or quieten activations, and nothing else.
+"""IA³ (arXiv 2205.05638, §3.3): trained vectors that multiply activations.
 
     keys and values      y = l ⊙ (W₀x + b)       attention's projections, and any other layer: outputs are multiplied
     feed-forward         y = W₀(l ⊙ x) + b       the last linear of an MLP: its inputs are multiplied
 
-The vectors start at one, so a new adapter changes no bit. Outputs are multiplied with their bias, as in PEFT. Which of
-the two a layer gets is told from its path alone: a linear with one of the names in FEED_FORWARD, outside attention.
+The vectors start at one, so a new adapter changes no bit. Outputs are multiplied with their bias, as in PEFT. The path
+of a layer decides between the two: a linear outside attention with a name in FEED_FORWARD has its inputs multiplied.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mlx_lora.models.layers import plain_layer
 from mlx_lora.quant.matmul import like
 from mlx_lora.quant.quantize import dequantize_layer
 
-# What mlx-lm's models call the last linear of an MLP, or of an expert.
+# Names of the last linear of an MLP or an expert in mlx-lm's models.
 FEED_FORWARD = {"down_proj", "w2", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "ff_out", "proj_2", "output_linear"}
 
 
@@ -32,9 +32,9 @@ def is_feed_forward(path: str) -> bool:
 
 
 class IA3(AdapterLayer):
-    """vector (out,), or (in,) where it multiplies inputs; (experts, …) where there are experts; float32.
+    """vector (out,), or (in,) where it multiplies inputs; (experts, …) for experts; float32.
 
-    `columns` says that it multiplies columns of the weight, which is what multiplying inputs comes to.
+    `columns` is True where inputs are multiplied, which has the same effect as multiplying the weight's columns.
     """
 
     PRECISE: ClassVar[frozenset[str]] = frozenset({"vector"})
@@ -68,20 +68,20 @@ class IA3(AdapterLayer):
         return y * vector.astype(y.dtype)
 
     def delta(self) -> mx.array:
-        return dequantize_layer(self.base, mx.float32) * (self._over_weight() - 1)
+        return dequantize_layer(self.base, mx.float32) * (self._broadcast_vector() - 1)
 
     def fuse(self) -> nn.Module:
         """A plain layer with the vector multiplied into its weight, and into its bias where outputs are multiplied."""
-        fused = plain_layer(self.base, dequantize_layer(self.base, mx.float32) * self._over_weight())
+        fused = plain_layer(self.base, dequantize_layer(self.base, mx.float32) * self._broadcast_vector())
         if "bias" in fused and not self.columns:
             fused["bias"] = fused["bias"].astype(mx.float32) * self.vector
         return fused
 
     def fuse_packed(self) -> nn.Module | None:
-        """The affine base with its rows' scales and zero-points multiplied; no packed byte changes.
+        """The affine base with its rows' scales and zero-points multiplied; the packed weight doesn't change.
 
-        They keep their own dtype: float32 keeps all of the update, half precision rounds each of them once. None where
-        inputs are multiplied, since a group of columns has one scale for all of them.
+        Scales and zero-points keep their dtype: half precision rounds each of them once. None where inputs are
+        multiplied, since a group of columns shares one scale.
         """
         if getattr(self.base, "mode", None) != "affine" or self.columns:
             return None
@@ -92,7 +92,8 @@ class IA3(AdapterLayer):
                 fused[name] = (array.astype(mx.float32) * vector).astype(array.dtype)
         return fused
 
-    def _over_weight(self) -> mx.array:
+    def _broadcast_vector(self) -> mx.array:
+        """The vector in a shape that multiplies the weight's columns or rows."""
         return mx.expand_dims(self.vector, -2 if self.columns else -1)
 
     def _extra_repr(self) -> str:
@@ -100,7 +101,7 @@ class IA3(AdapterLayer):
 
 
 class IA3Embedding(IA3):
-    """vector (dim,): multiplies what a token becomes, and the hidden states that a tied output head reads."""
+    """vector (dim,): multiplies a token's embedding, and the hidden states that enter a tied output head."""
 
     def __call__(self, x: mx.array, *indices: mx.array, **sorting: bool) -> mx.array:
         y = self.layer(x)  # token ids

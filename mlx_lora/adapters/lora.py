@@ -2,8 +2,8 @@
 
     y = W₀x + s·B A x,  s = α/r   (eq. 3);  rsLoRA: s = α/√r (arXiv 2312.03732)
 
-A starts random and B at zero, so the wrapped layer equals its base at the start, bit for bit; `adapters.init` has the
-starts that differ. Arrays keep mlx-lm's names and orientation: for a linear `lora_a` (in, r) and `lora_b` (r, out), so
+A starts random and B at zero, so the wrapped layer equals its base at the start, bit for bit; `adapters.init` has other
+initial values. Arrays keep mlx-lm's names and orientation: for a linear `lora_a` (in, r) and `lora_b` (r, out), so
 Δ = s·(lora_a lora_b)ᵀ.
 """
 
@@ -22,7 +22,7 @@ from mlx_lora.models.trunk.dropout import Dropout
 
 
 class LoRA(AdapterLayer, abstract=True):
-    """What the kinds of layers share. Call `LoRA.from_base` to get the right one."""
+    """The common base of the classes for each kind of layer. `LoRA.from_base` chooses the class for a layer."""
 
     def __init__(self, layer: nn.Module, config: Adapter, path: str):
         super().__init__()
@@ -33,7 +33,7 @@ class LoRA(AdapterLayer, abstract=True):
     @staticmethod
     def from_base(layer: nn.Module, config: Adapter, *, path: str, key: Any, shared: Any = None) -> LoRA:
         """Wrap a Linear, an Embedding or a SwitchLinear, quantized or not, or a convolution. `key` seeds A."""
-        from mlx_lora.adapters import lora_conv  # which derives from what is here
+        from mlx_lora.adapters import lora_conv  # imported here, because it derives from LoRA
 
         if isinstance(layer, CONVOLUTIONS):
             return lora_conv.LoRAConv(layer, config, path, key)
@@ -42,23 +42,23 @@ class LoRA(AdapterLayer, abstract=True):
 
     @staticmethod
     def refusal(layer: nn.Module, config: Adapter, path: str) -> str | None:
-        """Why `layer` can't be served and what works instead, or None."""
+        """Why the method can't wrap `layer` and what works instead, or None."""
         from mlx_lora.adapters import lora_conv
 
         if isinstance(layer, CONVOLUTIONS):
             return lora_conv.refusal(layer, config, path)
         if reason := AdapterLayer.refusal(layer, config, path):
             return reason
-        others = "choose adapter.init default, gaussian, pissa or olora"
+        alternative = "choose adapter.init default, gaussian, pissa or olora"
         if config.init == "eva" and not isinstance(layer, LINEARS):
             return (
                 f"init eva looks at activations that enter a linear layer, and {path} is a {type(layer).__name__}; "
-                f"leave it out of adapter.targets, or {others}"
+                f"leave it out of adapter.targets, or {alternative}"
             )
         if config.init == "loftq" and mx.issubdtype(layer["weight"].dtype, mx.floating):
             return (
                 f"init loftq makes up for what packing loses, and {path} isn't packed; "
-                f"quantize: in the recipe packs it, or {others}"
+                f"quantize: in the recipe packs it, or {alternative}"
             )
         return None
 
@@ -70,20 +70,20 @@ class LoRA(AdapterLayer, abstract=True):
         return ("lora_a", "lora_b")
 
     def start(self, config: Adapter, key: Any) -> None:
-        """Begin where `config.init` says, if that isn't at random; first_a and first_b are A₀ and B₀, frozen."""
+        """For init pissa and olora, set the factors from the weight; first_a and first_b are A₀ and B₀, frozen."""
         if config.init in FROM_WEIGHT:
-            self.take(*from_weight(self.base, config.init, self.rank, self.scale))
+            self.set_factors(*from_weight(self.base, config.init, self.rank, self.scale))
             self.first_a, self.first_b = self.lora_a, self.lora_b
             self.freeze(keys=["first_a", "first_b"], recurse=False)
 
-    def take(self, left: mx.array, right: mx.array) -> None:
-        """Set the factors from a product left (…, m, r) right (…, r, n) of the weight's own orientation (…, m, n)."""
+    def set_factors(self, left: mx.array, right: mx.array) -> None:
+        """Set the factors so that B A is left (…, m, r) times right (…, r, n), oriented as the weight (…, m, n)."""
         self.lora_a, self.lora_b = right, left
 
     def factors(self) -> tuple[mx.array, mx.array]:
         """The pair whose product is the update without its scale, oriented like lora_a and lora_b.
 
-        Of rank 2r where the factors began at a part of the weight: BA − B₀A₀ = B(A − A₀) + (B − B₀)A₀.
+        After PiSSA or OLoRA its rank is 2r: BA − B₀A₀ = B(A − A₀) + (B − B₀)A₀.
         """
         if "first_a" not in self:
             return self.lora_a, self.lora_b
@@ -92,7 +92,7 @@ class LoRA(AdapterLayer, abstract=True):
         return a, b
 
     def stored_arrays(self) -> dict[str, mx.array]:
-        """The factors of the update over the original base: of rank 2r after PiSSA or OLoRA, for any reader of LoRA."""
+        """The update's factors over the original base, as any LoRA loader expects; of rank 2r after PiSSA or OLoRA."""
         a, b = self.factors()
         return {**self.adapter_arrays(), "lora_a": a, "lora_b": b}
 
@@ -111,7 +111,7 @@ class LoRALinear(LoRA):
         self.lora_b = mx.zeros((self.rank, outputs))
         self.start(config, key)
 
-    def take(self, left: mx.array, right: mx.array) -> None:
+    def set_factors(self, left: mx.array, right: mx.array) -> None:
         self.lora_a, self.lora_b = right.T, left.T
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -124,7 +124,7 @@ class LoRALinear(LoRA):
 
 
 class LoRAEmbedding(LoRA):
-    """lora_a (vocabulary, r), lora_b (r, dim); serves as output head too when embeddings are tied."""
+    """lora_a (vocabulary, r), lora_b (r, dim); also the output head when embeddings are tied."""
 
     def __init__(self, layer: nn.Module, config: Adapter, path: str, key: Any):
         super().__init__(layer, config, path)
@@ -134,7 +134,7 @@ class LoRAEmbedding(LoRA):
         self.lora_b = mx.zeros((self.rank, dim))
         self.start(config, key)
 
-    def take(self, left: mx.array, right: mx.array) -> None:
+    def set_factors(self, left: mx.array, right: mx.array) -> None:
         self.lora_a, self.lora_b = left, right
 
     def __call__(self, tokens: mx.array) -> mx.array:

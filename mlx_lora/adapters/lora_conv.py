@@ -1,9 +1,10 @@
-"""LoRA on a convolution: a convolution to r channels with the base's own kernel, then one with a kernel of one.
+"""LoRA on a convolution: a convolution to r channels with the base's kernel size, then a pointwise convolution.
 
     y = W₀ * x + s·B (A * x),  s = α/r   (arXiv 2106.09685, eq. 3, with the weight seen as a matrix of its patches)
 
-A (r, k·in) multiplies each patch of the input, B (out, r) what comes of it, so the update has the rank r of that
-matrix and merges into the kernel. It knows Conv1d and Conv2d; of grouped ones each group would need factors of its own.
+A (r, k·in) multiplies each patch of the input, and B (out, r) multiplies the result. As a matrix, the update therefore
+has rank r, and it merges into the kernel. Conv1d and Conv2d are supported; grouped convolutions aren't, since each
+group would need its own factors.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mlx_lora.config import Adapter
 
 
 def refusal(layer: nn.Module, config: Adapter, path: str) -> str | None:
-    """Why a convolution can't be served and what works instead, or None."""
+    """Why LoRA can't wrap a convolution and what works instead, or None."""
     if layer.groups > 1:
         return f"{path} is a {type(layer).__name__} in {layer.groups} groups; one without groups works"
     if config.init not in ("default", "gaussian"):

@@ -2,13 +2,16 @@
 
     attention(q, [P_k; K], [P_v; V])      P_k (kv heads, l, d), P_v (kv heads, l, d_v): l virtual tokens, seen by all
 
-In LoRA's words the activations of l special tokens are replaced by trained ones after every layer; what a later token
-sees of them are their keys and values, and those are what trains. The wrapper stands in for an attention module and
-hands it a stand-in for its cache, which puts the prefix in front of whatever keys and values the real cache gives. The
-real cache never holds the prefix: positions, batches, trimming and swaps are those of the bare model. The keys are as
-they are after rotary embedding, so what a token sees of them depends on its position: packed rows would see others.
+The LoRA paper describes it so: after every layer, the activations of l special tokens are replaced by trained ones.
+Later tokens see only the keys and values of these activations, so keys and values are what trains here.
 
-The start isn't the base's output: values are zero, but attention gives the random keys a share, which real ones lack.
+The wrapper replaces an attention module and gives it a proxy of its cache. The proxy puts the prefix in front of the
+keys and values that the real cache returns. The real cache never holds the prefix, so positions, batches, trimming and
+swapping adapters work as on the bare model. The prefix's keys are added after rotary embedding, so the attention that
+they get depends on a token's position. Packing changes positions, so packed rows are refused.
+
+At the start, the output isn't the base's: the prefix's values are zero, but its random keys take a share of the
+attention from the real keys.
 """
 
 from __future__ import annotations
@@ -35,32 +38,33 @@ Shape = tuple[int, ...]
 class Prefix(AdapterLayer):
     """prefix_keys (kv heads, l, d) and prefix_values (kv heads, l, d_v), float32, in front of an attention module's.
 
-    Under multi-head latent attention they are what its cache keeps: latents, and rotary keys.
+    In multi-head latent attention they are what its cache holds: latents, and rotary keys.
     """
 
     def __init__(self, layer: nn.Module, config: Adapter, key: Any):
         super().__init__()
-        keys, values = _kept(layer)
+        keys, values = _cache_shapes(layer)
         self.attention = layer
-        self.__dict__["named"] = _parameters(layer)  # by the module's own class: training gives it another for a while
-        self.prefix_keys = mx.random.normal(_before(keys, config), key=key)
-        self.prefix_values = mx.zeros(_before(values, config))
+        # read now, because training replaces the module's class for a while
+        self.__dict__["parameter_names"] = _parameters(layer)
+        self.prefix_keys = mx.random.normal(_prefix_shape(keys, config), key=key)
+        self.prefix_values = mx.zeros(_prefix_shape(values, config))
 
     @staticmethod
     def find(model: nn.Module, config: Adapter) -> list[str]:
-        """The attention module of each layer of `config.layers` that keeps keys and values; others are left out."""
+        """The attention module of each layer of `config.layers`; layers without cached keys and values are left out."""
         bare, prefixes = bare_modules(model), layer_prefixes(model)
-        found = []
+        paths: list[str] = []
         for index in layer_indices(config, len(prefixes)):
             inside = [path for path in bare if path.startswith(prefixes[index])]
-            named = (path for path in inside if ATTENTION.search(path.rpartition(".")[2]))
-            found += [path for path in named if not _fault(bare[path])][:1]  # the outermost
-        if not found:
+            attention = (path for path in inside if ATTENTION.search(path.rpartition(".")[2]))
+            paths += [path for path in attention if not _fault(bare[path])][:1]  # the outermost
+        if not paths:
             raise AdapterError(
                 "no chosen layer has attention that keeps keys and values, which a prefix goes in front of",
                 hint="methods lora and prompt work on every layer",
             )
-        return found
+        return paths
 
     @staticmethod
     def refusal(layer: nn.Module, config: Adapter, path: str) -> str | None:
@@ -79,17 +83,17 @@ class Prefix(AdapterLayer):
     def adapter_params(self) -> tuple[str, ...]:
         return ("prefix_keys", "prefix_values")
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        call = dict(zip(self.named, arguments, strict=False)) | named
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        call = dict(zip(self.parameter_names, arguments, strict=False)) | keywords
         if isinstance(call.get("cache"), PackedCache):
-            raise AdapterError("a prefix is at a distance from each row that packing would change")
-        cache = _Front(call.get("cache"), self.prefix_keys, self.prefix_values)
-        mask = "mask" if "mask" in self.named else "attention_mask"
-        call |= {"cache": cache, mask: _widened(call.get(mask), self.prefix_keys.shape[1])}
+            raise AdapterError("prefix can't use packed rows: packing changes each row's distance to the prefix")
+        cache = _CacheWithPrefix(call.get("cache"), self.prefix_keys, self.prefix_values)
+        mask = "mask" if "mask" in self.parameter_names else "attention_mask"
+        call |= {"cache": cache, mask: _widen_mask(call.get(mask), self.prefix_keys.shape[1])}
         return cache.without_prefix(self.attention(**call))
 
     def __getattr__(self, name: str) -> Any:
-        """Some models ask their attention modules for settings."""
+        """Any other attribute is the wrapped module's: some models read settings from their attention modules."""
         if name in self or "attention" not in self:
             return super().__getattr__(name)
         return getattr(self["attention"], name)
@@ -104,12 +108,12 @@ class Prefix(AdapterLayer):
         return f"virtual_tokens={self.prefix_keys.shape[1]}"
 
 
-class _Front:
-    """The cache that a wrapped attention module sees: the real one, if any, with a prefix in front of what it gives."""
+class _CacheWithPrefix:
+    """The cache that a wrapped attention module sees: the real one, if any, with a prefix before keys and values."""
 
     def __init__(self, cache: Any, keys: mx.array, values: mx.array):
         self._cache, self._prefix = cache, (keys, values)
-        self._given: list[tuple[mx.array, mx.array]] = []
+        self._returned: list[tuple[mx.array, mx.array]] = []  # (with the prefix, without it)
 
     @property
     def offset(self) -> Any:
@@ -121,28 +125,31 @@ class _Front:
         if self._cache is not None:
             keys, values = self._cache.update_and_fetch(keys, values)
         bare = (keys, values)
-        joined = [_in_front(prefix, array) for prefix, array in zip(self._prefix, bare, strict=True)]
-        self._given = list(zip(joined, bare, strict=True))
+        joined = [_prepend(prefix, array) for prefix, array in zip(self._prefix, bare, strict=True)]
+        self._returned = list(zip(joined, bare, strict=True))
         return joined[0], joined[1]
 
     def without_prefix(self, output: Any) -> Any:
-        """An attention module's output; keys and values in it, which other layers share, as the real cache has them."""
+        """An attention module's output with the prefix removed from keys and values in it.
+
+        Some models return keys and values for other layers to share.
+        """
         if isinstance(output, tuple):
             return tuple(self.without_prefix(part) for part in output)
-        return next((bare for joined, bare in self._given if output is joined), output)
+        return next((bare for joined, bare in self._returned if output is joined), output)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
 
-def _in_front(prefix: mx.array, array: mx.array) -> mx.array:
+def _prepend(prefix: mx.array, array: mx.array) -> mx.array:
     """(kv heads, l, d) and (B, kv heads, T, d) -> (B, kv heads, l + T, d), in the array's dtype."""
     repeated = mx.broadcast_to(prefix.astype(array.dtype), (array.shape[0], *prefix.shape))
     return mx.concatenate([repeated, array], axis=2)
 
 
-def _widened(mask: Any, count: int) -> Any:
-    """A mask array (…, T, keys) with `count` visible columns in front; "causal" counts from the end and stays."""
+def _widen_mask(mask: Any, count: int) -> Any:
+    """Add `count` visible columns before a mask array (…, T, keys). "causal" is aligned at the end, so it stays."""
     if not isinstance(mask, mx.array):
         return mask
     visible = (mx.ones if mask.dtype == mx.bool_ else mx.zeros)((*mask.shape[:-1], count), mask.dtype)
@@ -150,47 +157,48 @@ def _widened(mask: Any, count: int) -> Any:
 
 
 def _parameters(layer: nn.Module) -> dict[str, bool]:
-    """Names of what a module is called with, in order, and whether each has a default."""
+    """Names of the parameters of a module's __call__, in order, and whether each has a default."""
     parameters = list(inspect.signature(type(layer).__call__).parameters.values())[1:]
     return {parameter.name: parameter.default is not inspect.Parameter.empty for parameter in parameters}
 
 
-def _before(shape: Shape, config: Adapter) -> Shape:
-    """The shape of the prefix of what has `shape` (1, kv heads, 1, d)."""
+def _prefix_shape(shape: Shape, config: Adapter) -> Shape:
+    """The shape of a prefix, (kv heads, l, d), given that of one token's keys or values, (1, kv heads, 1, d)."""
     return (shape[1], config.virtual_tokens, shape[3])
 
 
 def _fault(layer: nn.Module) -> str | None:
     """Why a module can't have a prefix, or None."""
     try:
-        _kept(layer)
-    except Exception as error:  # whatever a module that isn't attention makes of a call as if it were
-        return str(error) if isinstance(error, AdapterError) else "it is no attention that keeps keys and values"
+        _cache_shapes(layer)
+    except Exception as error:  # a module that isn't attention may raise anything when it is called like one
+        return str(error) if isinstance(error, AdapterError) else "it isn't attention that caches keys and values"
     return None
 
 
-def _kept(layer: nn.Module) -> tuple[Shape, Shape]:
-    """Shapes (1, kv heads, 1, d) of the keys and values that attention keeps of one token; nothing is computed.
+def _cache_shapes(layer: nn.Module) -> tuple[Shape, Shape]:
+    """Shapes (1, kv heads, 1, d) of the keys and values that attention caches for one token; nothing is computed.
 
-    Raises AdapterError where it keeps none of its own, and whatever the module raises that is no attention.
+    Raises AdapterError if it caches none of its own. A module that isn't attention may raise anything.
     """
-    first, *others = _parameters(layer)
-    if "cache" not in others or not {"mask", "attention_mask"}.intersection(others):
+    first, *rest = _parameters(layer)
+    if "cache" not in rest or not {"mask", "attention_mask"}.intersection(rest):
         raise AdapterError("it isn't called with a mask and a cache")
     linears = [module for module in layer.modules() if isinstance(module, LINEARS)]
-    widths = Counter(layer_shape(linear)[-1] for linear in linears)  # the hidden states' width is that of most
-    needed = [name for name, optional in _parameters(layer).items() if not optional and name not in (first, "cache")]
+    # most linears take hidden states, so the most common width is tried first
+    widths = Counter(layer_shape(linear)[-1] for linear in linears)
+    required = [name for name, optional in _parameters(layer).items() if not optional and name not in (first, "cache")]
     fault: Exception = AdapterError("it has no linear layers")
     for width, _ in widths.most_common():
         cache = RecordingCache()
-        scales = {name: None if "mask" in name else mx.ones((1,)) for name in needed}
+        more = {name: None if "mask" in name else mx.ones((1,)) for name in required}
         try:
-            layer(**{first: mx.zeros((1, 1, width)), **scales, "cache": cache})
-        except Exception as error:  # the width of something else
+            layer(**{first: mx.zeros((1, 1, width)), **more, "cache": cache})
+        except Exception as error:  # this isn't the width of the hidden states
             fault = error
             continue
-        if len(cache.noted) == 1 and all(array.ndim == 4 for array in cache.noted[0]):
-            keys, values = cache.noted[0]
+        if len(cache.recorded) == 1 and all(array.ndim == 4 for array in cache.recorded[0]):
+            keys, values = cache.recorded[0]
             return keys.shape, values.shape
         fault = AdapterError("it keeps no keys and values of its own")
     raise fault

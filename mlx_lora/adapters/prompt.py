@@ -2,12 +2,12 @@
 
     ids   −1 −2 … −l  5 12 7        embeddings   P₁ P₂ … P_l  E₅ E₁₂ E₇        P (l, dim) trains, E is frozen
 
-A virtual token is a token with a negative id, −1 − i for row i of P. Whatever handles ids (rows, batches, packing,
-caches, generation) handles these, so this wrapper of the token embedding is all there is to the model's side; where a
-row or a prompt has them is `data.virtual`'s business. Negative, because no vocabulary has such ids, and because rows
-can have them before any model is known. They are never predicted: the output head knows nothing of them.
+A virtual token is a token with a negative id, −1 − i for row i of P. Rows, batches, packing, caches and generation
+treat it like any other id, so this wrapper of the token embedding is the only change to a model. `data.virtual` puts
+the ids into rows and prompts. The ids are negative because no vocabulary has such ids; rows can therefore contain them
+before the model is known. They are never predicted: the output head has no logits for them.
 
-P starts as embeddings of common tokens (§3.2 of the paper), so the model runs from the start on what it has seen.
+P starts as embeddings of common tokens (§3.2 of the paper), so the first inputs are ones that the model was trained on.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from mlx_lora.adapters.targets import bare_modules, layer_prefixes
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, CannotFuse
 
-# The paper draws from the 5,000 most common tokens; learned vocabularies have those first.
+# The paper draws from the 5,000 most common tokens; a learned vocabulary lists the most common ones first.
 COMMON = 5000
 NO_UPDATE = "virtual tokens are no update of a weight"
 
 
 class Prompt(AdapterLayer):
-    """soft (l, dim), float32, in place of the embeddings of the ids below 0. `position` is where rows have them."""
+    """soft (l, dim), float32: the embeddings of the ids below 0. `position` is where a row has them."""
 
     def __init__(self, layer: nn.Module, config: Adapter, key: Any):
         super().__init__()
         vocabulary, _ = layer_shape(layer)
         self.embedding = layer
         self.position = config.position
-        drawn = mx.random.randint(0, min(COMMON, vocabulary), (config.virtual_tokens,), key=key)
-        self.soft = layer(drawn).astype(mx.float32)
+        tokens = mx.random.randint(0, min(COMMON, vocabulary), (config.virtual_tokens,), key=key)
+        self.soft = layer(tokens).astype(mx.float32)
 
     @staticmethod
     def find(model: nn.Module, config: Adapter) -> list[str]:
-        """The token embedding: of the embeddings outside the layers the one with most rows."""
+        """The token embedding: the embedding outside the layers that has the most rows."""
         prefixes = tuple(layer_prefixes(model))
         rows = {
             path: layer_shape(module)[0]
@@ -70,7 +70,7 @@ class Prompt(AdapterLayer):
         return ("soft",)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        ids = tokens.astype(mx.int32)  # generated ones come unsigned
+        ids = tokens.astype(mx.int32)  # generated ids are unsigned
         virtual = ids < 0
         y = self.embedding(mx.where(virtual, 0, ids))
         soft = self.soft[mx.where(virtual, -1 - ids, 0)]
@@ -81,7 +81,7 @@ class Prompt(AdapterLayer):
         return self.embedding.as_linear(x)
 
     def __getattr__(self, name: str) -> Any:
-        """Some models use the weight of their embedding."""
+        """Any other attribute is the embedding's: some models read its weight."""
         if name in self or "embedding" not in self:
             return super().__getattr__(name)
         return getattr(self["embedding"], name)

@@ -1,13 +1,13 @@
-"""QA-LoRA (arXiv 2309.14717): a low-rank update that an affine base takes into its zero-points.
+"""QA-LoRA (arXiv 2309.14717): a low-rank update that merges into the zero-points of an affine base.
 
     y = W̃x + s·B A·pool_L(x),  s = α/r   (section 3.3, algorithm 1)
 
 pool_L is the mean over each group of L inputs that share a scale and a zero-point in W̃. The inputs of a group get the
-same update, so merging adds one number a group, s/L·(B A), to the zero-points: no weight is packed anew and no byte of
-the packed weights changes. A mean, not a sum, so that s means the same whatever L is.
+same update, so merging adds one number per group, s/L·(B A), to the zero-points: nothing is requantized and no byte of
+the packed weights changes. pool_L is a mean and not a sum, so that the effect of s doesn't depend on L.
 
-A is (r, in/L): a rank above in/L adds parameters and no freedom. Knows nothing of modes without zero-points (mxfp4,
-mxfp8, nvfp4, nf4), nor of embeddings, whose input is a token and not a vector to pool.
+A is (r, in/L), so a rank above in/L adds parameters but no capacity. Modes without zero-points (mxfp4, mxfp8, nvfp4,
+nf4) aren't supported, nor are embeddings, whose input is a token and not a vector that can be pooled.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mlx_lora.config import Adapter
 from mlx_lora.models.trunk.dropout import Dropout
 from mlx_lora.quant.matmul import like
 
-# L over a layer that isn't packed: the smallest group of the affine mode, which leaves the update most freedom.
+# L for a layer that isn't packed: the affine mode's smallest group size, which restricts the update least.
 GROUP_SIZE = 32
 
 
 class QALoRA(AdapterLayer, abstract=True):
-    """What the two kinds of layers share. Call `QALoRA.from_base` to get the right one."""
+    """The common base of both classes. `QALoRA.from_base` chooses the class for a layer."""
 
     def __init__(self, layer: nn.Module, config: Adapter, path: str):
         super().__init__()
@@ -78,8 +78,10 @@ class QALoRA(AdapterLayer, abstract=True):
         return mx.repeat(self.zero_points(), self.group_size, axis=-1)
 
     def fuse_packed(self) -> nn.Module | None:
-        """The packed base with other zero-points, in their own dtype: beside half-precision scales, float32 ones
-        would make every output float32. So float32 keeps all of the update, and half precision rounds it once.
+        """The packed base with new zero-points; None over a plain base.
+
+        They keep their dtype, because float32 zero-points beside half-precision scales would make every output float32.
+        Half precision therefore rounds the update once.
         """
         if "scales" not in self.base:
             return None
@@ -131,5 +133,5 @@ class QALoRASwitchLinear(QALoRA):
 
 
 def group_size(layer: nn.Module) -> int:
-    """L for a layer: its own group size where it is packed, else GROUP_SIZE."""
+    """L for a layer: its group size if it is packed, else GROUP_SIZE."""
     return int(layer.group_size) if "scales" in layer else GROUP_SIZE

@@ -1,6 +1,6 @@
-"""Which modules of a model an adapter wraps: by kind, by name, by expression, by layer; seen through what is attached.
+"""Find the modules of a model that an adapter is to wrap: by kind, by name, by regular expression, by layer.
 
-Paths are those of the bare model, whatever is attached to it. Knows nothing about what a wrapper does.
+Paths are those of the bare model, even while an adapter is attached.
 """
 
 from __future__ import annotations
@@ -17,29 +17,31 @@ from mlx_lora.errors import AdapterError, ModelError, nearest
 from mlx_lora.models.architectures import mixes_tokens, routes
 from mlx_lora.models.trunk.layers import layers_of
 
-# Targets that name a kind of module. Of these a method takes what it can serve; what is named otherwise it must serve.
+# Targets that name a kind of module. A method leaves out those of a group that it can't wrap; for any other target, a
+# module that it can't wrap is an error.
 GROUPS = ("attention", "all-linear")
 
 
 def attached(model: nn.Module) -> dict[str, AdapterLayer]:
-    """The wrappers on `model`, by the bare path of what they wrap, in the model's order."""
-    return {path: module for path, module in _ordered(model) if isinstance(module, AdapterLayer)}
+    """The wrappers on `model`, by the path of the wrapped module in the bare model, in the model's order."""
+    return {path: module for path, module in _sorted_modules(model) if isinstance(module, AdapterLayer)}
 
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of the bare model by path, layer 10 after layer 9, whatever is attached."""
-    return {path: module for path, module in _ordered(model) if not isinstance(module, AdapterLayer)}
+    """Every module of the bare model by path, layer 10 after layer 9, without any attached wrappers."""
+    return {path: module for path, module in _sorted_modules(model) if not isinstance(module, AdapterLayer)}
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear, embedding and expert layer of the bare model, by path.
 
-    Order and contents are those of the bare model, so an adapter built over another starts like one built alone.
+    Order and contents are those of the bare model, so an adapter that is built while another one is attached has the
+    same initial values.
     """
     return {path: module for path, module in bare_modules(model).items() if isinstance(module, ADAPTABLE)}
 
 
-def _ordered(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _sorted_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     def natural(item: tuple[str, nn.Module]) -> list[tuple[int, int, str]]:
         return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in item[0].split(".")]
 
@@ -58,13 +60,13 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def group_of(config: Adapter) -> str | None:
-    """The group that `config.targets` names, or None; attention for a method whose partner has a place of its own."""
+    """The group that `config.targets` names, or None. "own" means attention for LoRA in lora+prefix and lora+prompt."""
     targets = "attention" if config.targets == "own" else config.targets
     return targets if isinstance(targets, str) and targets in GROUPS else None
 
 
 def unique(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """`modules` without those that are the same object as one before: layers may share modules."""
+    """`modules` with only the first path of each object: layers may share modules."""
     first: dict[int, str] = {}
     return {path: module for path, module in modules.items() if first.setdefault(id(module), path) == path}
 
@@ -72,8 +74,8 @@ def unique(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def find_targets(model: nn.Module, config: Adapter) -> list[str]:
     """Paths of the modules that `config.targets` and `config.layers` name, sorted by layer and name.
 
-    What two layers share has one path. Raises AdapterError when any target or layer index matches nothing, naming what
-    exists.
+    A module that several layers share is listed once. Raises AdapterError when any target or layer index matches
+    nothing, naming what exists.
     """
     prefixes = layer_prefixes(model)
     chosen = [prefixes[index] for index in layer_indices(config, len(prefixes))]
@@ -83,34 +85,35 @@ def find_targets(model: nn.Module, config: Adapter) -> list[str]:
     outside = [path for path in base if not path.startswith(tuple(prefixes))]
     targets = group_of(config) or config.targets
     if targets in GROUPS:
-        others = EMBEDDINGS + CONVOLUTIONS
+        not_linear = EMBEDDINGS + CONVOLUTIONS
         linear = {
             path: prefix
             for path, prefix in inside.items()
-            if not isinstance(base[path], others) and not routes(path, prefix, modules)
+            if not isinstance(base[path], not_linear) and not routes(path, prefix, modules)
         }
         if targets == "all-linear":
-            return _some(list(linear), "linear layers", inside, modules)
+            return _require(list(linear), "linear layers", inside, modules)
         mixers = [path for path, prefix in linear.items() if mixes_tokens(path, prefix, modules)]
-        return _some(mixers, "attention projections", inside, modules)
+        return _require(mixers, "attention projections", inside, modules)
     if isinstance(targets, str) and len(targets) > 1 and targets[0] == targets[-1] == "/":
         pattern = re.compile(targets[1:-1])
-        found = [path for path in [*inside, *outside] if pattern.search(path)]
-        return _some(found, f"module for {targets}", inside, modules)
+        matches = [path for path in [*inside, *outside] if pattern.search(path)]
+        return _require(matches, f"module for {targets}", inside, modules)
     names = [targets] if isinstance(targets, str) else targets
     known = {path.rpartition(".")[2] for path in [*inside, *outside]}
-    if missing := [name for name in names if not _named([*inside, *outside], name)]:
+    if missing := [name for name in names if not _any_called([*inside, *outside], name)]:
         raise AdapterError("; ".join(f"no module is called {name!r}{nearest(name, known)}" for name in missing))
-    return [path for path in [*inside, *outside] if any(_named([path], name) for name in names)]
+    return [path for path in [*inside, *outside] if any(_any_called([path], name) for name in names)]
 
 
-def _named(paths: list[str], name: str) -> bool:
+def _any_called(paths: list[str], name: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for path in paths)
 
 
-def _some(found: list[str], what: str, candidates: Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
-    if found:
-        return found
+def _require(paths: list[str], what: str, candidates: Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
+    """`paths`, unless it is empty: then raises AdapterError that names the candidates, or the kinds of `modules`."""
+    if paths:
+        return paths
     names = sorted({path.rpartition(".")[2] for path in candidates})
     if names:
         raise AdapterError(f"the model has no {what}", hint=f"its layers have: {', '.join(names)}")
@@ -121,7 +124,7 @@ def _some(found: list[str], what: str, candidates: Iterable[str], modules: dict[
 
 
 def layer_indices(config: Adapter, count: int) -> list[int]:
-    """The layers that `config.layers` names, in order. Raises AdapterError for one that the model doesn't have."""
+    """Indices of the layers in `config.layers`, in order. Raises AdapterError for one that the model doesn't have."""
     if config.layers == "all":
         return list(range(count))
     if isinstance(config.layers, int):
@@ -136,7 +139,7 @@ def layer_indices(config: Adapter, count: int) -> list[int]:
 
 
 def layer_prefixes(model: nn.Module) -> list[str]:
-    """Paths of the transformer blocks, each with its dot, in order; a network without any is one block, ""."""
+    """Paths of the transformer blocks in order, each ending in a dot; [""] for a network without blocks."""
     names = {id(module): path for path, module in unique(bare_modules(model)).items()}
     try:
         layers = [layer.base if isinstance(layer, AdapterLayer) else layer for layer in layers_of(model)]

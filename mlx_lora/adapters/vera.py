@@ -1,13 +1,13 @@
-"""VeRA (arXiv 2310.11454): two vectors a layer around one random pair of matrices that all layers share.
+"""VeRA (arXiv 2310.11454): two trained vectors per layer, with one pair of random matrices for all layers.
 
     y = W₀x + b ⊙ B (d ⊙ A x)   (eq. 2), so Δ = diag(b) B diag(d) A
 
 A (r, largest in) and B (largest out, r) are frozen and drawn from `projection_seed` with Kaiming's uniform bound
 √(6/fan in), as PEFT draws them; each layer uses their first columns and rows. d starts at 0.1 and b at zero. There is
-no scale: b takes its place, and the rank may well be larger than in LoRA.
+no scale, since b takes its place. The rank may be larger than in LoRA, since it adds only r numbers per layer.
 
-Only the vectors are stored. The pair is drawn again when an adapter is loaded, so it must be built over the same
-modules: their largest dimensions and the seed decide every number of it.
+Only the vectors are stored. The pair is drawn again when an adapter is loaded. Its values depend on the seed and on the
+largest dimensions of the wrapped modules, so the same modules must be wrapped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ D_INITIAL = 0.1
 
 
 class VeRA(AdapterLayer, abstract=True):
-    """What the two kinds of layers share. Call `VeRA.from_base` to get the right one."""
+    """The common base of both classes. `VeRA.from_base` chooses the class for a layer."""
 
     PRECISE: ClassVar[frozenset[str]] = frozenset({"vera_b", "vera_d"})
 
@@ -37,7 +37,7 @@ class VeRA(AdapterLayer, abstract=True):
         *experts, outputs, inputs = layer_shape(layer)
         self.vera_d = mx.full((*experts, self.rank), D_INITIAL)
         self.vera_b = mx.zeros((*experts, outputs))
-        # A name with an underscore is no parameter. All wrappers hold the very same two arrays.
+        # Not a parameter, since its name starts with an underscore. All wrappers hold the same two arrays.
         self._pair = pair
 
     @staticmethod
@@ -50,7 +50,7 @@ class VeRA(AdapterLayer, abstract=True):
     def shared(layers: dict[str, nn.Module], config: Adapter) -> tuple[mx.array, mx.array]:
         """The frozen pair for all of `layers`: Aᵀ (largest in, r) and B (largest out, r), float32.
 
-        Both have the rank last, so that a layer's part of them is a run of whole rows, which costs no copy.
+        The rank is their last dimension, so a layer's part of them is a slice of whole rows, which needs no copy.
         """
         shapes = [layer_shape(layer) for layer in layers.values()]
         inputs, outputs = max(shape[-1] for shape in shapes), max(shape[-2] for shape in shapes)
@@ -98,7 +98,7 @@ class VeRALinear(VeRA):
 
 
 class VeRASwitchLinear(VeRA):
-    """Vectors per expert around the one pair: vera_d (E, r), vera_b (E, out)."""
+    """Each expert has its own vectors; all share the pair: vera_d (E, r), vera_b (E, out)."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         a, b = (array.astype(x.dtype) for array in self.projections())

@@ -1,7 +1,7 @@
-"""What training costs here: seconds and memory of a step, and the floor that its bare matrix products set.
+"""What training costs on this machine: a step's seconds and memory, and the time of its matrix products alone.
 
-Everything is measured on random tokens through the trainer itself, so no data is needed; nothing is compared with
-other tools. A measurement is a number with a name and a unit, and what is reported is a list of them.
+Everything is measured by training on random tokens, so no data is needed. No other tools are measured. The result is a
+list of measurements, each a number with a name and a unit.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from mlx_lora.train.trainer import train
 Results = list[dict[str, Any]]
 
 LENGTHS = (128, 512, 1024, 2048)
-# The optimizer is never the point here: the cheapest settings that people use.
+# The optimizer isn't what is measured, so these are the cheapest settings in common use.
 PLAIN: dict[str, Any] = {"optimizer": "adam", "schedule": "constant", "warmup": 0, "max_grad_norm": None}
 EPOCHS = 3
 
 
 @dataclass
 class Steps:
-    """What a run measured: `seconds` of each step but the first, which compiles, and the last; losses and tokens with
-    loss of every step; peak bytes; what `Finished` said."""
+    """A run's measurements: `seconds` of every step except the first, which compiles, and the last; the loss, and the
+    number of tokens with loss, of every step; peak bytes; the `Finished` event."""
 
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -72,7 +72,7 @@ def bench(
     steps: int = 3,
     stage: Callable[[str], None] = lambda text: None,
 ) -> Results:
-    """Everything that needs no data: a step, its floor, and a step by sequence length. Leaves the model bare."""
+    """All measurements: a step, its matrix products, epochs, a step by sequence length. Leaves the model bare."""
     adapter = adapter or Adapter()
     stage("a training step, without and with gradient checkpointing")
     results = step(loaded, work, adapter, steps=steps)
@@ -89,7 +89,7 @@ def bench(
 
 
 def step(loaded: LoadedModel, work: Work, adapter: Adapter, *, steps: int = 3) -> Results:
-    """Median seconds of a training step, its peak memory and its trained tokens a second, both ways."""
+    """Median seconds, peak memory and trained tokens a second of a step, without and with gradient checkpointing."""
     results: Results = []
     for checkpoint in ("off", "on"):
         measured = run(loaded, work, adapter, steps=steps, grad_checkpoint=checkpoint)
@@ -117,40 +117,40 @@ def by_length(
 
 
 def run(loaded: LoadedModel, work: Work, adapter: Adapter, *, steps: int, **settings: Any) -> Steps:
-    """Train a fresh adapter on the same random rows in each of `steps` steps; the base stays as it was."""
+    """Train a new adapter for `steps` steps, each on the same random rows; it is detached at the end."""
     attach(loaded.model, adapter)
     rows = random_rows(loaded.model, work)
-    chosen = Train(**{"cache_prefix": "off", **PLAIN, **settings, "batch_size": work.rows})
+    train_settings = Train(**{"cache_prefix": "off", **PLAIN, **settings, "batch_size": work.rows})
     try:
-        return measure(loaded.model, rows, chosen, steps)
+        return measure(loaded.model, rows, train_settings, steps)
     finally:
         detach(loaded.model)
         mx.clear_cache()
 
 
 def prefix(loaded: LoadedModel, work: Work, adapter: Adapter, *, batches: int = 4) -> Results:
-    """Seconds of an epoch with adapters in the last quarter of layers, states below computed anew or kept.
+    """Seconds of an epoch with adapters in the last quarter of layers; hidden states below them computed or cached.
 
-    Nothing for a model whose states can't be kept.
+    Empty for a model whose hidden states can't be cached.
     """
-    last = adapter.model_copy(update={"layers": max(len(layers_of(loaded.model)) // 4, 1)})
+    last_quarter = adapter.model_copy(update={"layers": max(len(layers_of(loaded.model)) // 4, 1)})
     rows = random_rows(loaded.model, replace(work, rows=work.rows * batches))
     try:
-        kept = epoch_seconds(loaded, rows, last, batch_size=work.rows, cache_prefix="on")
+        cached = epoch_seconds(loaded, rows, last_quarter, batch_size=work.rows, cache_prefix="on")
     except TrainingError:
         return []
-    computed = epoch_seconds(loaded, rows, last, batch_size=work.rows)
+    computed = epoch_seconds(loaded, rows, last_quarter, batch_size=work.rows)
     return [
         result("epoch, last quarter of layers", computed, "s"),
-        result("epoch, last quarter of layers, states kept", kept, "s"),
-        result("states computed / kept", computed / kept, "ratio"),
+        result("epoch, last quarter of layers, states kept", cached, "s"),
+        result("states computed / kept", computed / cached, "ratio"),
     ]
 
 
 def packing(loaded: LoadedModel, work: Work, adapter: Adapter, *, batches: int = 4) -> Results:
-    """Seconds of an epoch of rows between a quarter of the length and all of it, alone and packed.
+    """Seconds of an epoch of rows with lengths from a quarter of `work.length` up to all of it, alone and packed.
 
-    Nothing for a model whose rows can't be packed.
+    Empty for a model whose rows can't be packed.
     """
     lengths = np.random.default_rng(0).integers(max(work.length // 4, 4), work.length + 1, work.rows * batches)
     rows = [random_rows(loaded.model, replace(work, rows=1, length=int(length)))[0] for length in lengths]
@@ -175,26 +175,29 @@ def epoch_seconds(
     packing: bool = False,
     **settings: Any,
 ) -> float:
-    """Median seconds of the epochs after the first, of a fresh adapter; the base stays as it was."""
+    """Median seconds of the epochs after the first, with a new adapter that is detached at the end."""
     steps = steps_per_epoch(len(rows), batch_size=batch_size, grad_accumulation=1)
-    chosen = Train(**{"cache_prefix": "off", "grad_checkpoint": "off", **PLAIN, **settings, "batch_size": batch_size})
+    train_settings = Train(
+        **{"cache_prefix": "off", "grad_checkpoint": "off", **PLAIN, **settings, "batch_size": batch_size}
+    )
     attach(loaded.model, adapter)
     try:
-        return median(measure(loaded.model, rows, chosen, EPOCHS * steps - 1, packing=packing).epochs(steps))
+        measured = measure(loaded.model, rows, train_settings, EPOCHS * steps - 1, packing=packing)
+        return median(measured.epochs(steps))
     finally:
         detach(loaded.model)
         mx.clear_cache()
 
 
 def measure(model: nn.Module, rows: Sequence[Row], settings: Train, steps: int, **more: Any) -> Steps:
-    """Train what is attached for `steps` timed steps; `more` goes to the trainer.
+    """Train the attached adapter for `steps` timed steps; `more` goes to the trainer.
 
-    One step more before them, to compile, and one after them: the trainer reports a step only once it has dispatched
-    the next, so the last two reports may come together.
+    Two more steps aren't timed: the first, which compiles, and the last. The trainer reports a step only after it has
+    dispatched the next one, so the last two reports may come at the same time.
     """
     measured, reported = Steps(), []
-    chosen = settings.model_copy(update={"iters": steps + 2})
-    for event in train(model, rows, [], chosen, trunk=take_apart(model), **more):
+    settings = settings.model_copy(update={"iters": steps + 2})
+    for event in train(model, rows, [], settings, trunk=take_apart(model), **more):
         if isinstance(event, Step):
             reported.append(time.perf_counter())
             measured.losses.append(event.loss)
@@ -202,12 +205,12 @@ def measure(model: nn.Module, rows: Sequence[Row], settings: Train, steps: int, 
             measured.peak_bytes = event.peak_memory
         elif isinstance(event, Finished):
             measured.finished = event
-    measured.seconds = [after - before for before, after in pairwise(reported)][:-1]
+    measured.seconds = [end - start for start, end in pairwise(reported)][:-1]
     return measured
 
 
 def random_rows(model: nn.Module, work: Work, *, seed: int = 0) -> list[Row]:
-    """Rows of random tokens: one more than positions, since the last is only a target."""
+    """Rows of random tokens, one token more than positions, since the last token is only a target."""
     tokens = np.random.default_rng(seed).integers(0, vocabulary(model), (work.rows, work.length + 1), np.int32)
     weights = np.zeros(work.length + 1, np.float32)
     weights[-(work.trained // work.rows) :] = 1
@@ -215,9 +218,9 @@ def random_rows(model: nn.Module, work: Work, *, seed: int = 0) -> list[Row]:
 
 
 def floor(loaded: LoadedModel, work: Work, adapter: Adapter, *, seconds: float) -> Results:
-    """Seconds of the bare matrix products of a step on `work`, and how many times that `seconds` is.
+    """Seconds of the matrix products alone of a step on `work`, and `seconds` divided by that.
 
-    Nothing for a model whose configuration doesn't name its width and its heads as most do.
+    Empty for a model whose configuration doesn't have the usual keys for its width and its heads.
     """
     if not {"hidden_size", "num_attention_heads"} <= text_config(loaded.config).keys():
         return []

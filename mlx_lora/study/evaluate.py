@@ -1,4 +1,4 @@
-"""Loss, perplexity and exact match of a base and its adapters on the same rows, in one load."""
+"""Loss, perplexity and exact match of a base and its adapters on the same rows, with one load of the model."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from mlx_lora.serve.engine import Engine
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 
 BATCH = 8
-# Which file of a folder is read, first choice first: adapters are judged by rows that nothing was chosen by. What a
-# measurement of a model reads are others.
+# Which file of a folder is read, in order of preference. Adapters are evaluated on test rows, since validation rows may
+# have chosen between them. Quantizing and fusing measure a model on validation rows, so that test rows stay unused.
 TEST_FIRST = ("test", "valid", "train")
 VALID_FIRST = ("valid", "test", "train")
 
 
 @dataclass(frozen=True)
 class Result:
-    """`loss` is the mean over tokens with loss; `exact_match` is a share, None when it wasn't asked for."""
+    """`loss` is the mean over tokens with loss; `exact_match` is a share of the rows, None if it wasn't computed."""
 
     adapter: str | None
     loss: float
@@ -113,23 +113,23 @@ def evaluate(
     max_tokens: int = 256,
     on_row: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Evaluate one adapter of an engine, or its base with None. `on_row` is called once a row and once an answer."""
+    """Evaluate one adapter of an engine, or its base for None. `on_row` is called for each row and each answer."""
     engine.use(name)
     loss, tokens = mean_loss(engine, asked.rows, on_row)
     exact = None
     if asked.prompts:
-        right = 0
-        places = first_answers(asked) if engine.virtual else None
-        for index, answer in engine.batch(asked.prompts, max_tokens=max_tokens, first_answers=places):
+        matches = 0
+        positions = first_answers(asked) if engine.virtual else None
+        for index, answer in engine.batch(asked.prompts, max_tokens=max_tokens, first_answers=positions):
             _, said = split_reasoning(engine.loaded.tokenizer.decode(answer))
-            right += said.strip() == asked.answers[index].strip()
+            matches += said.strip() == asked.answers[index].strip()
             on_row()
-        exact = right / len(asked.prompts)
+        exact = matches / len(asked.prompts)
     return Result(name, loss, math.exp(min(loss, 700)), tokens, len(asked.rows), exact)
 
 
 def mean_loss(engine: Engine, rows: Sequence[Row], on_row: Callable[[], None]) -> tuple[float, int]:
-    """(mean loss per token, tokens) over `rows` with whatever is attached. Raises NotFinite where a loss isn't."""
+    """(mean loss per token, tokens) over `rows` with the attached adapter, if any. Raises NotFinite."""
     model, virtual = engine.loaded.model, engine.virtual
     rows = [virtual.row(row) for row in rows] if virtual else rows
     loss_sum = Loss(take_apart(model))
@@ -146,15 +146,15 @@ def mean_loss(engine: Engine, rows: Sequence[Row], on_row: Callable[[], None]) -
 
 
 def first_answers(asked: Questions) -> list[int | None]:
-    """Where the first answer that was learned starts in each prompt, None where its answer is the first."""
+    """Where the first trained answer starts in each prompt; None if that is the answer to generate."""
     rows = [asked.rows[number] for number in asked.last_rows]
     starts = [int(np.flatnonzero(row.weights)[0]) for row in rows]
-    same = [common(row.tokens.tolist(), prompt) for row, prompt in zip(rows, asked.prompts, strict=True)]
-    return [start if start <= alike else None for start, alike in zip(starts, same, strict=True)]
+    shared = [common(row.tokens.tolist(), prompt) for row, prompt in zip(rows, asked.prompts, strict=True)]
+    return [start if start <= length else None for start, length in zip(starts, shared, strict=True)]
 
 
 def _answer(example: Example) -> str:
-    """What generation should say: the answer's text, or nothing for a turn that only calls tools."""
+    """The text that generation should give: the answer, or "" for a turn that only calls tools."""
     if example.plain is not None:
         return example.plain[1]
     return str(example.messages[example.prompt_messages].get("content") or "")

@@ -1,6 +1,6 @@
-"""The matrix products that a training step can't do without, and how long this machine takes for each by itself.
+"""The matrix products that a training step needs at least, and how long this machine takes for each of them alone.
 
-Products are counted from a model's layers; nothing of the model is computed for that.
+Products are counted from a model's layers, without computing anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlx_lora.models.trunk.layers import layers_of
 
 Loss = Literal["completion", "all"]
 
-# Each product is repeated within one evaluation, as long as the results stay small, and the whole is done ROUNDS times.
+# Repeats in one evaluation; timed evaluations; products with more entries in their result aren't repeated.
 REPEATS, ROUNDS, SMALL = 4, 3, 1 << 24
 
 
@@ -54,10 +54,11 @@ class Product:
 
 
 def products(model: nn.Module, config: dict[str, Any], work: Work, *, trained: int | None = None) -> Counter[Product]:
-    """The products that a step can't do without, with how often: nothing for frozen weights, nothing below adapters.
+    """The products that a step needs at least, and how often each.
 
-    Forward everywhere; gradients of inputs from the lowest adapted layer on; the output head on positions with loss,
-    which are `trained` if they aren't the work's own. Attention counts whole squares, as most kernels compute them.
+    They are: forward in all layers; gradients of inputs from the lowest adapted layer up; gradients of the adapters,
+    not of frozen weights; the output head on positions with loss (`trained`, or else `work.trained`). Attention counts
+    whole squares, as most kernels compute them.
     """
     counted: Counter[Product] = Counter()
     positions, blocks = work.rows * work.length, layers_of(model)
@@ -67,11 +68,11 @@ def products(model: nn.Module, config: dict[str, Any], work: Work, *, trained: i
             if isinstance(module, AdapterLayer):
                 counted.update(_adapter_products(module, positions))
             if isinstance(module, (*LINEARS, *EXPERTS)):
-                often = config.get("num_experts_per_tok", 1) if isinstance(module, EXPERTS) else 1
-                counted.update(_linear_products(module, positions * often, backward=index >= lowest))
+                experts = config.get("num_experts_per_tok", 1) if isinstance(module, EXPERTS) else 1
+                counted.update(_linear_products(module, positions * experts, backward=index >= lowest))
         counted.update(_attention_products(config, work, backward=index >= lowest))
-    width, words, last = text_config(config)["hidden_size"], vocabulary(model), trained or work.trained
-    counted.update([Product(last, width, words, "nt"), Product(last, words, width)])
+    width, tokens, rows = text_config(config)["hidden_size"], vocabulary(model), trained or work.trained
+    counted.update([Product(rows, width, tokens, "nt"), Product(rows, tokens, width)])
     return counted
 
 
@@ -97,7 +98,7 @@ def _adapter_products(wrapper: AdapterLayer, positions: int) -> Iterator[Product
 
 
 def _attention_products(config: dict[str, Any], work: Work, *, backward: bool) -> Iterator[Product]:
-    """Scores and values of every head; backward, two products for each."""
+    """Scores and values of every head, and two products for each of them in the backward pass."""
     config = text_config(config)
     heads, length = config["num_attention_heads"], work.length
     size, batch = config.get("head_dim") or config["hidden_size"] // heads, work.rows * heads
@@ -123,17 +124,17 @@ def timed(compute: Callable[[], Any], *, inputs: Any = (), repeats: int = 1) -> 
     mx.eval(inputs, compute())
     seconds = []
     for _ in range(ROUNDS):
-        began = time.perf_counter()
+        start = time.perf_counter()
         mx.eval([compute() for _ in range(repeats)])
-        seconds.append((time.perf_counter() - began) / repeats)
+        seconds.append((time.perf_counter() - start) / repeats)
     return median(seconds)
 
 
 def vocabulary(model: nn.Module) -> int:
-    """Columns of the model's logits; nothing is computed for it."""
+    """Columns of the model's logits, found without computing anything."""
     return int(model(mx.zeros((1, 1), mx.int32)).shape[-1])
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the language model, inside one of several modalities."""
+    """The language model's configuration, which a multimodal model has under `text_config`."""
     return dict(config.get("text_config", config))

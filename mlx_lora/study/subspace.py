@@ -1,15 +1,15 @@
-"""How much of the space that one adapter works in another one shares, as in §7 of the LoRA paper (arXiv 2106.09685).
+"""How much the subspaces of two adapters' updates overlap, as in §7 of the LoRA paper (arXiv 2106.09685).
 
     φ(A₁, A₂, i, j) = ‖U₁ⁱᵀ U₂ʲ‖²_F / min(i, j) ∈ [0, 1]   (eq. 4), U the right-singular vectors of A (or left of B)
     amplification   = ‖ΔW‖_F / ‖Uᵀ W Vᵀ‖_F                 (§7.3), U and V the singular vectors of ΔW
 
-1 means that the first i directions of one lie within the first j of the other. Two random spaces share a little too:
-every φ has a Gaussian control of its shape beside it. Ranks may differ, and so may bases: only modules are compared
-that both adapters have with the same number of inputs (for B: outputs).
+For i ≤ j, 1 means that the first i directions of one adapter lie within the first j of the other. Random subspaces
+overlap a little too, so every φ is reported with that of two Gaussian matrices of the same shapes, the control. Ranks
+and bases may differ: a module is compared if both adapters have it with the same number of inputs (for B: outputs).
 
-The vectors are A's own (or B's) for LoRA, DoRA and QA-LoRA. They are ΔW's right (or left) ones where a factor alone
-says little: AdaLoRA's P and Q are kept orthonormal and its Λ orders them; an adapter begun by PiSSA or OLoRA is stored
-with the first factors subtracted, at twice its rank. ΔW is never formed.
+For LoRA, DoRA and QA-LoRA the vectors are those of A (or B). For the others they are ΔW's, because one factor alone
+says little: AdaLoRA keeps P and Q orthonormal and orders them by Λ, and an adapter that started from PiSSA or OLoRA is
+stored with the initial factors subtracted, at twice its rank. ΔW is never formed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from mlx_lora.store.arithmetic import factors, modules_of, thin_svd
 
 Array = NDArray[Any]
 FACTORS = ("a", "b")
-DIFFERENCES = ("pissa", "olora")
-# Singular values below this, relative to the first, are rounding: ΔW has no such direction.
+# Inits whose adapters are stored with the initial factors subtracted.
+SUBTRACTED = ("pissa", "olora")
+# Singular values below this, relative to the first, are rounding errors and not directions of ΔW.
 NEGLIGIBLE = 1e-6
 COLUMN, ROW = 3.4, 3.0  # inches of a panel
 
@@ -45,7 +46,7 @@ COLUMN, ROW = 3.4, 3.0  # inches of a panel
 class Overlap:
     """One module: φ of two adapters and of two Gaussian matrices of the same shapes, both (r₁, r₂).
 
-    `amplification` has one number for each adapter, None where nothing was learned. Of experts, everything is the mean.
+    `amplification` has one number for each adapter, None where ΔW is zero. For experts, every value is the mean.
     """
 
     module: str
@@ -69,17 +70,17 @@ def similarity(first: Array, second: Array) -> Array:
 def subspaces(
     first: StoredAdapter, second: StoredAdapter, *, of: str = "a", seed: int = 0, model: nn.Module | None = None
 ) -> list[Overlap]:
-    """φ for every module that both adapters have, of their factors A or B; `seed` draws the Gaussian control.
+    """φ of factor A or B for every module that both adapters have; `seed` draws the Gaussian control.
 
-    With their base as `model`, packed or not, also the amplification factors. Raises AdapterError where the methods
-    have no factors, and where no module has the same shape in both.
+    If `model`, their base, packed or not, is given, also the amplification factors. Raises AdapterError if a method has
+    no factors, or if no module has the same shape in both.
     """
-    theirs = set(modules_of(second))
-    shared = [path for path in modules_of(first) if path in theirs]
+    in_second = set(modules_of(second))
+    shared = [path for path in modules_of(first) if path in in_second]
     layers = None if model is None else dict(model.named_modules())
     if layers is not None:
         _check_measurable([first, second], shared, layers)
-    found = []
+    overlaps = []
     for path in shared:
         pair = directions(first, path, of), directions(second, path, of)
         if pair[0].shape[:2] != pair[1].shape[:2]:
@@ -88,35 +89,35 @@ def subspaces(
         factor = None
         if layers is not None:
             factor = amplification(first, path, layers[path]), amplification(second, path, layers[path])
-        found.append(Overlap(path, phi, _control(path, pair, seed), factor))
-    if not found:
+        overlaps.append(Overlap(path, phi, _control(path, pair, seed), factor))
+    if not overlaps:
         raise AdapterError(
             f"{first.name} and {second.name} share no module of the same shape",
             hint="compare adapters that were trained on the same targets of the same base",
         )
-    return found
+    return overlaps
 
 
 def directions(adapter: StoredAdapter, path: str, of: str) -> Array:
     """Singular vectors as columns, strongest first: of the inputs for `a` (E, in, r), the outputs for `b`."""
     a, b = factors(adapter, path)
-    if adapter.manifest.method == "adalora" or _init(adapter) in DIFFERENCES:
-        whole = [thin_svd(*pair) for pair in zip(a, b, strict=True)]
-        return np.stack([part.u if of == "a" else part.vt.T for part in whole])
+    if adapter.manifest.method == "adalora" or _init(adapter) in SUBTRACTED:
+        deltas = [thin_svd(*pair) for pair in zip(a, b, strict=True)]
+        return np.stack([delta.u if of == "a" else delta.vt.T for delta in deltas])
     u, _, _ = np.linalg.svd(a if of == "a" else b.swapaxes(1, 2), full_matrices=False)
     return u
 
 
 def _init(adapter: StoredAdapter) -> Any:
-    """How the factors began: the recipe says it, the settings of a stored adapter say what its arrays are now."""
+    """The init that training started from: the recipe's. A stored adapter's settings describe its present arrays."""
     return ((adapter.manifest.recipe or {}).get("adapter") or {}).get("init") or adapter.manifest.adapter.get("init")
 
 
 def _control(path: str, pair: tuple[Array, Array], seed: int) -> Array:
     """φ of two Gaussian matrices of the module's shapes, drawn for this module."""
     generator = np.random.default_rng([seed, zlib.crc32(path.encode())])
-    drawn = [np.linalg.svd(generator.standard_normal(each.shape[1:]), full_matrices=False)[0] for each in pair]
-    return similarity(*drawn)
+    control = [np.linalg.svd(generator.standard_normal(real.shape[1:]), full_matrices=False)[0] for real in pair]
+    return similarity(*control)
 
 
 def _check_measurable(adapters: Sequence[StoredAdapter], shared: list[str], layers: dict[str, nn.Module]) -> None:
@@ -134,20 +135,20 @@ def amplification(adapter: StoredAdapter, path: str, layer: nn.Module) -> float 
     """‖ΔW‖_F / ‖Uᵀ W Vᵀ‖_F: how much stronger ΔW is in its own directions than the weight is there. None for ΔW = 0."""
     weight = np.array(dequantize_layer(layer, mx.float32), np.float64)
     weight = weight if weight.ndim == 3 else weight[None]
-    if isinstance(layer, EMBEDDINGS):  # the factors' product is ΔW there, and ΔWᵀ elsewhere
+    if isinstance(layer, EMBEDDINGS):  # an embedding's factors multiply to ΔW, those of other layers to ΔWᵀ
         weight = weight.swapaxes(1, 2)
     a, b = factors(adapter, path)
-    group = weight.shape[2] // a.shape[1]  # QA-LoRA sees means over groups of inputs
+    group = weight.shape[2] // a.shape[1]  # QA-LoRA's A multiplies means over groups of inputs
     a = np.repeat(a, group, axis=1) / group
     if (len(weight), *weight.shape[:0:-1]) != (len(a), a.shape[1], b.shape[2]):
         raise AdapterError(f"{adapter.name}: {path} has another shape in this model", hint="is this the right base?")
-    found = [_amplified(*matrices) for matrices in zip(a, b, weight, strict=True)]
-    known = [factor for factor in found if factor is not None]
-    return float(np.mean(known)) if known else None
+    per_matrix = [_amplified(*matrices) for matrices in zip(a, b, weight, strict=True)]
+    nonzero = [factor for factor in per_matrix if factor is not None]
+    return float(np.mean(nonzero)) if nonzero else None
 
 
 def _amplified(a: Array, b: Array, weight: Array) -> float | None:
-    """One matrix: a (in, r), b (r, out), weight (out, in)."""
+    """The amplification of one matrix: a (in, r), b (r, out), weight (out, in)."""
     delta = thin_svd(a, b)
     rank = int((delta.s > NEGLIGIBLE * delta.s[0]).sum())
     projected = float(np.linalg.norm(delta.vt[:rank] @ weight @ delta.u[:, :rank]))
@@ -155,10 +156,10 @@ def _amplified(a: Array, b: Array, weight: Array) -> float | None:
 
 
 def mean(overlaps: Sequence[Overlap]) -> tuple[Array, Array]:
-    """φ and its control, averaged over modules; where ranks differ, as far as all of them go."""
+    """φ and its control, averaged over modules; if ranks differ, cut to the smallest."""
     rows, columns = np.min([overlap.phi.shape for overlap in overlaps], axis=0)
-    both = [(overlap.phi[:rows, :columns], overlap.random_phi[:rows, :columns]) for overlap in overlaps]
-    phi, control = np.mean(both, axis=0)
+    pairs = [(overlap.phi[:rows, :columns], overlap.random_phi[:rows, :columns]) for overlap in overlaps]
+    phi, control = np.mean(pairs, axis=0)
     return phi, control
 
 
@@ -175,7 +176,7 @@ def report(first: StoredAdapter, second: StoredAdapter, overlaps: Sequence[Overl
 
 
 def by_projection(overlaps: Sequence[Overlap]) -> dict[str, list[Overlap]]:
-    """Modules of the same name together (q_proj, v_proj, …), in the order of their first appearance."""
+    """Overlaps grouped by the module's name (q_proj, v_proj, …), in the order of first appearance."""
     groups: dict[str, list[Overlap]] = {}
     for overlap in overlaps:
         groups.setdefault(overlap.module.rpartition(".")[2], []).append(overlap)
@@ -183,13 +184,13 @@ def by_projection(overlaps: Sequence[Overlap]) -> dict[str, list[Overlap]]:
 
 
 def layer_of(path: str) -> int:
-    """The number of the layer that a module is in; 0 for one outside of them."""
-    found = re.search(r"\.(\d+)\.", f".{path}.")
-    return int(found[1]) if found else 0
+    """The index of the layer that a module is in; 0 for a module outside the layers."""
+    match = re.search(r"\.(\d+)\.", f".{path}.")
+    return int(match[1]) if match else 0
 
 
 def check_drawing(out: Path) -> None:
-    """Raise MlxLoraError unless a picture can be drawn to `out`; worth knowing before the work."""
+    """Raise MlxLoraError unless a picture can be drawn to `out`; also called before the computation starts."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -239,18 +240,18 @@ def _panels(group: list[Overlap], columns: list[list[int]]) -> list[tuple[str, A
 
 
 def _heat(axis: Any, title: str, panel: Array | None, top: float) -> Any:
-    """One panel; returns the image that the scale belongs to."""
+    """Draw one panel; returns its image, from which the colour bar is made."""
     image = axis.imshow(np.zeros((1, 1)) if panel is None else panel, vmin=0, vmax=top, cmap="viridis", aspect="auto")
     if panel is None:
         axis.set_visible(False)
         return image
     axis.set_title(f"{title}\nφ(1, 1) = {panel[0, 0]:.2g}", fontsize=9, parse_math=False)
     for size, place in ((panel.shape[1], axis.xaxis), (panel.shape[0], axis.yaxis)):
-        shown = sorted({1, size, *range(0, size, max(1, math.ceil(size / 8)))} - {0})
-        place.set_ticks([index - 1 for index in shown], labels=[str(index) for index in shown], fontsize=8)
+        ticks = sorted({1, size, *range(0, size, max(1, math.ceil(size / 8)))} - {0})
+        place.set_ticks([index - 1 for index in ticks], labels=[str(index) for index in ticks], fontsize=8)
     return image
 
 
 def _plain(text: str) -> str:
-    """Text that any font has and that starts no formula; a directory may have any name."""
+    """`text` in ASCII with $ escaped: an adapter may have any name, and matplotlib reads $ as a formula."""
     return text.encode("ascii", "replace").decode().replace("$", r"\$")

@@ -1,18 +1,19 @@
-"""A comparison run by run: train each recipe, measure what was stored on the test rows, and keep every line.
+"""Run a comparison: train each recipe, evaluate the stored adapter on the test rows, and record each result.
 
     comparisons/<name>/comparison.json     a line for each run that is done, written whole after each of them
     comparisons/<name>/comparison.png      loss against trainable parameters
-    adapters/<name>-<run>/                 what was trained, as any other adapter
+    adapters/<name>-<run>/                 the trained adapter, stored like any other
 
-A line is kept as long as its recipe, its base and its data are what they were, so the same command goes on with what
-was broken off. Of several learning rates the test rows see one, which the validation rows have chosen. What is
-compared, and who wins, is `study.compare`'s business.
+A line stays valid while its recipe, its base and its data don't change, so the same command continues a comparison that
+was interrupted. Of a recipe's learning rates, only the one with the lowest validation loss is evaluated on the test
+rows. `study.compare` reads the recipes and judges the lines.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,8 +36,8 @@ from mlx_lora.study.evaluate import Questions, Result, evaluate, questions
 from mlx_lora.tasks.train import Listener, check, train_adapter
 
 FILE, PLOT = "comparison.json", "comparison.png"
-# Tokens beyond the longest right answer's: no answer that is longer can match.
-MORE = 8
+# Generated tokens at most, beyond the length of the longest right answer: a longer answer can't match.
+EXTRA_TOKENS = 8
 UNFINISHED = {
     "nonfinite": "the loss or the gradient was not finite three steps in a row",
     "memory": "training took more memory than it may",
@@ -45,7 +46,7 @@ UNFINISHED = {
 
 @dataclass
 class Outcome:
-    """What the table and the JSON show: a line for each recipe, and the file that holds those of all runs."""
+    """The result for the table and the JSON: one line for each recipe; `file` holds the lines of all runs."""
 
     name: str
     file: Path
@@ -62,7 +63,7 @@ class Outcome:
 
 
 class Record:
-    """The file of a comparison: what each run is made of, its line once it is trained, what that was measured on."""
+    """A comparison's file: what each run depends on, its line once it is trained, the test rows it was measured on."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -74,18 +75,18 @@ class Record:
                 raise MlxLoraError(f"{file} can't be read: {error}", hint="remove it to begin again") from None
 
     def line(self, name: str, made_of: dict[str, Any]) -> Line | None:
-        """The line of a run that is done and made of the same things."""
+        """A trained run's line; None if the run failed or what it depends on has changed."""
         entry = self.runs.get(name, {})
-        kept = entry.get("line") if entry.get("made_of") == made_of else None
-        return Line(**kept) if kept and not kept.get("error") else None
+        fields = entry.get("line") if entry.get("made_of") == made_of else None
+        return Line(**fields) if fields and not fields.get("error") else None
 
-    def put(self, name: str, line: Line | None, **of: dict[str, Any]) -> None:
-        """Set a run's line, and what it is made of or was measured on."""
-        self.runs[name] = {**self.runs.get(name, {}), **of, "line": line.as_dict() if line else None}
+    def put(self, name: str, line: Line | None, **entries: dict[str, Any]) -> None:
+        """Set a run's line, and its `made_of` or `measured_on`."""
+        self.runs[name] = {**self.runs.get(name, {}), **entries, "line": line.as_dict() if line else None}
 
     def write(self) -> None:
-        """Whole or not at all, readable by its owner alone."""
-        for folder in (self.file.parent.parent, self.file.parent):  # a mode is the last one's alone
+        """Write the file whole, by renaming a temporary one; readable by its owner only."""
+        for folder in (self.file.parent.parent, self.file.parent):  # mkdir sets the mode of the last folder only
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = self.file.with_name(f".{self.file.name}.new")
         with paths.created(temporary) as stream:
@@ -104,10 +105,10 @@ def compare(
     listener: Callable[[], Listener] = Listener,
     stage: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
-    """Measure every run that has no line yet, on the first `rows` test rows (None: all), and draw what came of it.
+    """Train every run that has no line yet, evaluate on the first `rows` test rows (None: all), and draw the plot.
 
-    A run that fails leaves a line that says why, and the others go on. Raises before any training for what is wrong
-    with all of them, and KeyboardInterrupt when a training was asked to stop: that run alone is lost.
+    The line of a run that fails says why, and the other runs go on. Faults that would stop every run are raised before
+    any training. Raises KeyboardInterrupt when training was interrupted; only that run is lost.
     """
     folder = out or paths.room("comparisons", name)
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -122,14 +123,14 @@ def compare(
         record.write()
         done = len(runs) - len(todo)
         for label in dict.fromkeys(run.label for run in runs):
-            of_label = [run for run in runs if run.label == label]
-            for run in of_label:
+            same_label = [run for run in runs if run.label == label]
+            for run in same_label:
                 if record.line(run.name, made_of[run.name]) is None:
                     done += 1
                     stage(f"{done} of {len(runs)}: {run.name}")
-                    record.put(run.name, _trained(name, run, listener), made_of=made_of[run.name])
+                    record.put(run.name, _train_run(name, run, listener), made_of=made_of[run.name])
                     record.write()
-            _measure_best(of_label, record, rows, listener, stage)
+            _measure_best(same_label, record, rows, listener, stage)
         lines = best(Line(**record.runs[run.name]["line"]) for run in runs)
         return Outcome(name, record.file, lines, _draw(lines, name, folder / PLOT, stage))
 
@@ -141,7 +142,7 @@ def _measure_best(
     listener: Callable[[], Listener],
     stage: Callable[[str], None],
 ) -> None:
-    """Measure on the test rows, of one recipe's runs, the one that validation has chosen."""
+    """Of one recipe's runs, evaluate the one with the lowest validation loss on the test rows."""
     lines = [Line(**record.runs[run.name]["line"]) for run in runs]
     (chosen,) = best(lines)
     run = runs[lines.index(chosen)]
@@ -149,7 +150,7 @@ def _measure_best(
     if chosen.error or (chosen.loss is not None and record.runs[run.name].get("measured_on") == measured_on):
         return
     stage(f"measuring {run.name}")
-    mx.clear_cache()  # what training held
+    mx.clear_cache()  # frees memory that training used
     try:
         result = _evaluate(run, paths.room("adapters", chosen.adapter) if chosen.adapter else None, rows, listener())
         line = replace(chosen, loss=result.loss, exact_match=result.exact_match)
@@ -162,29 +163,29 @@ def _measure_best(
 
 
 def _check_all(name: str, todo: Sequence[Candidate], record: Record, *, force: bool) -> None:
-    """Raise for what would stop a run before its first step, and for adapters that are somebody else's."""
-    several: dict[str, int] = {}
+    """Raise for faults that would stop a run before its first step, and for adapter names that are taken."""
+    runs_per_label = Counter(run.label for run in todo)
     for run in todo:
-        several[run.label] = several.get(run.label, 0) + 1
         if run.bare:
-            check(_named(name, run, "base"), force=True)
+            check(_with_name(name, run, "base"), force=True)
         else:
-            check(_named(name, run), force=force or run.name in record.runs)
+            check(_with_name(name, run), force=force or run.name in record.runs)
     for run in todo:
         data = run.recipe.data
-        if several[run.label] > 1 and not data.valid_fraction and "valid" not in find_splits(str(data.path)):
+        if runs_per_label[run.label] > 1 and not data.valid_fraction and "valid" not in find_splits(str(data.path)):
             raise RecipeError(
                 "validation rows choose between learning rates, and there are none",
                 hint="add a valid file, or set data.valid_fraction",
             )
 
 
-def _named(name: str, run: Candidate, last: str | None = None) -> Any:
-    return run.recipe.model_copy(update={"name": f"{name}-{last or run.name}"})
+def _with_name(name: str, run: Candidate, suffix: str | None = None) -> Any:
+    """The run's recipe, named for the adapter that it trains."""
+    return run.recipe.model_copy(update={"name": f"{name}-{suffix or run.name}"})
 
 
 def _made_of(run: Candidate) -> dict[str, Any]:
-    """What a line depends on, test rows apart, wherever the files lie."""
+    """What a run's line depends on, except the test rows. Paths aren't part of it, so files may move."""
     recipe = run.recipe
     if not recipe.model or not recipe.data.path:
         check(recipe, force=True)  # says what is missing
@@ -206,11 +207,11 @@ def _made_of(run: Candidate) -> dict[str, Any]:
     }
 
 
-def _trained(name: str, run: Candidate, listener: Callable[[], Listener]) -> Line:
-    """Train a run; a base needs no training. What is wrong with this run alone becomes its line's `error`."""
+def _train_run(name: str, run: Candidate, listener: Callable[[], Listener]) -> Line:
+    """Train a run, unless it is a base. A fault of this run alone becomes its line's `error`."""
     if run.bare:
         return Line(run.label)
-    recipe = _named(name, run)
+    recipe = _with_name(name, run)
     line = Line(run.label, method=recipe.adapter.method, learning_rate=recipe.train.learning_rate)
     try:
         trained = train_adapter(recipe, force=True, listener=listener())
@@ -234,23 +235,23 @@ def _trained(name: str, run: Candidate, listener: Callable[[], Listener]) -> Lin
 
 
 def _evaluate(run: Candidate, adapter: Path | None, rows: int | None, listener: Listener) -> Result:
-    """Loss and exact match of the base, with an adapter as it was stored, on the test rows."""
+    """Loss and exact match on the test rows, of the base alone or with the stored adapter."""
     recipe = run.recipe
     engine = Engine(ready(load_stored(str(recipe.model), quantization=recipe.quantize)))
     name = None if adapter is None else run.name
     if adapter is not None:
         engine.add(run.name, store.wrappers_for(engine.loaded.model, store.read(adapter)))
-    asked = _questions(run, engine, rows)
-    longest = int(trained(asked.rows).max())
-    advance = listener.progress(f"measuring {run.name}", len(asked.rows) + len(asked.prompts))
-    return evaluate(engine, name, asked, max_tokens=longest + MORE, on_row=advance)
+    test = _test_questions(run, engine, rows)
+    longest = int(trained(test.rows).max())
+    advance = listener.progress(f"measuring {run.name}", len(test.rows) + len(test.prompts))
+    return evaluate(engine, name, test, max_tokens=longest + EXTRA_TOKENS, on_row=advance)
 
 
-def _questions(run: Candidate, engine: Engine, rows: int | None) -> Questions:
+def _test_questions(run: Candidate, engine: Engine, rows: int | None) -> Questions:
     path, settings = str(run.recipe.data.path), run.recipe.data
     exact = read(find_splits(path)["test"], settings).format != "text"
-    asked = questions(path, settings, engine.loaded.tokenizer, exact=exact, prefer=("test",))
-    return asked.first(rows)
+    test = questions(path, settings, engine.loaded.tokenizer, exact=exact, prefer=("test",))
+    return test.first(rows)
 
 
 def _draw(lines: Sequence[Line], title: str, file: Path, stage: Callable[[str], None]) -> Path | None:

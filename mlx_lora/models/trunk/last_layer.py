@@ -50,7 +50,7 @@ def columns_of_layer(layer: nn.Module, call: dict[str, Any], columns: mx.array) 
     lines, length = x.shape[:2]
     recorder = RecordingCache(call.get("cache"))
     layer(**{**call, "cache": recorder})
-    if len(recorder.noted) != 1:
+    if len(recorder.recorded) != 1:
         raise ModelError("the last layer keeps something else than keys and values")
     indices = columns[..., None]
     arguments = {
@@ -59,7 +59,7 @@ def columns_of_layer(layer: nn.Module, call: dict[str, Any], columns: mx.array) 
         if isinstance(value, mx.array) and value.ndim == 3 and value.shape[:2] == (lines, length)
     }
     arguments["mask"] = rows_of_mask(call.get("mask"), columns, length)
-    return layer(**{**call, **arguments, "cache": FixedCache(recorder.noted[0], recorder.offset + columns[:, 0])})
+    return layer(**{**call, **arguments, "cache": FixedCache(recorder.recorded[0], recorder.offset + columns[:, 0])})
 
 
 def names_of(layer: nn.Module) -> list[str]:

@@ -88,10 +88,10 @@ class RecordingCache:
 
     def __init__(self, cache: Any = None):
         self.offset = 0 if cache is None else cache.offset
-        self.noted: list[tuple[mx.array, mx.array]] = []
+        self.recorded: list[tuple[mx.array, mx.array]] = []
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.noted.append((keys, values))
+        self.recorded.append((keys, values))
         return keys, values
 
 
