@@ -20,6 +20,9 @@ TEMPLATES = ("auto", "chat", "none", "chatml", "llama3", "gemma", "mistral", "al
 
 __all__ = ["Adapter", "Data", "Glora", "Quantize", "Recipe", "Section", "Train"]
 
+# What a column can be.
+COLUMN_ROLES = ("prompt", "completion", "system", "messages", "text")
+
 
 class Quantize(Section):
     """How to quantize the base before training. The adapter then belongs to the quantized base."""
@@ -56,12 +59,23 @@ class Quantize(Section):
 
 
 class Data(Section):
-    """Where rows come from and how they become tokens and loss weights."""
+    """Where rows come from and how they become tokens and loss weights.
 
-    path: str | None = Field(default=None, description="A file, or a folder with train, valid and test files.")
+    A value of `columns` is the name of a column, or a template with names of columns in braces, `{title} ({year})`.
+    """
+
+    path: str | None = Field(
+        default=None, description="A file, a folder with train, valid and test files, or a folder of documents."
+    )
     format: Literal["auto", "text", "completions", "messages", "alpaca", "sharegpt"] = Field(
         default="auto", description="Shape of the rows; auto goes by their keys."
     )
+    columns: dict[str, str] = Field(
+        default={}, description="Which column is prompt, completion, system, messages or text."
+    )
+    system: str | None = Field(default=None, description="A system message for every row that has none.")
+    me: str | None = Field(default=None, description="Whose messages in a chat or in mail are the answers.")
+    query: str | None = Field(default=None, description="What to select from an SQLite database.")
     template: str = Field(
         default="auto",
         examples=[*TEMPLATES, "FILE.jinja"],
@@ -92,6 +106,26 @@ class Data(Section):
     @classmethod
     def _template(cls, value: str) -> str:
         return value if value.endswith(".jinja") else known_name(value, TEMPLATES)
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_make_a_row(cls, columns: dict[str, str]) -> dict[str, str]:
+        for role in columns:
+            known_name(role, COLUMN_ROLES)
+        if empty := [role for role, column in columns.items() if not column.strip()]:
+            raise ValueError(f"{empty[0]} is empty, it takes a column's name")
+        if columns and set(columns) - {"system"} not in ({"prompt", "completion"}, {"messages"}, {"text"}, set()):
+            raise ValueError("a row is made of prompt and completion, of messages, or of text")
+        if "text" in columns and "system" in columns:
+            raise ValueError("plain text has no system message")
+        return columns
+
+    @field_validator("system", "me", "query")
+    @classmethod
+    def _says_something(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("is empty, null leaves it out")
+        return value
 
 
 class Train(Section):
