@@ -65,7 +65,7 @@ class Data(Section):
     """
 
     path: str | None = Field(
-        default=None, description="A file, a folder with train, valid and test files, or a folder of documents."
+        default=None, description="A file, a folder of train, valid and test, or a folder of documents."
     )
     format: Literal["auto", "text", "completions", "messages", "alpaca", "sharegpt"] = Field(
         default="auto", description="Shape of the rows; auto goes by their keys."

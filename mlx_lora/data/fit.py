@@ -36,20 +36,20 @@ def encode_file(
     Raises ModelError where the chat template itself fails.
     """
     result, source = EncodedFile(encoder.settings, file), stream(file, encoder.settings)
-    lines: deque[int] = deque()
+    places: deque[tuple[int, Path]] = deque()
 
     def examples() -> Iterator[Example]:
         for item in source:
             if item.problem:
                 result.problems.append(item.problem)
             if item.example:
-                lines.append(item.line)
+                places.append((item.line, item.file or file))
                 yield item.example
 
     for one in encoder.encoded(examples()):
         on_row()
-        line = lines.popleft()
-        if result.add(one, line):
+        line, path = places.popleft()
+        if result.add(one, line, path):
             on_example(line, one)
     result.format, result.columns, result.notes = source.format, source.columns, source.notes
     return result
@@ -61,7 +61,7 @@ class EncodedFile:
 
     `examples` gave rows, `texts` of them plain text; `answers` is the most that one has; `split` gave several rows
     because of how the template shows history. `reasoned` answers are learned with reasoning, `unreasoned` without.
-    `tools_hidden` conversations define tools that the template doesn't show; `hidden` are other such parts, by line.
+    `tools_hidden` conversations define tools that the template doesn't show; `hidden` are other such parts, by file and line.
     """
 
     settings: Data
@@ -80,17 +80,17 @@ class EncodedFile:
     reasoned: int = 0
     unreasoned: int = 0
     tools_hidden: int = 0
-    hidden: list[tuple[int, str]] = field(default_factory=list)
+    hidden: list[tuple[Path, int, str]] = field(default_factory=list)
 
-    def add(self, one: Encoded, line: int) -> bool:
-        """Take an encoded example; whether it gave rows. A fault becomes a problem with its line."""
-        self.hidden += [(line, part) for part in (one.talk.hidden if one.talk else ())]
+    def add(self, one: Encoded, line: int, path: Path) -> bool:
+        """Take an encoded example of a file; whether it gave rows. A fault becomes a problem with its line."""
+        self.hidden += [(path, line, part) for part in (one.talk.hidden if one.talk else ())]
         try:
             if one.fault:
                 raise ValueError(one.fault)
             rows = [piece for row in one.rows for piece in self._fitting(one, *row)]
         except ValueError as error:
-            self.problems.append(Problem(str(self.path), line, str(error)))
+            self.problems.append(Problem(str(path), line, str(error)))
             return False
         for tokens, weights in rows:
             self.rows.append(tokens, weights, self.examples)
