@@ -54,6 +54,7 @@ class Predictions:
 
     def free(self) -> None:
         """Let go of all of the model but its head: it can't run afterwards, and these predictions still compare."""
+        self.trunk.trial = None  # which holds every array of the model
         if self.trunk.apart and 0 in self.states:
             for layer in layers_of(self.trunk.model):
                 release(layer)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_lora.data.rows import Row
 from mlx_lora.measure import Agreement, as_dict, compare, predictions, rows_of_tokens, survival
+from mlx_lora.models.load import load
+from tests.conftest import write_model
 
 VOCABULARY = 11
 
@@ -132,3 +137,19 @@ def test_survival_of_requantizing_gaussian_weights_is_as_measured(bits: int, rat
     packed = mx.quantize(weight + update, group_size=64, bits=bits)
     realised = mx.dequantize(*packed, group_size=64, bits=bits) - weight
     assert 1 - survival([(update, realised)]) == pytest.approx(error, rel=0.25)
+
+
+def test_freed_predictions_hold_the_head_alone_and_still_compare(tmp_path: Path) -> None:
+    """A comparison of two large models has one of them in memory at a time."""
+    path = write_model(tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
+    rows = rows_of_tokens([[3, 1, 4, 1, 5, 9, 2, 6]])
+    loaded = load(path)
+    mx.eval(loaded.model.parameters())
+    whole = sum(array.nbytes for _, array in tree_flatten(loaded.model.parameters()))
+    held = predictions(loaded.model, rows)
+    del loaded
+    before = mx.get_active_memory()
+    held.free()
+    mx.clear_cache()
+    assert before - mx.get_active_memory() > 0.8 * whole
+    assert compare(held, predictions(load(path).model, rows), rows).top1_agreement == 1

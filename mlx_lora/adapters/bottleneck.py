@@ -52,7 +52,7 @@ class Bottleneck(AdapterLayer):
             return paths
         names = sorted({path.rpartition(".")[2] for path in linear})
         raise AdapterError(
-            "none of this model's linears has a name known for the last linear of a sub-layer",
+            "no linear of this model has a name that is known to end a sub-layer",
             hint=f"name it in adapter.targets; its layers have: {', '.join(names)}",
         )
 

@@ -73,7 +73,7 @@ def test_pfeiffer_is_named_in_targets() -> None:
 
 def test_a_network_whose_outputs_are_unknown_says_so_and_names_its_layers() -> None:
     toy = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    with pytest.raises(AdapterError, match="none of this model.s linears has a name known") as caught:
+    with pytest.raises(AdapterError, match="has a name that is known to end a sub-layer") as caught:
         build(toy, OUTPUTS)
     assert "adapter.targets" in str(caught.value.hint) and "0, 2" in str(caught.value.hint)
 
