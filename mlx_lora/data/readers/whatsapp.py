@@ -24,7 +24,7 @@ from mlx_lora.data.readers.base import Note, Raw
 from mlx_lora.data.readers.chats import Left, Said, chosen, conversations, several
 
 MARKS = "\u200e\u200f\u202a\u202b\u202c\ufeff"
-DATE = r"(\d{1,4})[./-](\d{1,2})[./-](\d{1,4})\.?"
+DATE = r"(\d{1,4})[./-] ?(\d{1,2})[./-] ?(\d{1,4})\.?"
 TIME = r"(\d{1,2})[:.](\d{2})(?:[:.](\d{2}))?(?: ?([AaPp])\.? ?[Mm]\.?)?"
 HEADER = re.compile(rf"\[{DATE},? {TIME}\] ?(.*)|{DATE},? {TIME} - (.*)", re.DOTALL)
 # A date and a time of the phone's own hold other kinds of spaces.
