@@ -116,8 +116,8 @@ def _unicode(start: bytes) -> str | None:
         return None
     # Without a mark: text in our alphabets has a zero in every second byte, first or last.
     even, odd = start[::2].count(0) / len(start[::2]), start[1::2].count(0) / max(len(start[1::2]), 1)
-    encoding = "utf-16-le" if odd > 0.3 and even < 0.05 else "utf-16-be" if even > 0.3 and odd < 0.05 else None
-    if encoding is None or _is_binary(start.decode(encoding, errors="replace").encode()):
+    encoding = "utf-16-le" if odd > even else "utf-16-be"
+    if max(odd, even) < 0.3 or min(odd, even) > 0.05 or _is_binary(start.decode(encoding, errors="replace").encode()):
         raise Unreadable("is not text")
     return encoding
 

@@ -95,6 +95,7 @@ KINDS = [
     Kind("sheet.xlsx", excel(), TWO),
     Kind("sheets.xlsx", excel([["Text", "Label"], [], ["t", 1.0]], [["x"]]), [["t", "1"]],
          notes=["sheet rows is read, not second"]),
+    Kind("hole.xlsx", excel([["Text", "Label"], [], ["t", "l"], ["t", None]]), [["t", "l"]], (4, "'Label' is empty")),
     Kind("cut.xlsx", cut(excel(), 0.5), problem=(0, "is damaged, or not an .xlsx file")),
     Kind("table.parquet", parquet({"question": ["a", None], "answer": ["b", "c"], "id": [1, 2]}), [["a", "b"]],
          (2, "'question' is empty")),
