@@ -123,7 +123,10 @@ def find(row: Row, settings: Data) -> Columns:
     chosen = settings.columns
     if set(chosen) - {"system"}:
         return _as_chosen(row, plain, settings)
-    found = [columns for columns in _candidates(row, plain) if settings.format in ("auto", columns[0])]
+    readings = _readings(row, plain)
+    if settings.format != "auto":
+        readings = [[reading for reading in alike if reading[0] == settings.format] for alike in readings]
+    found = next(filter(None, readings), [])
     if not found:
         raise Unclear(_unknown(row, settings))
     if len(found) > 1:
@@ -133,12 +136,10 @@ def find(row: Row, settings: Data) -> Columns:
     return Columns(format, roles | optional(format, roles, plain) | chosen, templates)
 
 
-def _candidates(row: Row, plain: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
-    """(format, roles) of the most particular kind that a row's names fit: messages, then pairs, then text."""
-    for name, format in MESSAGES.items():
-        if name in plain:
-            column = plain[name]
-            return [(_shape(row[column], format), {"messages": column})]
+def _readings(row: Row, plain: dict[str, str]) -> list[list[tuple[str, dict[str, str]]]]:
+    """What a row's names fit, as (format, roles), the most particular first: messages, then pairs, then text."""
+    columns = [(plain[name], format) for name, format in MESSAGES.items() if name in plain]
+    messages = [(_shape(row[column], format), {"messages": column}) for column, format in columns[:1]]
     pairs = []
     for prompt, completion in PAIRS:
         if prompt in plain and completion in plain:
@@ -147,7 +148,7 @@ def _candidates(row: Row, plain: dict[str, str]) -> list[tuple[str, dict[str, st
             pairs.append((format, roles, set((roles | optional(format, roles, plain)).values())))
     # input/output inside instruction/input/output is no second reading
     own = [(format, roles) for format, roles, names in pairs if not any(names < others for *_, others in pairs)]
-    return own or ([("text", {"text": plain["text"]})] if "text" in plain else [])
+    return [messages, own, [("text", {"text": plain["text"]})] if "text" in plain else []]
 
 
 def _as_chosen(row: Row, plain: dict[str, str], settings: Data) -> Columns:

@@ -151,6 +151,16 @@ def test_columns_by_name_and_by_template(
     assert found.columns.items() >= chosen.items()
 
 
+@pytest.mark.parametrize(
+    ("format", "role"), [("auto", "messages"), ("completions", "prompt"), ("alpaca", "input"), ("text", "text")]
+)
+def test_a_format_that_is_asked_for_is_taken(source: Callable[..., Source], format: str, role: str) -> None:
+    row = {"messages": TURNS, "prompt": "q", "completion": "a", "instruction": "q", "input": "x", "output": "a"}
+    found = source(row | {"text": "t"}, format=format)
+    assert found.problems == [] and len(found.examples) == 1
+    assert role in found.columns
+
+
 def test_text_by_template(source: Callable[..., Source]) -> None:
     found = source({"title": "t", "body": None}, columns={"text": "# {title}\n{body}"})
     assert [example.text for example in found.examples] == ["# t\n"]

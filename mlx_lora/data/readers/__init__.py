@@ -17,10 +17,11 @@ from mlx_lora.data.readers.base import Note, Raw, Unreadable
 ROWS = {
     ".jsonl": "json_lines", ".ndjson": "json_lines", ".json": "json_file", ".csv": "table", ".tsv": "table",
     ".xlsx": "excel", ".parquet": "parquet", ".sqlite": "database", ".sqlite3": "database", ".db": "database",
+    ".mbox": "mail",
 }  # fmt: skip
 DOCUMENTS = {
     ".txt": "document", ".md": "document", ".html": "document", ".htm": "document", ".pdf": "document",
-    ".docx": "document",
+    ".docx": "document", ".eml": "mail",
 }  # fmt: skip
 COMPRESSED = (".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 ENDINGS = (*ROWS, *DOCUMENTS, *COMPRESSED)
@@ -55,6 +56,10 @@ def kind(file: Path, settings: Data) -> str:
     known = ROWS | DOCUMENTS | {name: ROWS[name.removesuffix(".gz")] for name in COMPRESSED}
     if suffix not in known:
         raise Unreadable(f"is not a kind of file that is read here; known: {', '.join(ENDINGS)}")
+    if suffix == ".txt" and settings.format in ("auto", "messages"):
+        return "whatsapp" if import_module(f"{__name__}.whatsapp").matches(file) else "document"
+    if suffix == ".json":
+        return next((name for name in ("telegram", "chatgpt", "claude") if _matches(name, file)), "json_file")
     return known[suffix]
 
 
@@ -69,6 +74,18 @@ def documents(folder: Path) -> list[Path]:
 
 
 def _folder(folder: Path, settings: Data, note: Note) -> Iterator[Raw]:
-    for file in documents(folder):
+    found = documents(folder)
+    for file in found:
+        if ending(file) == ".eml":
+            continue
         for raw in rows(file, settings, note):
             yield raw._replace(file=file)
+    if mails := [file for file in found if ending(file) == ".eml"]:
+        try:
+            yield from import_module(f"{__name__}.mail").of_files(mails, settings, note)
+        except Unreadable as error:
+            yield Raw(error.line, None, str(error))
+
+
+def _matches(name: str, file: Path) -> bool:
+    return bool(import_module(f"{__name__}.{name}").matches(file))

@@ -91,17 +91,17 @@ def encoding_of(file: Path, note: Note) -> str:
         start = stream.read(4096)
     encoding = _unicode(start)
     if encoding and encoding != "utf-8-sig":
-        if fault := _fault(file, encoding):
+        if fault := first_fault(file, encoding):
             raise Unreadable(f"is not {encoding.upper()} throughout (byte {fault.byte} of the file)", fault.line)
         note(f"read as {encoding.upper()}")
         return encoding
-    fault = _fault(file, "utf-8")
+    fault = first_fault(file, "utf-8")
     if fault is None:
         return "utf-8-sig"
     if encoding or _more_utf8(fault.sample):
         raise Unreadable(f"is not UTF-8 (byte {fault.byte} of the file)", fault.line)
     encoding = _single_byte(fault)
-    if _fault(file, encoding):
+    if first_fault(file, encoding):
         raise Unreadable(f"is not UTF-8 (byte {fault.byte} of the file), nor {encoding}", fault.line)
     note(f"read as {encoding}")
     return encoding
@@ -116,14 +116,13 @@ def _unicode(start: bytes) -> str | None:
         return None
     # Without a mark: text in our alphabets has a zero in every second byte, first or last.
     even, odd = start[::2].count(0) / len(start[::2]), start[1::2].count(0) / max(len(start[1::2]), 1)
-    if odd > 0.3 and even < 0.05:
-        return "utf-16-le"
-    if even > 0.3 and odd < 0.05:
-        return "utf-16-be"
-    raise Unreadable("is not text")
+    encoding = "utf-16-le" if odd > even else "utf-16-be"
+    if max(odd, even) < 0.3 or min(odd, even) > 0.05 or _is_binary(start.decode(encoding, errors="replace").encode()):
+        raise Unreadable("is not text")
+    return encoding
 
 
-def _fault(file: Path, encoding: str) -> Fault | None:
+def first_fault(file: Path, encoding: str) -> Fault | None:
     """Where a file can't be decoded, None if it can throughout."""
     decoder = codecs.getincrementaldecoder(encoding)()
     begin, line, last = 0, 1, b""
@@ -154,7 +153,7 @@ def _more_utf8(sample: bytes) -> bool:
 def _single_byte(fault: Fault) -> str:
     """The likeliest of the CANDIDATES for bytes that aren't UTF-8. Raises Unreadable where they aren't text at all."""
     sample = fault.sample
-    if sum(byte in CONTROL for byte in sample) > len(sample) / 100:
+    if _is_binary(sample):
         raise Unreadable("is not text")
     try:
         detector = library("charset_normalizer")
@@ -162,11 +161,17 @@ def _single_byte(fault: Fault) -> str:
         raise Unreadable(
             f"is not UTF-8 (byte {fault.byte} of the file); other encodings need {INSTALL}", fault.line
         ) from None
-    found = {match.encoding: match.chaos for match in detector.from_bytes(sample, cp_isolation=list(CANDIDATES))}
+    matches = detector.from_bytes(sample, cp_isolation=list(CANDIDATES))
+    found = {name: match.chaos for match in matches for name in match.could_be_from_charset if name in CANDIDATES}
     if not found:
         return "cp1252" if _decodes(sample, "cp1252") else "latin-1"
     best = min(found, key=lambda name: (found[name], CANDIDATES.index(name)))
     return "cp1252" if found.get("cp1252", 1) <= found[best] + CLEARLY else str(best)
+
+
+def _is_binary(sample: bytes) -> bool:
+    """Whether more than a hundredth are control characters that texts don't hold."""
+    return sum(byte in CONTROL for byte in sample) > len(sample) / 100
 
 
 def _decodes(sample: bytes, encoding: str) -> bool:

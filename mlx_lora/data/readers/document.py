@@ -16,7 +16,7 @@ from mlx_lora.data.readers.base import Note, Raw, Unreadable, library
 # What a browser shows apart from the rest, and what it shows on lines of its own.
 APART = "blockquote dl figure h1 h2 h3 h4 h5 h6 hr ol p pre table ul".split()
 LINES = "address article aside dd div dt figcaption footer form header li main nav section tr".split()
-UNSEEN = ("script", "style", "noscript", "template", "head", "svg")
+UNSEEN = ("head", "title", "script", "style", "noscript", "template", "svg")
 
 
 def rows(file: Path, settings: Data, note: Note) -> Iterator[Raw]:

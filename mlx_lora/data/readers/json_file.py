@@ -28,10 +28,10 @@ def rows(file: Path, settings: Data, note: Note) -> Iterator[Raw]:
             raise Unreadable(f"{WANTED}, this begins with something else")
 
 
-def first(file: Path, note: Note) -> Any:
+def first(file: Path) -> Any:
     """The first element of a file that holds a list, None for other files."""
     try:
-        with decode.open_text(file, note) as text:
+        with decode.open_text(file, lambda _: None) as text:
             scanner = Scanner(text)
             if scanner.peek() == "[":
                 return next(scanner.elements(), (0, None))[1]
