@@ -18,7 +18,7 @@ MOST = 40
 BREAK = re.compile(r" [-/] |  +")
 
 CODES = (
-    r"1|7|20|27|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|2[1-69]\d|3[578]\d|42\d|5[09]\d|6[789]\d"
+    r"1|7|20|27|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|2(?:1[12368]|[2-6]\d|9[01789])|3[578]\d|42\d|5[09]\d|6[789]\d"
     r"|8[0578]\d|9[679]\d"
 )
 CODE = re.compile(CODES)
@@ -29,7 +29,7 @@ FORMS = tuple(
     re.compile(form)
     for form in (
         # North America
-        r"(?:1[ .-])?(?:\([2-9]\d\d\) ?-? ?|[2-9]\d\d[ ./-])[2-9]\d\d[ .-]\d{4}",
+        r"(?:1[ .-])?(?:\([2-9]\d\d\) ?-? ?[2-9]\d\d[ .-]|[2-9]\d\d([ .-])[2-9]\d\d\1|[2-9]\d\d/[2-9]\d\d-)\d{4}",
         # with the 0 of national calls, as in Europe, Australia and Japan; one dot alone would be a decimal number
         r"\(0[1-9]\d{0,4}\)(?:(?: ?[-./] ?| )?\d{2,8})(?:(?: ?[-./] ?| )\d{2,8}){0,4}",
         r"0[1-9]\d{0,4}(?: ?[-/] ?| )\d{2,8}(?:(?: ?[-./] ?| )\d{2,8}){0,4}",
@@ -47,6 +47,7 @@ DATE = re.compile(
     r"\d{1,2}[./-]\d{1,2}[./-](?:(?:19|20)\d\d(?!\d)|\d\d(?=$| ))|(?:19|20)\d\d[./-]\d{1,2}[./-]\d{1,2}(?!\d)"
 )
 HOURS = re.compile(r"[0-2]?\d\.[0-5]\d ?- ?[0-2]?\d\.[0-5]\d")
+ZIP = re.compile(r"0\d{4}-\d{4}")  # of the United States
 DECIMAL = re.compile(r"\d+\.\d+")
 NAMED = re.compile(
     r"(?<![^\W_])(?:tele?(?:phone|fon|foon|f|ph)?|phone|mobile?|mob|cell(?:phone|ular)?|fax|handy|handynummer|whatsapp"
@@ -98,7 +99,7 @@ def _number(text: str, start: int, run: str) -> tuple[int, int] | None:
     place = (start, start + len(run))
     if "+" in run:
         return place if _is_international(run, digits) else None
-    if DATE.match(run) or HOURS.fullmatch(run):
+    if DATE.match(run) or HOURS.fullmatch(run) or ZIP.fullmatch(run):
         return None
     before = text[max(0, start - 40) : start]
     if NAMED.search(before):
@@ -109,7 +110,7 @@ def _number(text: str, start: int, run: str) -> tuple[int, int] | None:
         known = CODE.match(digits, 2) and 12 <= len(digits) <= 16 and run.startswith("00")
         return place if known and not DECIMAL.fullmatch(run) else None
     zero = digits[0] == "0"
-    good = (not zero or 8 <= len(digits) <= 12) and any(form.fullmatch(run) for form in FORMS)
+    good = (not zero or 9 <= len(digits) <= 12) and any(form.fullmatch(run) for form in FORMS)
     return place if good else None
 
 

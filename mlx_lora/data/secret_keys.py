@@ -65,9 +65,9 @@ BEARER = re.compile(r"(?<![A-Za-z])(?:bearer|basic)\s+([A-Za-z0-9._~+/-]{19,}[A-
 USER_INFO = re.compile(r"://[^\s/:@\"'<>]{0,64}:([^\s/:@\"'<>]{3,128})@")
 # Values that only stand for a secret, are read from somewhere, or are the type of one.
 PLACEHOLDERS = re.compile(
-    r"[$<{%[(*]|(?:\*|x|\.|-|_){6,}\Z|(?:your|my|the|some|enter|insert|replace|change|example|sample|dummy|fake|test)[_-]"
+    r"[$<{%[(*]|#[0-9a-f]{6}\Z|(?:\*|x|\.|-|_){6,}\Z|(?:your|my|the|some|enter|insert|replace|change|example|sample|dummy|fake|test)[_-]"
     r"|change_?me|os\.|process\.|env[.\[(]|self\.|config|settings\.|args\.|get|\[?(?:key|redacted|hidden)\]?\Z"
-    r"|(?:password|passwort|secret|token|string|required|optional|none|null|true|false|str|undefined|hidden)\b",
+    r"|(?:password|passwort|pass|passwd|pwd|secret|token|string|required|optional|none|null|true|false|str|undefined|hidden)\b",
     re.IGNORECASE,
 )
 
@@ -125,13 +125,15 @@ def _is_secret(name: str, sign: str, value: str, *, quoted: bool) -> bool:
 
     `password: str`, `token=token`, `api_key = get_key()` and `password: at least 8 characters` are none.
     """
-    if PLACEHOLDERS.match(value) or "(" in value or value.lower().strip("_") == name:
+    if PLACEHOLDERS.match(value) or "(" in value or (not quoted and "[" in value) or value.lower().strip("_") == name:
         return False
     digits, letters = any(map(str.isdigit, value)), any(map(str.isalpha, value))
     if not letters:  # 128256 is a token's number; a password may have digits alone
         return digits and name.startswith(("pass", "pwd", "kenn"))
+    if not quoted and re.fullmatch(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)+", value):
+        return False  # a variable
     if digits or (not value.isascii() and sign == "="):
         return not re.fullmatch(r"[0-9.]+[a-z]{1,3}", value) and (quoted or not re.match(r"[a-z_]+\.[a-z_]+", value))
     # letters alone: a word in a sentence, or a variable
     odd = bool(re.search(r"[!#$%^&*?~+]", value.rstrip(".,!?")))
-    return odd or (quoted and sign != ":" and "_" not in value and "." not in value)
+    return odd or (quoted and sign != ":" and not re.search("[-_.]", value))

@@ -211,6 +211,8 @@ NO_PHONES = (
     "account 020 7??? ????",
     "N???????? bytes", "0.0?? 0.1?? 0.2??", "1????????????", "12:34:56.??????", "-0.????????", "0001??????",
     "N?? N?? N??",
+    "Boston, MA 02110-????", "0x00?? -- 010? 000?", "U+0621 0652",
+    "Clause 25N.2N7-70??", "+2147483647", "20N.76N 989?",
     "2001:db8:0:0:1:0:????:N???", "lat 5N.??????, 1N.??????", "N??.???.???",
 )  # fmt: skip
 
@@ -360,6 +362,7 @@ def no_key(draw: random.Random) -> str:
         "https://example.com:8080/a@b", "the token: str | None", "password = config.db.pass1",
         "api_key = settings.API_KEY_2",
         "key: valuable", "secret=changeme", "basic: understanding", "basic internationalization",
+        "https://user:pass@host:80", "password=info[2]", "Token: '#ddd0c0'", "access_key, secret_key = s3_connection", 'ACCESS_TOKEN = "X-Access-Token"',
         "-----BEGIN CERTIFICATE-----", f"token {number} of the vocabulary", "password policy: 12 letters",
         "AKIA is a Georgian name",
     ))  # fmt: skip
