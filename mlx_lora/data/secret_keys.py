@@ -107,17 +107,18 @@ def _assigned(text: str, lower: str) -> Iterator[tuple[int, int]]:
         at = lower.find(hint)
         while at >= 0:
             if FOLLOWED.match(lower, at) and (match := _around(text, at)):
-                group = 4 if match[4] else 5
-                if _is_secret(match[1].lower(), match[2], match[group], quoted=group == 4):
-                    start, end = match.span(group)
-                    yield start, end - len(match[group]) + len(match[group].rstrip(".,?" if group == 5 else ""))
+                quoted = match[4] is not None
+                start = match.start(4 if quoted else 5)
+                value = match[4] or match[5].rstrip(".,?")
+                if _is_secret(match[1].lower(), match[2], value, quoted=quoted):
+                    yield start, start + len(value)
             at = lower.find(hint, at + len(hint))
 
 
 def _around(text: str, at: int) -> re.Match[str] | None:
     """The assignment whose name has the place `at` in it."""
-    match = ASSIGNED.search(text, max(0, at - 40), at + 260)
-    return match if match and match.start() <= at < match.end(1) else None
+    matches = ASSIGNED.finditer(text, max(0, at - 40), at + 260)
+    return next((match for match in matches if match.start() <= at < match.end(1)), None)
 
 
 def _is_secret(name: str, sign: str, value: str, *, quoted: bool) -> bool:

@@ -362,7 +362,9 @@ def no_key(draw: random.Random) -> str:
         "https://example.com:8080/a@b", "the token: str | None", "password = config.db.pass1",
         "api_key = settings.API_KEY_2",
         "key: valuable", "secret=changeme", "basic: understanding", "basic internationalization",
-        "https://user:pass@host:80", "password=info[2]", "Token: '#ddd0c0'", "access_key, secret_key = s3_connection", 'ACCESS_TOKEN = "X-Access-Token"',
+        "https://user:pass@host:80",
+        "password=info[2]", "Token: '#ddd0c0'", "access_key, secret_key = s3_connection",
+        'ACCESS_TOKEN = "X-Access-Token"',
         "-----BEGIN CERTIFICATE-----", f"token {number} of the vocabulary", "password policy: 12 letters",
         "AKIA is a Georgian name",
     ))  # fmt: skip

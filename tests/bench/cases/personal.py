@@ -37,8 +37,8 @@ def tables(figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[Any]
     kinds = figures["kinds"]
     count = next(iter(kinds.values()))["positives"]
     title = (
-        f"Personal data found in a synthetic set of ours: {count} texts that hold some and {count} that only look like it, "
-        f"for each kind. Text without any is read at {figures['megabytes_per_second']:.0f} MB a second, on one core."
+        f"Personal data found in a synthetic set of ours: {count} texts that hold some, {count} that only look like "
+        f"it, for each kind. Text without any is read at {figures['megabytes_per_second']:.0f} MB a second, on one core."
     )
     rows = [[kind, f"{found['recall']:.1%}", f"{found['false_alarms']:.1%}"] for kind, found in kinds.items()]
     return [(title, ["kind", "recall", "false alarms"], rows)]
