@@ -16,7 +16,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SHOWN = 40
 # Keys under which reasoning is found, first choice first.
 REASONING = ("reasoning_content", "reasoning", "thinking")
-INLINE = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
+# A key of checked messages: the reasoning stood inside the text.
+INLINE = "inline_reasoning"
+THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def split_reasoning(text: str) -> tuple[str | None, str]:
 
     The start may be missing, as in an answer to a prompt that has opened the block. An empty block is no reasoning.
     """
-    if "</think>" not in text or not (match := INLINE.match(text)):
+    if "</think>" not in text or not (match := THOUGHT.match(text)):
         return None, text
     return match[1].strip() or None, text[match.end() :]
 
@@ -108,6 +110,15 @@ def checked_message(message: Any, name: str) -> dict[str, Any]:
     return message
 
 
+def as_written(message: dict[str, Any]) -> dict[str, Any]:
+    """A checked message as a row of a file has it: reasoning that stood inside the text stands there again."""
+    if not message.get(INLINE):
+        return message
+    others = {key: value for key, value in message.items() if key not in (INLINE, "reasoning_content")}
+    thought = message.get("reasoning_content")
+    return {**others, "content": f"<think>\n{thought}\n</think>\n\n{message['content']}"} if thought else others
+
+
 def _text(content: Any, name: str) -> Any:
     """Content as APIs write it, a list of parts, as one text; anything else as it is."""
     if not isinstance(content, list):
@@ -131,7 +142,7 @@ def _with_reasoning(message: dict[str, Any], name: str) -> dict[str, Any]:
         thought, content = split_reasoning(message["content"])
         if thought is None and content is message["content"]:
             return message
-        message = {**message, "content": content, "inline_reasoning": True}
+        message = {**message, "content": content, INLINE: True}
     others = {key: value for key, value in message.items() if key not in REASONING}
     return {**others, "reasoning_content": thought} if thought and thought.strip() else others
 

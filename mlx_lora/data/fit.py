@@ -15,7 +15,7 @@ from pathlib import Path
 from mlx_lora.config import Data
 from mlx_lora.data.encode import Encoded, Encoder
 from mlx_lora.data.example import Example
-from mlx_lora.data.read import stream
+from mlx_lora.data.read import Item, stream
 from mlx_lora.data.rows import RowFile
 from mlx_lora.data.turns import Tokens, Weighted
 from mlx_lora.errors import Problem
@@ -29,10 +29,12 @@ def encode_file(
     encoder: Encoder,
     on_row: Callable[[], None] = lambda: None,
     on_example: Callable[[int, Encoded], None] = lambda line, one: None,
+    on_item: Callable[[Item], None] = lambda item: None,
 ) -> EncodedFile:
     """Read and encode every example of a file; faults are collected, not raised.
 
-    `on_row` is called for each example, `on_example` with the line and the encoding of each one that gave rows.
+    `on_item` is called for each row that is read, `on_row` for each example that is encoded, `on_example` with the line
+    and the encoding of each one that gave rows.
     Raises ModelError where the chat template itself fails.
     """
     result, source = EncodedFile(encoder.settings, file), stream(file, encoder.settings)
@@ -40,8 +42,8 @@ def encode_file(
 
     def examples() -> Iterator[Example]:
         for item in source:
-            if item.problem:
-                result.problems.append(item.problem)
+            on_item(item)
+            result.take(item)
             if item.example:
                 places.append((item.line, item.file or file))
                 yield item.example
@@ -59,7 +61,7 @@ def encode_file(
 class EncodedFile:
     """The rows of one data file, and what became of its examples.
 
-    `examples` gave rows, `texts` of them plain text; `answers` is the most that one has; `split` gave several rows
+    Of the examples that were `read`, `examples` gave rows, `texts` of them plain text; `answers` is the most that one has; `split` gave several rows
     because of how the template shows history. `reasoned` answers are learned with reasoning, `unreasoned` without.
     `tools_hidden` conversations define tools that the template doesn't show; `hidden` are other such parts, each with
     its file and line.
@@ -72,6 +74,7 @@ class EncodedFile:
     notes: list[str] = field(default_factory=list)
     rows: RowFile = field(default_factory=RowFile)
     problems: list[Problem] = field(default_factory=list)
+    read: int = 0
     examples: int = 0
     texts: int = 0
     answers: int = 0
@@ -82,6 +85,11 @@ class EncodedFile:
     unreasoned: int = 0
     tools_hidden: int = 0
     hidden: list[tuple[Path, int, str]] = field(default_factory=list)
+
+    def take(self, item: Item) -> None:
+        """Count a row that was read, or keep its problem."""
+        self.read += item.example is not None
+        self.problems += [item.problem] if item.problem else []
 
     def add(self, one: Encoded, line: int, path: Path) -> bool:
         """Take an encoded example of a file; whether it gave rows. A fault becomes a problem with its line."""
@@ -140,3 +148,22 @@ def _pieces(tokens: Tokens, limit: int) -> Iterator[Weighted]:
         piece = tokens[start : start + limit]
         context = overlap if start else 1
         yield piece, [0.0] * context + [1.0] * (len(piece) - context)
+
+
+def notes(file: EncodedFile) -> list[str]:
+    """What people should know of how a file was encoded."""
+    found = []
+    if file.split:
+        found.append(
+            f"{file.split} of {file.examples} conversations became several rows, one an answer: the chat template "
+            "shows an earlier answer in another form than the last one"
+        )
+    if file.tools_hidden:
+        found.append(
+            f"the chat template doesn't show the tools that {file.tools_hidden} conversations define: calls are "
+            "learned without them (data.drop=[tools] says that this is meant)"
+        )
+    if file.reasoned:
+        without = f", {file.unreasoned} without (asked with thinking off)" if file.unreasoned else ""
+        found.append(f"{file.reasoned} answers are learned with their reasoning{without}")
+    return found

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_lora.config import Data
 from mlx_lora.data.encode import Encoder
-from mlx_lora.data.fit import EncodedFile, encode_file
+from mlx_lora.data.fit import EncodedFile, encode_file, notes
 from mlx_lora.data.read import HINT, find_splits, sha256
 from mlx_lora.data.rows import Chosen, Row, RowFile
 from mlx_lora.data.virtual import Virtual
@@ -73,7 +73,7 @@ def prepare(
             prepared.dropped += file.dropped
             prepared.format = prepared.format or file.format or ""
             prepared.files.append(_describe(file))
-            prepared.notes += [f"{splits[name].name}: {note}" for note in _notes(file)]
+            prepared.notes += [f"{splits[name].name}: {note}" for note in (*file.notes, *notes(file))]
     if problems := _problems(files, virtual, settings):
         raise DataError(problems, hint=HINT)
     prepared.thinking = _thinking(files["train"], encoder)
@@ -120,25 +120,6 @@ def _thinking(file: EncodedFile, encoder: Encoder) -> bool | None:
     if not file.reasoned + file.unreasoned or not encoder.chat.thinks:
         return None
     return file.reasoned > 0
-
-
-def _notes(file: EncodedFile) -> list[str]:
-    """What people should know of a file that is in order."""
-    notes = list(file.notes)
-    if file.split:
-        notes.append(
-            f"{file.split} of {file.examples} conversations became several rows, one an answer: the chat template "
-            "shows an earlier answer in another form than the last one"
-        )
-    if file.tools_hidden:
-        notes.append(
-            f"the chat template doesn't show the tools that {file.tools_hidden} conversations define: calls are "
-            "learned without them (data.drop=[tools] says that this is meant)"
-        )
-    if file.reasoned:
-        without = f", {file.unreasoned} without (asked with thinking off)" if file.unreasoned else ""
-        notes.append(f"{file.reasoned} answers are learned with their reasoning{without}")
-    return notes
 
 
 def _describe(file: EncodedFile) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora import paths
-from mlx_lora.data.example import checked_message
+from mlx_lora.data.example import as_written, checked_message
 from mlx_lora.errors import MlxLoraError
 from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.store.adapter import StoredAdapter
@@ -116,7 +116,8 @@ class Conversation:
         """Append `rows` to a file of JSON lines, readable by the user alone. Raises MlxLoraError where it can't."""
         if not file or not self.turns:
             raise MlxLoraError("/save FILE needs a file name and a conversation")
-        lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in self.rows(history=history))
+        rows = ([as_written(message) for message in row] for row in self.rows(history=history))
+        lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)
         try:
             with paths.created(Path(file).expanduser(), "ab") as stream:
                 stream.write("".join(lines).encode())
