@@ -127,12 +127,14 @@ def check(
     progress: OnFile = silent,
     allow_leaks: bool = False,
     context: int | None = None,
+    look: Look | None = None,
 ) -> Report:
     """Check every file of a data path. Faulty rows are reported, not raised; a missing path raises DataError.
 
-    `context` is how many positions the model has.
+    `context` is how many positions the model has. `look` is left with what was seen, the encoded rows by split too.
     """
-    report, look, formats, files = Report(), Look(), [], find_splits(path)
+    look = look or Look()
+    report, formats, files = Report(), [], find_splits(path)
     for name, file in files.items():
         encoder = None if tokenizer is None else Encoder(tokenizer, settings)
         seen = _seen(file, settings, encoder, partial(look.add, name), progress(f"reading {file.name}", None))

@@ -61,10 +61,10 @@ def encode_file(
 class EncodedFile:
     """The rows of one data file, and what became of its examples.
 
-    Of the examples that were `read`, `examples` gave rows, `texts` of them plain text; `answers` is the most that one has; `split` gave several rows
-    because of how the template shows history. `reasoned` answers are learned with reasoning, `unreasoned` without.
-    `tools_hidden` conversations define tools that the template doesn't show; `hidden` are other such parts, each with
-    its file and line.
+    Of the examples that were `read`, `examples` gave rows, `texts` of them plain text; `answers` is the most that one
+    has; `split` gave several rows because of how the template shows history. `reasoned` answers are learned with
+    reasoning, `unreasoned` without. `tools_hidden` conversations define tools that the template doesn't show; `hidden`
+    are other such parts, each with its file and line.
     """
 
     settings: Data

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mlx_lora.config import Data, Recipe
-from mlx_lora.data.check import Report, check
+from mlx_lora.data.check import Look, Report, check
 from mlx_lora.data.prepare import OnFile, silent
+from mlx_lora.data.rows import Row
 from mlx_lora.errors import MlxLoraError
 from mlx_lora.models.context import context_length
 from mlx_lora.models.open import open_model
-from mlx_lora.tasks.plan import plan_recipe
+from mlx_lora.tasks.plan import lengths_of, plan_recipe
 
 
 def check_data(
@@ -31,16 +33,18 @@ def check_data(
         return check(path, settings, progress=progress, allow_leaks=allow_leaks)
     opened = open_model(model)
     context = context_length(opened.config)
-    report = check(path, settings, opened.tokenizer, progress=progress, allow_leaks=allow_leaks, context=context)
-    if not report.problems:
-        report.plan = _plan(path, settings, model, progress)
+    look = Look()
+    report = check(
+        path, settings, opened.tokenizer, progress=progress, allow_leaks=allow_leaks, context=context, look=look
+    )
+    if not report.problems and (rows := look.rows.get("train")):
+        report.plan = _plan(Recipe(model=model, data=settings), rows)
     return report
 
 
-def _plan(path: str | Path, settings: Data, model: str, progress: OnFile) -> dict[str, Any] | None:
-    """What `plan` says; None where it can't be said, as for an architecture that isn't known or without train rows."""
-    recipe = Recipe(model=model, data=settings.model_copy(update={"path": str(path)}))
+def _plan(recipe: Recipe, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """What `plan` says of these rows; None where it can't be said, as for an architecture that isn't known."""
     with suppress(MlxLoraError):
-        made = plan_recipe(recipe, progress=progress).as_dict()
+        made = plan_recipe(recipe, rows=lengths_of(rows)).as_dict()
         return {key: made[key] for key in ("fits", "peak_memory_bytes", "limit_bytes", "seconds", "suggestion")}
     return None

@@ -22,7 +22,7 @@ from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.shapes import network, summary
 from mlx_lora.quant.quantize import parameter_count
 from mlx_lora.recipe import load_recipe, parse_recipe
-from mlx_lora.tasks.plan import plan_recipe
+from mlx_lora.tasks.plan import lengths_of, plan_recipe
 from mlx_lora.train.budget.choose import Plan
 
 # Learning rates of LoRA by the largest number of weights that they suit.
@@ -120,13 +120,14 @@ def draft(
     )
     prepared = prepare(data, settings, opened.tokenizer, progress=progress)
     choices += _of_rows(prepared, given, epochs=asked.get("train.epochs"))
-    plan = plan_recipe(_with(given, choices))
+    rows = lengths_of(prepared.train, prepared.valid)
+    plan = plan_recipe(_with(given, choices), rows=rows)
     if not plan.fits and plan.suggestion:
         changed = dict(word.split("=", 1) for word in plan.suggestion)
         choices = [choice for choice in choices if choice.key not in changed]
         reason = "to fit this machine's memory"
         choices += [Choice(key, yaml.safe_load(value), reason) for key, value in changed.items()]
-        plan = plan_recipe(_with(given, choices))
+        plan = plan_recipe(_with(given, choices))  # rows may be cut now
     final = [choice for choice in choices if choice.key not in asked]
     final += [Choice(key, value, "as you asked") for key, value in asked.items()]
     return Draft(name, model, data, final, plan, len(prepared.train) + len(prepared.valid))

@@ -47,9 +47,14 @@ class Machine:
 
 
 def plan_recipe(
-    recipe: Recipe, *, memory_gb: float | None = None, gpu: bool | None = None, progress: OnFile = silent
+    recipe: Recipe,
+    *,
+    rows: Lengths | None = None,
+    memory_gb: float | None = None,
+    gpu: bool | None = None,
+    progress: OnFile = silent,
 ) -> Plan:
-    """The plan of a recipe, with a suggestion where it doesn't fit.
+    """The plan of a recipe, with a suggestion where it doesn't fit; its data are read unless `rows` are known.
 
     For this machine, or one with `memory_gb` gigabytes; for its device, or a GPU or a processor as `gpu` says. Raises
     RecipeError without a model, ModelError for an architecture that isn't known, DataError for faulty rows.
@@ -60,7 +65,7 @@ def plan_recipe(
     config = summary(opened)
     limit = limits.limit_bytes(memory_gb=memory_gb, setting=recipe.train.memory_limit_gb)
     machine = Machine(device.on_gpu() if gpu is None else gpu, limit)
-    rows = read_lengths(recipe, opened, progress)
+    rows = rows or read_lengths(recipe, opened, progress)
     here = memory_gb is None and machine.gpu == device.on_gpu()
     made = plan_shape(config, recipe, rows, machine, time_products=here)
     return made if made.fits else replace(made, suggestion=suggest(config, recipe, rows, machine))

@@ -11,7 +11,6 @@ import pytest
 from mlx_lora.config import Data
 from mlx_lora.data.check import check, samples
 from mlx_lora.data.encode import Encoder
-from mlx_lora.data.read import read
 from tests.data.conftest import ROWS, TALK, message
 
 A, B, C, D = ({"prompt": letter, "completion": letter * 2} for letter in "abcd")
@@ -145,6 +144,5 @@ def test_files_of_different_formats_are_named(write_rows: Callable[..., Path]) -
 
 
 def test_samples_mark_what_is_learned(tokenizer: Any, write_rows: Callable[..., Path]) -> None:
-    source = read(write_rows([ROWS["completions"], A]), Data())
-    (runs,) = samples(source, Encoder(tokenizer, Data()), 1)
+    (runs,) = samples(write_rows([ROWS["completions"], A]), Encoder(tokenizer, Data()), 1)
     assert runs == [("<|user|>two and two<|end|>\n<|assistant|>", False), ("four<|end|>", True)]
