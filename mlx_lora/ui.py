@@ -163,12 +163,12 @@ def _cell(value: object) -> Text:
 
 
 def runs_of_text(runs: Sequence[tuple[str, bool]]) -> None:
-    """A sample whose parts with loss are marked: underlined on a terminal, between ⟦ and ⟧ elsewhere."""
+    """A sample whose parts with loss are marked: green and underlined on a terminal, between ⟦ and ⟧ elsewhere."""
     for text, learned in runs:
         text = visible(text)
         if learned and not out.is_terminal:
             text = f"⟦{text}⟧"
-        out.print(text, style="underline bold" if learned else None, end="")
+        out.print(text, style="underline bold green" if learned else None, end="")
     out.print("\n")
 
 

@@ -62,6 +62,9 @@ ASSIGNED = re.compile(
     re.IGNORECASE,
 )
 BEARER = re.compile(r"(?<![A-Za-z])(?:bearer|basic)\s+([A-Za-z0-9._~+/-]{19,}[A-Za-z0-9_~+/-]={0,2})", re.IGNORECASE)
+TOLD = re.compile(
+    r"(?:password|passwort|passphrase|kennwort) (?:is|ist|lautet|was):? [\"'`]?([^\s\"'`]{4,100})", re.IGNORECASE
+)
 USER_INFO = re.compile(r"://[^\s/:@\"'<>]{0,64}:([^\s/:@\"'<>]{3,128})@")
 # Values that only stand for a secret, are read from somewhere, or are the type of one.
 PLACEHOLDERS = re.compile(
@@ -76,9 +79,8 @@ def find(text: str) -> Iterator[tuple[int, int]]:
     """Places of secrets, in order. Of `password=…` and the like only the value is one."""
     forms = FORMS if "_" in text else WITHOUT_UNDERSCORE
     found = [span for literal, pattern in forms if literal in text for span in _of_form(pattern, text)]
-    if "=" in text or ":" in text:
-        lower = text.lower()
-        found += _assigned(text, lower if len(lower) == len(text) else text)  # İ becomes two characters
+    lower = text.lower()
+    found += _named(text, lower if len(lower) == len(text) else text)  # İ becomes two characters
     if "earer" in text or "BEARER" in text:
         found += [match.span(1) for match in BEARER.finditer(text) if _mixed(match[1])]
     if "://" in text and "@" in text:
@@ -101,8 +103,8 @@ def _mixed(value: str) -> bool:
     return value.startswith("-----") or (any(map(str.isdigit, value)) and any(map(str.isalpha, value)))
 
 
-def _assigned(text: str, lower: str) -> Iterator[tuple[int, int]]:
-    """Values that are given to the names of secrets, by `=`, `:` and the like."""
+def _named(text: str, lower: str) -> Iterator[tuple[int, int]]:
+    """Values that are given to the names of secrets, by `=`, `:`, `is` and the like."""
     for hint in HINTS:
         at = lower.find(hint)
         while at >= 0:
@@ -112,6 +114,8 @@ def _assigned(text: str, lower: str) -> Iterator[tuple[int, int]]:
                 value = match[4] or match[5].rstrip(".,?")
                 if _is_secret(match[1].lower(), match[2], value, quoted=quoted):
                     yield start, start + len(value)
+            elif (told := TOLD.match(text, at)) and _mixed(told[1]):
+                yield told.start(1), told.start(1) + len(told[1].rstrip(".,?!)"))
             at = lower.find(hint, at + len(hint))
 
 

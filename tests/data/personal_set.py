@@ -1,7 +1,11 @@
 """A synthetic set for `data/personal.py`: texts with personal data of each kind, and texts that only look like it.
 
-Everything is drawn by a seeded generator; no number or address is taken from anywhere. The set is ours, so its shares
-say how the patterns do on forms that we thought of, not on anybody's files.
+Everything is drawn by a seeded generator; no number or address is taken from anywhere. The common set has the forms
+that the patterns are made for,
+and what is found beside them in files. The hard set has forms that are written seldom, or
+can't be told by their form,
+and texts that have the very form of something else. Both are ours: their shares say how the
+patterns do on forms that we thought of, not on anybody's files.
 """
 
 from __future__ import annotations
@@ -71,23 +75,24 @@ class Score:
         return len(self.alarms) / self.negatives
 
 
-def cases(seed: int = 0, count: int = COUNT) -> list[Case]:
-    """`count` positives and as many hard negatives of each kind, in sentences."""
+def cases(seed: int = 0, count: int = COUNT, *, hard: bool = False) -> list[Case]:
+    """`count` positives and as many negatives of each kind, in sentences."""
     made = []
+    positives, negatives = (UNUSUAL, ALIKE) if hard else (POSITIVES, NEGATIVES)
     for kind in FINDERS:
         draw = random.Random(f"{seed} {kind}")
         for _ in range(count):
-            value, text = POSITIVES[kind](draw), draw.choice(FRAMES)
+            value, text = positives[kind](draw), draw.choice(FRAMES)
             before, value = value if isinstance(value, tuple) else ("", value)
             made.append(Case(kind, text.format(before + value), value))
-            made.append(Case(kind, draw.choice(FRAMES).format(NEGATIVES[kind](draw)), None))
+            made.append(Case(kind, draw.choice(FRAMES).format(negatives[kind](draw)), None))
     return made
 
 
-def scores(seed: int = 0, count: int = COUNT) -> dict[str, Score]:
-    """How the patterns do on the set, by kind."""
+def scores(seed: int = 0, count: int = COUNT, *, hard: bool = False) -> dict[str, Score]:
+    """How the patterns do on a set, by kind."""
     found = {kind: Score(count, count, [], []) for kind in FINDERS}
-    for case in cases(seed, count):
+    for case in cases(seed, count, hard=hard):
         spans = find(case.text)
         score = found[case.kind]
         if case.value is None:
@@ -375,4 +380,90 @@ POSITIVES: dict[str, Callable[[random.Random], str | tuple[str, str]]] = {
 }  # fmt: skip
 NEGATIVES: dict[str, Callable[[random.Random], str]] = {
     "key": no_key, "email": no_email, "iban": no_iban, "card": no_card, "phone": no_phone,
+}  # fmt: skip
+
+
+# -- forms that are found seldom or never, and those that are taken for what they only resemble
+
+
+def an_unusual_key(draw: random.Random) -> tuple[str, str]:
+    return draw.choice((
+        ("my password is ", letters(draw, 10)), ("the pin: ", digits(draw, 4)), ("PW ", letters(draw, 12)),
+        ("token: ", "correcthorsebattery"), ("", letters(draw, 32, "0123456789abcdef")), ("password=", "hunter"),
+    ))  # fmt: skip
+
+
+def an_unusual_email(draw: random.Random) -> str:
+    name = draw.choice(("ada", "chen", "gil"))
+    return draw.choice((
+        f"{name} at example dot com", f"{name}[at]example.org", f"{name}@example.plumbing", f'"{name} b"@example.com',
+        f"{name}@[192.0.2.{draw.randint(1, 9)}]", f"{name}@example.ninja", f"{name}@EXAMPLE.COM",
+        f"{name}@mail.example.co.jp",
+    ))  # fmt: skip
+
+
+def an_unusual_iban(draw: random.Random) -> str:
+    country, check, account = iban_of(draw)
+    return draw.choice((
+        f"{country} {check} {account}", f"{country}{check}\n{account}", f"{country}{check}  {account}",
+        f"{country.lower()}{check} {account.lower()}", f"{country}{check}/{account}",
+    ))  # fmt: skip
+
+
+def an_unusual_card(draw: random.Random) -> str:
+    number = "".join(filter(str.isdigit, a_card(draw)))
+    return draw.choice((
+        f"{number[:6]} {number[6:]}", " ".join(number), f"{number[:8]} {number[8:]}", f"{number[:4]}  {number[4:]}",
+        grouped(number, (4, 4, 4, len(number) - 12), "."),
+    ))  # fmt: skip
+
+
+def an_unusual_phone(draw: random.Random) -> str:
+    return shaped(draw, draw.choice((
+        "6?? ??? ???", "N? ?? ?? ??", "N??-????", "N??N??????", "+49 (0)17?/??-??-???", "0 17? ??? ?? ??",
+        "17? ???????",
+        "9? ??? ?? ??", "+1 N??N??-????", "(0)20 7??? ????", "030/N???-?",
+    )))  # fmt: skip
+
+
+def like_a_key(draw: random.Random) -> str:
+    return draw.choice((
+        f"password={draw.choice(('form', 'user'))}1.value", f"token = tokens{draw.randint(10, 99)}",
+        "secret='v2-default'",
+        f"api_key: see page {draw.randint(10, 99)}", f"password: {draw.randint(8, 12)}-64 letters",
+        "token: B-PER1234",
+    ))  # fmt: skip
+
+
+def like_an_email(draw: random.Random) -> str:
+    return draw.choice((
+        f"<{digits(draw, 8)}.1@mail.example.com>", "https://user@example.com/x", "build@v2.io", "x@y.if",
+        "cell@row.no",
+        "me@here.please",
+    ))  # fmt: skip
+
+
+def like_an_iban(draw: random.Random) -> str:
+    country, _, account = iban_of(draw)
+    return country + digits(draw, 2) + account
+
+
+def like_a_card(draw: random.Random) -> str:
+    return f"{draw.choice('45')}{digits(draw, 15)}"
+
+
+def like_a_phone(draw: random.Random) -> str:
+    return shaped(draw, draw.choice((
+        "part N??-N??-????", "lot 0N?-N??-???", "row N?? N?? ????", "model N??.N??.????", "room 0N?? N?? ??",
+        "set 13? 1??? 2???",
+        "scores 98??? 97???", "0N N? N? N? N?", "size N?? ?? ?? ??", "figure +N? ??? ??? ??",
+    )))  # fmt: skip
+
+
+UNUSUAL: dict[str, Callable[[random.Random], str | tuple[str, str]]] = {
+    "key": an_unusual_key, "email": an_unusual_email, "iban": an_unusual_iban, "card": an_unusual_card,
+    "phone": an_unusual_phone,
+}  # fmt: skip
+ALIKE: dict[str, Callable[[random.Random], str]] = {
+    "key": like_a_key, "email": like_an_email, "iban": like_an_iban, "card": like_a_card, "phone": like_a_phone,
 }  # fmt: skip

@@ -19,9 +19,24 @@ WANTED = {"email": (0.99, 0.01), "phone": (0.97, 0.02), "card": (0.99, 0.02), "i
 def test_recall_and_false_alarms_on_the_synthetic_set(kind: str) -> None:
     score = scores(seed=1)[kind]
     recall, alarms = WANTED[kind]
+    print(f"{kind}: recall {score.recall:.1%}, false alarms {score.false_alarms:.1%}")
     assert score.recall >= recall, [case.text for case in score.missed[:5]]
     assert score.false_alarms <= alarms, [case.text for case in score.alarms[:5]]
     assert score.positives >= 400 and score.negatives >= 400
+
+
+# (recall, false alarms) of the hard set as they are: a change in either direction is to be seen.
+HARD = {
+    "email": ((0.2, 0.4), (0.5, 0.9)), "phone": ((0.1, 0.4), (0.6, 0.95)), "card": ((0.1, 0.4), (0.02, 0.2)),
+    "iban": ((0.1, 0.4), (0, 0.1)), "key": ((0.1, 0.4), (0.4, 0.8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_what_is_hard_is_not_claimed(kind: str) -> None:
+    score = scores(seed=1, hard=True)[kind]
+    (least, most), (fewest, many) = HARD[kind]
+    assert least <= score.recall <= most and fewest <= score.false_alarms <= many, (score.recall, score.false_alarms)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +46,7 @@ def test_recall_and_false_alarms_on_the_synthetic_set(kind: str) -> None:
         ("pay 4111 1111 1111 1111 12/27", "pay [card] 12/27"),
         ("to DE89 3704 0044 0532 0130 00 is fine", "to [iban] is fine"),
         ("to de89370400440532013000", "to [iban]"),
+        ("The password is hunter2x.", "The password is [key]."),
         ("password=hunter2x; user=ann", "password=[key]; user=ann"),
         ('{"api_key": "0123456789abcdef0"}', '{"api_key": "[key]"}'),
         ("postgres://app:s3cret@db.example.com/x", "postgres://app:[key]@db.example.com/x"),
@@ -54,11 +70,11 @@ def test_redaction(text: str, left: str) -> None:
     "text",
     [
         "on 01.02.2024 12:30", "2024-01-02 03:04:05", "192.168.100.200", "version 10.0.19045.3803",
-        "pi is 3.14159265358",
-        "order 302-555-1234", "12345678", "4155552671", "x@self.weight", "@app.route", "icon@2x.png", "left@1.2.3",
-        "git@example.com:a/b.git", "4111 1111 1111 1112", "DE88 3704 0044 0532 0130 00", "password: required",
-        "max_tokens=4096", "token = get_token()", "sk-learn-extra-long-package-name", "612 345 678 people",
-        "10 20 30 40 50 60 70 80", "0.4111111111111111", "-----BEGIN PUBLIC KEY-----",
+        "pi is 3.14159265358", "order 302-555-1234", "12345678", "4155552671", "x@self.weight", "@app.route",
+        "icon@2x.png", "left@1.2.3", "git@example.com:a/b.git", "4111 1111 1111 1112", "DE88 3704 0044 0532 0130 00",
+        "password: required", "the password is wrong", "max_tokens=4096", "token = get_token()",
+        "sk-learn-extra-long-package-name", "612 345 678 people", "10 20 30 40 50 60 70 80", "0.4111111111111111",
+        "-----BEGIN PUBLIC KEY-----",
     ],
 )  # fmt: skip
 def test_what_only_looks_like_it(text: str) -> None:
