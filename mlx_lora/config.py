@@ -62,7 +62,7 @@ class Data(Section):
     """
 
     path: str | None = Field(
-        default=None, description="A file, a folder with train, valid and test files, or a folder of documents."
+        default=None, description="A file, a folder with train, valid and test, or one of documents."
     )
     format: Literal["auto", "text", "completions", "messages", "alpaca", "sharegpt"] = Field(
         default="auto", description="Shape of the rows; auto goes by their keys."
@@ -87,6 +87,9 @@ class Data(Section):
         default=0.1, ge=0, lt=1, description="Share of the rows set aside when there is no valid file."
     )
     packing: bool = Field(default=False, description="Put several short rows in one, kept apart.")
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
 
     @field_validator("columns")
     @classmethod
