@@ -65,7 +65,7 @@ class Data(Section):
     """
 
     path: str | None = Field(
-        default=None, description="A file, a folder of train, valid and test, or a folder of documents."
+        default=None, description="A file, a folder with train, valid and test, or one of documents."
     )
     format: Literal["auto", "text", "completions", "messages", "alpaca", "sharegpt"] = Field(
         default="auto", description="Shape of the rows; auto goes by their keys."
@@ -106,6 +106,9 @@ class Data(Section):
     @classmethod
     def _template(cls, value: str) -> str:
         return value if value.endswith(".jinja") else known_name(value, TEMPLATES)
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
 
     @field_validator("columns")
     @classmethod

@@ -41,6 +41,10 @@ adapter:
 data:
   path: null
   format: auto
+  columns: {}
+  system: null
+  me: null
+  query: null
   template: auto
   thinking: auto
   template_args: {}

@@ -37,7 +37,7 @@ def ending(file: Path) -> str:
 
 def rows(file: Path, settings: Data, note: Note) -> Iterator[Raw]:
     """The raw rows of a file or of a folder of documents; what can't be read is a row with a problem."""
-    if file.is_dir():
+    if file.is_dir() and documents(file):
         yield from _folder(file, settings, note)
         return
     try:

@@ -144,10 +144,10 @@ def first_fault(file: Path, encoding: str) -> Fault | None:
 
 
 def _more_utf8(sample: bytes) -> bool:
-    """Whether bytes are UTF-8 with some damage: more characters of several bytes than bytes that fit nowhere."""
+    """Whether bytes are damaged UTF-8: no fewer characters of several bytes than bytes that fit nowhere."""
     text = sample.decode("utf-8", errors="replace")
     bad = text.count("\N{REPLACEMENT CHARACTER}")
-    return sum(character > "\x7f" for character in text) - bad > bad
+    return sum(character > "\x7f" for character in text) - bad >= max(bad, 1)
 
 
 def _single_byte(fault: Fault) -> str:
