@@ -48,11 +48,7 @@ data:
   template: auto
   thinking: auto
   template_args: {}
-  columns: {}
-  system: null
   drop: []
-  me: null
-  query: null
   mask: auto
   max_seq_length: 2048
   too_long: error
