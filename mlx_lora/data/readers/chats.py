@@ -93,6 +93,11 @@ def message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
+def listed(value: Any) -> list[Any]:
+    """A value that should be a list, as one."""
+    return value if isinstance(value, list) else []
+
+
 def several(counts: Mapping[str, int], me: str) -> bool:
     """Whether more than one other person takes part."""
     return len(set(counts) - {me}) > 1

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_lora.config import Data
 from mlx_lora.data.readers import decode, json_file
 from mlx_lora.data.readers.base import Note, Raw
-from mlx_lora.data.readers.chats import Left, Said, conversations
+from mlx_lora.data.readers.chats import Left, Said, conversations, listed
 
 MESSAGES = re.compile(r'(?<!\\)"chat_messages"\s*:\s*\[')
 
@@ -36,7 +36,7 @@ def rows(file: Path, settings: Data, note: Note) -> Iterator[Raw]:
 def _path(messages: list[Any], leaf: Any) -> list[dict[str, Any]]:
     """All messages in order; of a tree, those from the first one to the leaf that was kept last."""
     found = [message for message in messages if isinstance(message, dict)]
-    by_id = {message.get("uuid"): message for message in found}
+    by_id = {str(message.get("uuid")): message for message in found}
     if not isinstance(leaf, str) or leaf not in by_id:
         return found
     path: list[dict[str, Any]] = []
@@ -55,7 +55,7 @@ def _said(line: int, message: dict[str, Any], left: Left) -> Said | None:
         else []
     )
     text = "\n".join(text for text in texts if isinstance(text, str)).strip() or str(message.get("text") or "").strip()
-    attached = [*(message.get("attachments") or []), *(message.get("files") or [])]
+    attached = [*listed(message.get("attachments")), *listed(message.get("files"))]
     left.add("attachments", len(attached))
     speaker = {"human": "user", "assistant": "assistant"}.get(str(message.get("sender")))
     return Said(line, speaker, text) if speaker and text else None

@@ -26,7 +26,7 @@ WHOLE = re.compile(
     r"|Envoyé|Enviado|Fecha|Inviato|Verzonden|Skickat|Wysłano|To|An|À|Para|A|Aan|Till|Do):\*? ",
     re.MULTILINE,
 )
-LINE = re.compile(r"\s*^_{10,}\s*\Z", re.MULTILINE)
+LINE = re.compile(r"^_{10,}\s*\Z", re.MULTILINE)
 SIGNATURE = re.compile(
     r"^-- ?$|^(?:Sent from my|Get Outlook for|Von meinem|Envoyé de mon|Enviado desde mi) [^\n]{1,60}$", re.MULTILINE
 )

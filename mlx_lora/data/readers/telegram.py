@@ -13,7 +13,7 @@ from typing import Any
 from mlx_lora.config import Data
 from mlx_lora.data.readers import decode
 from mlx_lora.data.readers.base import Note, Raw, Unreadable
-from mlx_lora.data.readers.chats import Left, Said, chosen, conversations, several
+from mlx_lora.data.readers.chats import Left, Said, chosen, conversations, listed, several
 from mlx_lora.data.readers.json_values import reason
 
 KINDS = (
@@ -63,12 +63,12 @@ def _chats(export: Any) -> list[Any]:
     if "messages" in export:
         return [export]
     lists = (export.get(key) for key in ("chats", "left_chats"))
-    return [chat for each in lists if isinstance(each, dict) for chat in each.get("list") or []]
+    return [chat for each in lists if isinstance(each, dict) for chat in listed(each.get("list"))]
 
 
 def _messages(chat: dict[str, Any]) -> Iterator[Said]:
     """What people wrote, and messages without text for everything else."""
-    for number, message in enumerate(chat.get("messages") or [], start=1):
+    for number, message in enumerate(listed(chat.get("messages")), start=1):
         if not isinstance(message, dict):
             continue
         text = _text(message.get("text")).strip() if message.get("type") == "message" else ""
@@ -78,14 +78,14 @@ def _messages(chat: dict[str, Any]) -> Iterator[Said]:
 def _text(text: Any) -> str:
     """Text is a string, or a list of strings and of objects for what is bold, a link and so on."""
     if isinstance(text, list):
-        return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in text if part)
+        return "".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in text)
     return text if isinstance(text, str) else ""
 
 
 def _time(message: dict[str, Any]) -> float | None:
     try:
         return float(message["date_unixtime"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         pass
     try:
         return datetime.fromisoformat(message["date"]).timestamp()

@@ -53,6 +53,7 @@ class Survey:
     counts: Counter[str] = field(default_factory=Counter)
     day_first: int = 0
     month_first: int = 0
+    either: int = 0
     # For both orders of day and month: the last time, and how often time went back.
     last: dict[bool, float] = field(default_factory=dict)
     back: Counter[bool] = field(default_factory=Counter)
@@ -63,6 +64,7 @@ class Survey:
         first, second, *_ = line.numbers
         self.day_first += len(first) <= 2 and int(first) > 12
         self.month_first += len(first) <= 2 and int(second) > 12
+        self.either += len(first) <= 2 and int(first) != int(second)
         for order in (True, False):
             if (time := seconds(line.numbers, order)) is not None:
                 self.back[order] += time < self.last.get(order, 0)
@@ -73,6 +75,11 @@ class Survey:
         if self.day_first or self.month_first:
             return self.day_first >= self.month_first
         return self.back[True] <= self.back[False]
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether nothing tells the order of day and month."""
+        return bool(self.either and not (self.day_first or self.month_first) and self.back[True] == self.back[False])
 
 
 def matches(file: Path) -> bool:
@@ -87,6 +94,8 @@ def rows(file: Path, settings: Data, note: Note) -> Iterator[Raw]:
     for line in _lines(file, settings.me, note):
         survey.add(line)
     me = chosen(settings.me, survey.counts)
+    if survey.is_unsure:
+        note("dates are read as day, month, year; nothing in the file tells their order")
     messages = _messages(file, settings.me, survey.is_day_first, note, left)
     yield from conversations(messages, lambda said: said.speaker == me, left, group=several(survey.counts, me))
     left.say()

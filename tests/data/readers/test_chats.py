@@ -95,6 +95,11 @@ def test_gaps_part_conversations_in_either_order_of_day_and_month(
     assert talks(source(text, me="Ben")) == ([["a", "b"], ["c", "d"]] if parted else [["a", "b", "c", "d"]])
 
 
+def test_an_order_that_nothing_tells_is_said(source: Callable[..., Source]) -> None:
+    found = source("01/02/24, 09:00 - Ana: a\n01/02/24, 09:01 - Ben: b\n", me="Ben")
+    assert found.notes == ["dates are read as day, month, year; nothing in the file tells their order"]
+
+
 def test_a_name_may_hold_a_colon(source: Callable[..., Source]) -> None:
     text = "1/13/24, 10:00 - Ana: a\n1/13/24, 10:01 - Ben: Work: b\n"
     assert talks(source(text, me="Ben: Work")) == [["a", "b"]]

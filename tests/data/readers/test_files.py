@@ -51,6 +51,8 @@ TWO_SAID = [
     {"from": "Ana", "date_unixtime": "100", "text": "here?"},
     {"from": "Ben", "date_unixtime": "200", "text": ["y", {"type": "bold", "text": "es"}]},
 ]
+# Telegram's export of everything.
+ALL_CHATS = {"contacts": {"list": []}, "chats": {"list": [telegram(*TWO_SAID), telegram(*TWO_SAID[::-1])]}}
 
 
 class Kind(NamedTuple):
