@@ -42,7 +42,14 @@ def test_an_unknown_template_is_an_error_that_names_the_nearest(run: Run, bare: 
     assert ran.code == 1 and "there is no file none.jinja" in ran.err
 
 
-@pytest.mark.parametrize("template", ["chatml", "llama3", "gemma", "mistral", "alpaca", "own.jinja"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "chatml",
+        "own.jinja",
+        *(pytest.param(name, marks=pytest.mark.real) for name in ("llama3", "gemma", "mistral", "alpaca")),
+    ],
+)
 def test_it_answers_through_chat_eval_fuse_and_unmodified_mlx_lm(
     run: Run, bare: Path, write_rows: Any, home: Path, tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
