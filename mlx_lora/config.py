@@ -15,7 +15,13 @@ from mlx_lora.config_adapter import Adapter, Glora
 from mlx_lora.config_base import Integer, Number, Section, as_switch, known_name
 from mlx_lora.methods import MODES
 
+# data.template by name; the last five are for bases without a template.
+TEMPLATES = ("auto", "chat", "none", "chatml", "llama3", "gemma", "mistral", "alpaca")
+
 __all__ = ["Adapter", "Data", "Glora", "Quantize", "Recipe", "Section", "Train"]
+
+# What a column can be.
+COLUMN_ROLES = ("prompt", "completion", "system", "messages", "text")
 
 
 class Quantize(Section):
@@ -53,14 +59,36 @@ class Quantize(Section):
 
 
 class Data(Section):
-    """Where rows come from and how they become tokens and loss weights."""
+    """Where rows come from and how they become tokens and loss weights.
 
-    path: str | None = Field(default=None, description="A file, or a folder with train, valid and test files.")
+    A value of `columns` is the name of a column, or a template with names of columns in braces, `{title} ({year})`.
+    """
+
+    path: str | None = Field(
+        default=None, description="A file, a folder with train, valid and test, or one of documents."
+    )
     format: Literal["auto", "text", "completions", "messages", "alpaca", "sharegpt"] = Field(
         default="auto", description="Shape of the rows; auto goes by their keys."
     )
-    template: Literal["auto", "chat", "none"] = Field(
-        default="auto", description="Chat template of the model, or none."
+    columns: dict[str, str] = Field(
+        default={}, description="Which column is prompt, completion, system, messages or text."
+    )
+    system: str | None = Field(default=None, description="A system message for every row that has none.")
+    me: str | None = Field(default=None, description="Whose messages in a chat or in mail are the answers.")
+    query: str | None = Field(default=None, description="What to select from an SQLite database.")
+    template: str = Field(
+        default="auto",
+        examples=[*TEMPLATES, "FILE.jinja"],
+        description="Chat template: the model's own, none, or one for a base without.",
+    )
+    thinking: Annotated[Literal["auto", "on", "off"], BeforeValidator(as_switch)] = Field(
+        default="auto", description="Ask models that think to think; auto where the row has reasoning."
+    )
+    template_args: dict[str, Any] = Field(
+        default={}, examples=["{name: value}"], description="Arguments for the chat template."
+    )
+    drop: list[Literal["reasoning_content", "name", "tool_calls", "tools"]] = Field(
+        default=[], description="Parts to leave out, where the chat template doesn't show them."
     )
     mask: Literal["auto", "all", "completion", "assistant", "last"] = Field(
         default="auto", description="Which tokens carry loss; auto goes by the format."
@@ -73,6 +101,34 @@ class Data(Section):
         default=0.1, ge=0, lt=1, description="Share of the rows set aside when there is no valid file."
     )
     packing: bool = Field(default=False, description="Put several short rows in one, kept apart.")
+
+    @field_validator("template")
+    @classmethod
+    def _template(cls, value: str) -> str:
+        return value if value.endswith(".jinja") else known_name(value, TEMPLATES)
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_make_a_row(cls, columns: dict[str, str]) -> dict[str, str]:
+        for role in columns:
+            known_name(role, COLUMN_ROLES)
+        if empty := [role for role, column in columns.items() if not column.strip()]:
+            raise ValueError(f"{empty[0]} is empty, it takes a column's name")
+        if columns and set(columns) - {"system"} not in ({"prompt", "completion"}, {"messages"}, {"text"}, set()):
+            raise ValueError("a row is made of prompt and completion, of messages, or of text")
+        if "text" in columns and "system" in columns:
+            raise ValueError("plain text has no system message")
+        return columns
+
+    @field_validator("system", "me", "query")
+    @classmethod
+    def _says_something(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("is empty, null leaves it out")
+        return value
 
 
 class Train(Section):

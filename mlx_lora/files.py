@@ -53,8 +53,11 @@ def inside(path: Path, root: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
-def fault(file: Path, *, most: int | None = None) -> str | None:
-    """Why `file` isn't read: no plain file, more than `most` bytes, a pickle or an archive. None when it may be."""
+def fault(file: Path, *, most: int | None = None, archive: bool = False) -> str | None:
+    """Why `file` isn't read: no plain file, more than `most` bytes, a pickle or an archive. None when it may be.
+
+    `archive` is for kinds of files that are zip archives.
+    """
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -63,16 +66,18 @@ def fault(file: Path, *, most: int | None = None) -> str | None:
             return f"is never opened: a {file.suffix} file can be a pickle, and reading one runs code"
         if most is not None and status.st_size > most:
             return f"has {status.st_size / 1e6:.0f} MB, more than any such file needs ({most / 1e6:.0f} MB)"
-        return _disguise(file)
+        return _disguise(file, archive)
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         return f"can't be read ({getattr(error, 'strerror', None) or error})"
 
 
-def _disguise(file: Path) -> str | None:
+def _disguise(file: Path, archive: bool = False) -> str | None:
     with open(file, "rb") as stream:
         start = stream.read(len(_LFS_START))
     if start == _LFS_START:
         return f"is {LFS_POINTER}"
+    if archive and start.startswith(b"PK"):
+        return None
     return next((f"is {kind}" for first, kind in _DISGUISES.items() if start.startswith(first)), None)
 
 

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.data.batch import collate
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 from mlx_lora.errors import NotFinite
 from mlx_lora.models.layers import release
 from mlx_lora.models.trunk.by_layer import release_embeddings, run_by_layer

@@ -109,7 +109,7 @@ def _key(location: tuple[int | str, ...]) -> str:
     parts = [str(part) for part in location]
     if parts[0] not in SECTIONS:
         return parts[0]
-    return ".".join(parts[: 3 if parts[1:2] in (["rank_pattern"], ["alpha_pattern"]) else 2])
+    return ".".join(parts[: 3 if parts[1:2] in (["rank_pattern"], ["alpha_pattern"], ["columns"]) else 2])
 
 
 def _reason(fault: Any) -> str:

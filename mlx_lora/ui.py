@@ -163,12 +163,12 @@ def _cell(value: object) -> Text:
 
 
 def runs_of_text(runs: Sequence[tuple[str, bool]]) -> None:
-    """A sample whose parts with loss are marked: underlined on a terminal, between ⟦ and ⟧ elsewhere."""
+    """A sample whose parts with loss are marked: green and underlined on a terminal, between ⟦ and ⟧ elsewhere."""
     for text, learned in runs:
         text = visible(text)
         if learned and not out.is_terminal:
             text = f"⟦{text}⟧"
-        out.print(text, style="underline bold" if learned else None, end="")
+        out.print(text, style="underline bold green" if learned else None, end="")
     out.print("\n")
 
 
@@ -179,6 +179,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes where they are many."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 @contextmanager
@@ -253,6 +258,30 @@ def _plain(label: str, total: int | None) -> Callable[[int, str], None]:
         note(f"{label} {done}{f'/{total}' if total else ''}{f'  {text}' if text else ''}{left}")
 
     return advance
+
+
+def asks() -> bool:
+    """Whether there is somebody to ask."""
+    return sys.stdin.isatty()
+
+
+def ask(question: str, default: str | None, *, yes: bool, known: Sequence[str] = (), option: str = "") -> str:
+    """The answer typed on the terminal, or `default` for an empty one, for `yes`, and where nobody can be asked.
+
+    Raises MlxLoraError naming the `option` that answers the question where there is no default then.
+    """
+    while not yes and asks():
+        choice = f" ({', '.join(map(one_line, known))})" if known else ""
+        offered = f" [{one_line(default)}]" if default else ""
+        err.print(f"{one_line(question)}{choice}?{offered} ", end="", markup=False, highlight=False)
+        line = sys.stdin.readline()
+        if not line:
+            raise KeyboardInterrupt
+        if line.strip() or default is not None:
+            return line.strip() or str(default)
+    if default is None:
+        raise MlxLoraError(f"{question}: not answered", hint=f"{option} answers it")
+    return default
 
 
 def confirm(question: str) -> bool:

@@ -41,7 +41,14 @@ adapter:
 data:
   path: null
   format: auto
+  columns: {}
+  system: null
+  me: null
+  query: null
   template: auto
+  thinking: auto
+  template_args: {}
+  drop: []
   mask: auto
   max_seq_length: 2048
   too_long: error

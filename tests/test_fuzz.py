@@ -24,6 +24,7 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.cli import main
 from mlx_lora.config import Adapter, Data
 from mlx_lora.data.encode import Encoder
+from mlx_lora.data.fit import encode_file
 from mlx_lora.data.read import find_splits, read
 from mlx_lora.errors import MlxLoraError
 from mlx_lora.models.gguf import import_gguf
@@ -120,7 +121,7 @@ class Valid:
     def read_rows(self, file: Path) -> None:
         for found in find_splits(file).values():
             source = read(found, Data())
-            problems = source.problems + Encoder(self.tokenizer, Data()).encode(source).problems
+            problems = encode_file(source.file, Encoder(self.tokenizer, Data())).problems
             if problems:
                 raise MlxLoraError(str(problems))
 

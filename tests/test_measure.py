@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 from mlx_lora.measure import Agreement, as_dict, compare, predictions, rows_of_tokens, survival
 from mlx_lora.models.load import load
 from tests.conftest import write_model

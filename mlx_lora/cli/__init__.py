@@ -17,7 +17,21 @@ import typer
 from typer.exceptions import TyperException
 
 from mlx_lora import __version__, paths, ui
-from mlx_lora.cli import adapters, base, bench, chat, data, machine, plan, quickstart, runs, settings, study, train
+from mlx_lora.cli import (
+    adapters,
+    base,
+    bench,
+    chat,
+    data,
+    init,
+    machine,
+    plan,
+    quickstart,
+    runs,
+    settings,
+    study,
+    train,
+)
 from mlx_lora.errors import MlxLoraError
 from mlx_lora.machine import blas, offline
 
@@ -26,7 +40,7 @@ HELP = """Fine-tune language models on this machine, with files that never leave
 `mlx-lora quickstart` shows everything in a few minutes, without a network."""
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-for room in (quickstart, machine, base, data, settings, plan, train, chat, bench):
+for room in (quickstart, machine, base, init, data, settings, plan, train, chat, bench):
     room.register(app)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(runs.app, name="runs")

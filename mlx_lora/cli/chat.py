@@ -22,6 +22,9 @@ def register(app: typer.Typer) -> None:
 System = Annotated[str | None, typer.Option("--system", help="A system message, as in training rows that have one.")]
 
 
+Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Ask a model that can think to think, or not.")]
+
+
 def _engine(model: str | None, adapter: str | None) -> tuple[Engine, Trained]:
     """An engine with the adapter in use, and how that was trained."""
     from mlx_lora.models.unpack import unpack_once
@@ -39,9 +42,11 @@ def _engine(model: str | None, adapter: str | None) -> tuple[Engine, Trained]:
     engine = Engine(loaded)
     if stored is not None:
         label = registry.label(stored.path)
-        engine.add(label, store.wrappers_for(engine.loaded.model, stored))
+        of_adapter = trained(stored)
+        end = of_adapter.format(loaded.tokenizer).own_end
+        engine.add(label, store.wrappers_for(engine.loaded.model, stored), end=end)
         engine.use(label)
-    return engine, trained(stored.manifest) if stored else Trained()
+    return engine, of_adapter if stored else Trained()
 
 
 def generate(
@@ -55,10 +60,12 @@ def generate(
         int | None, typer.Option("--seed", help="Seed of the sampling; without it, every run differs.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Encode the prompt as it is, without a chat template.")] = False,
+    think: Think = None,
     json: Json = False,
 ) -> None:
     """Answer one prompt."""
     import sys
+    from dataclasses import replace
 
     from mlx_lora.serve.answer import Answer, check_prompt, first_prompt, room_for_answer, stream_text
     from mlx_lora.serve.engine import Sampling
@@ -66,7 +73,9 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     check_prompt(text)
     engine, trained = _engine(model, adapter)
-    tokens = first_prompt(engine.loaded.tokenizer, text, system=system, template="none" if raw else trained.template)
+    trained = replace(trained, template="none" if raw else trained.template)
+    trained = replace(trained, thinking=trained.thinking if think is None else think)
+    tokens = first_prompt(engine.loaded.tokenizer, text, system=system, trained=trained)
     room = room_for_answer(engine, tokens, hint="a shorter prompt fits")
     if room is not None and max_tokens > room:
         ui.warning(f"this model's context has room for {room:,} tokens of an answer; text beyond may make no sense")

@@ -33,10 +33,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]…",
 Yes = Annotated[bool, typer.Option("--yes", help="Don't ask.")]
 
 
-def progress(stack: ExitStack) -> Callable[[str, int], Callable[[], None]]:
+def progress(stack: ExitStack) -> Callable[[str, int | None], Callable[[], None]]:
     """A progress listener for reading and measuring rows; each new bar takes the place of the one before."""
 
-    def start(label: str, total: int) -> Callable[[], None]:
+    def start(label: str, total: int | None) -> Callable[[], None]:
         stack.close()
         advance = stack.enter_context(ui.bar(label, total))
         return lambda: advance(1, "")

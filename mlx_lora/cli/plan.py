@@ -64,12 +64,11 @@ def _show(made: Plan) -> None:
         f"{facts['grad_checkpoint']}"
     )
     if made.seconds is not None:
-        time = f"{made.seconds:.0f} s" if made.seconds < 120 else f"{made.seconds / 60:.0f} min"
         known_from = {
             "runs": "going by earlier runs on this machine",
             "products": "going by half a second of products timed on this machine; the first run tells it better",
         }
-        ui.result(f"about {time}, {known_from[made.pace_from or 'runs']}")
+        ui.result(f"about {ui.duration(made.seconds)}, {known_from[made.pace_from or 'runs']}")
     else:
         ui.result("how long it takes is not known yet: it depends on the rows (--data PATH), and on the machine")
     if made.suggestion:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row, lengths
 
 # Padded sizes grow by a sixteenth of their power of two, at least 8: few shapes are compiled, little is padded.
 PARTS, LEAST = 16, 8
@@ -193,8 +193,8 @@ def by_length(
     rows: Sequence[Row], batch_size: int, share: tuple[int, int] = (0, 1), most: int | None = None
 ) -> Iterator[Batch]:
     """Batches of all rows, shortest first: the fixed order of every evaluation; `share`, `most` as in `epoch_steps`."""
-    lengths = [len(row) for row in rows]
+    tokens = lengths(rows).tolist()
     rank, size = share
-    shortest_first = sorted(range(len(rows)), key=lengths.__getitem__)
-    for lines in micro_batches(shortest_first, lengths, batch_size, most=most)[rank::size]:
+    shortest_first = sorted(range(len(rows)), key=tokens.__getitem__)
+    for lines in micro_batches(shortest_first, tokens, batch_size, most=most)[rank::size]:
         yield collate(rows, lines)

@@ -1,16 +1,24 @@
 """One training example, whatever format it came from: plain text, or a conversation.
 
-Sources turn rows into examples; `encode` turns examples into tokens. Neither knows the other's format.
+Sources turn rows into examples; `encode` turns examples into tokens. Neither knows the other's format. Messages are
+checked here, and brought to one form: content is text, reasoning is `reasoning_content`, arguments of tool calls are
+objects.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHOWN = 40
+# Keys under which reasoning is found, first choice first.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+# A key of checked messages: the reasoning stood inside the text.
+INLINE = "inline_reasoning"
+THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ def conversation(messages: list[Any], *, prompt: int | None = None, **more: Any)
 
     Without `prompt`, everything before the last assistant message is. Raises ValueError naming the faulty message.
     """
-    checked = tuple(_checked(message, f"message {index}") for index, message in enumerate(messages, start=1))
+    checked = tuple(checked_message(message, f"message {index}") for index, message in enumerate(messages, start=1))
     assistants = [index for index, message in enumerate(checked) if message["role"] == "assistant"]
     if not assistants:
         raise ValueError("no assistant message, nothing to learn")
@@ -69,20 +77,74 @@ def shorten(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
-def _checked(message: Any, name: str) -> dict[str, Any]:
+def split_reasoning(text: str) -> tuple[str | None, str]:
+    """(reasoning, answer) of a text that may begin with a `<think>` block; the reasoning is None where it has none.
+
+    The start may be missing, as in an answer to a prompt that has opened the block. An empty block is no reasoning.
+    """
+    if "</think>" not in text or not (match := THOUGHT.match(text)):
+        return None, text
+    return match[1].strip() or None, text[match.end() :]
+
+
+def checked_message(message: Any, name: str) -> dict[str, Any]:
+    """A message in the one form. Raises ValueError, with its `name`, for what is missing or can't be learned from."""
     if not isinstance(message, dict):
         raise ValueError(f"{name} is {type(message).__name__}, not an object with role and content")
     role = message.get("role")
     if role not in ROLES:
         raise ValueError(f"{name} has role {shorten(role)}; known: {', '.join(ROLES)}")
-    if calls := message.get("tool_calls"):
-        message = {**message, "content": message.get("content") or "", "tool_calls": _calls(calls, name)}
-    content = message.get("content")
+    calls, content = message.get("tool_calls"), _text(message.get("content"), f"{name} ({role})")
+    if calls and content is None:
+        content = ""
     if not isinstance(content, str):
         raise ValueError(f"{name} ({role}) has content of type {type(content).__name__}, not a string")
-    if not content.strip() and not calls:
+    if calls:
+        message = {**message, "content": content, "tool_calls": _calls(calls, name)}
+    elif content is not message["content"]:
+        message = {**message, "content": content}
+    if role == "assistant":
+        message = _with_reasoning(message, name)
+    if not message["content"].strip() and not calls:
         raise ValueError(f"{name} ({role}) is empty")
     return message
+
+
+def as_written(message: dict[str, Any]) -> dict[str, Any]:
+    """A checked message as a row of a file has it: reasoning that stood inside the text stands there again."""
+    if not message.get(INLINE):
+        return message
+    others = {key: value for key, value in message.items() if key not in (INLINE, "reasoning_content")}
+    thought = message.get("reasoning_content")
+    return {**others, "content": f"<think>\n{thought}\n</think>\n\n{message['content']}"} if thought else others
+
+
+def _text(content: Any, name: str) -> Any:
+    """Content as APIs write it, a list of parts, as one text; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        text = part["text"] if kind in ("text", "input_text") and "text" in part else None
+        if not isinstance(text, str):
+            raise ValueError(f"{name} has a part of type {shorten(kind)}; only text can be trained on here")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _with_reasoning(message: dict[str, Any], name: str) -> dict[str, Any]:
+    """An assistant message whose reasoning, wherever it stood, is `reasoning_content`."""
+    thought = next((message[key] for key in REASONING if message.get(key)), None)
+    if thought is not None and not isinstance(thought, str):
+        raise ValueError(f"{name} has reasoning of type {type(thought).__name__}, not a string")
+    if thought is None:
+        thought, content = split_reasoning(message["content"])
+        if thought is None and content is message["content"]:
+            return message
+        message = {**message, "content": content, INLINE: True}
+    others = {key: value for key, value in message.items() if key not in REASONING}
+    return {**others, "reasoning_content": thought} if thought and thought.strip() else others
 
 
 def _calls(calls: Any, name: str) -> list[dict[str, Any]]:

@@ -1,12 +1,12 @@
 """A data path and settings become train and validation rows, or one error listing every fault.
 
-When there is no validation file, a fraction of the training rows is set aside: which ones is a function of the seed
-and the number of rows alone.
+When there is no validation file, a fraction of the training examples is set aside: which ones is a function of the seed
+and the number of examples alone. Rows of one example stay together, or validation would see what training has learned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,35 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.config import Data
-from mlx_lora.data.encode import Encoded, Encoder, Row
-from mlx_lora.data.read import HINT, Source, find_splits, read, sha256
+from mlx_lora.data.encode import Encoder
+from mlx_lora.data.fit import EncodedFile, encode_file, notes
+from mlx_lora.data.read import HINT, find_splits, sha256
+from mlx_lora.data.rows import Chosen, Row, RowFile
 from mlx_lora.data.virtual import Virtual
 from mlx_lora.errors import DataError, Problem
 
 NO_PROMPT = "an infix goes between prompt and answer, and rows here are learned whole; adapter.position=prefix works"
-OnFile = Callable[[str, int], Callable[[], None]]
+OnFile = Callable[[str, int | None], Callable[[], None]]
 
 
 @dataclass
 class Prepared:
-    """Rows ready to batch; `files` describes where they came from, without any of their text."""
+    """Rows ready to batch; `files` describes where they came from, without any of their text.
 
-    train: list[Row]
-    valid: list[Row]
+    `thinking` is how an adapter trained on them is asked (None: as the model has it). `notes` are for people.
+    """
+
+    train: Sequence[Row]
+    valid: Sequence[Row]
     format: str
     truncated: int
     dropped: int
     files: list[dict[str, Any]] = field(default_factory=list)
+    thinking: bool | None = None
+    notes: list[str] = field(default_factory=list)
 
 
-def silent(name: str, total: int) -> Callable[[], None]:
+def silent(name: str, total: int | None) -> Callable[[], None]:
     """Progress for nobody."""
     return lambda: None
 
@@ -57,61 +64,71 @@ def prepare(
     if "train" not in splits:
         raise DataError([Problem(str(path), 0, "has no train.jsonl")], hint="name the file itself to use it alone")
     encoder = Encoder(tokenizer, settings)
-    rows: dict[str, list[Row]] = {"train": [], "valid": []}
-    problems: list[Problem] = []
     prepared = Prepared([], [], "", 0, 0)
+    files: dict[str, EncodedFile] = {}
     for name in ("train", "valid"):
-        if name not in splits:
-            continue
-        source = read(splits[name], settings)
-        encoded = encoder.encode(source, progress(f"reading {splits[name].name}", len(source.examples)))
-        problems += source.problems + encoded.problems
-        if virtual and virtual.position == "infix" and _without_prompt(source, settings):
-            problems.append(Problem(str(splits[name]), 0, NO_PROMPT))
-        rows[name] = [virtual.row(row) for row in encoded.rows] if virtual else encoded.rows
-        prepared.truncated += encoded.truncated
-        prepared.dropped += encoded.dropped
-        prepared.format = prepared.format or source.format or ""
-        prepared.files.append(_describe(source, encoded))
-    if problems := problems or _left_empty(splits, rows):
+        if name in splits:
+            file = files[name] = encode_file(splits[name], encoder, progress(f"reading {splits[name].name}", None))
+            prepared.truncated += file.truncated
+            prepared.dropped += file.dropped
+            prepared.format = prepared.format or file.format or ""
+            prepared.files.append(_describe(file))
+            prepared.notes += [f"{splits[name].name}: {note}" for note in (*file.notes, *notes(file))]
+    if problems := _problems(files, virtual, settings):
         raise DataError(problems, hint=HINT)
-    prepared.train, prepared.valid = rows["train"], rows["valid"]
-    if "valid" not in splits:
-        prepared.train, prepared.valid = set_aside(rows["train"], settings.valid_fraction, seed)
+    prepared.thinking = _thinking(files["train"], encoder)
+    train = files["train"].rows
+    if "valid" in files:
+        sides: tuple[Sequence[Row], Sequence[Row]] = (train, files["valid"].rows)
+    else:
+        sides = set_aside(train, settings.valid_fraction, seed)
+    prepared.train, prepared.valid = ([virtual.row(row) for row in side] if virtual else side for side in sides)
     return prepared
 
 
-def set_aside(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split rows into (train, valid); at least one row stays on each side when a fraction is asked for."""
-    if fraction == 0 or len(rows) < 2:
+def set_aside(rows: RowFile, fraction: float, seed: int) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Split rows into (train, valid) by example; one stays on each side at least when a fraction is asked for."""
+    groups = rows.groups
+    examples = int(groups.max(initial=-1)) + 1
+    if fraction == 0 or examples < 2:
         return rows, []
-    count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
-    chosen = set(np.random.default_rng([seed, len(rows)]).permutation(len(rows))[:count].tolist())
-    train = [row for index, row in enumerate(rows) if index not in chosen]
-    return train, [row for index, row in enumerate(rows) if index in chosen]
+    count = min(max(round(examples * fraction), 1), examples - 1)
+    chosen = np.zeros(examples, bool)
+    chosen[np.random.default_rng([seed, examples]).permutation(examples)[:count]] = True
+    aside = chosen[groups]
+    return Chosen(rows, np.flatnonzero(~aside)), Chosen(rows, np.flatnonzero(aside))
 
 
-def _left_empty(splits: dict[str, Path], rows: dict[str, list[Row]]) -> list[Problem]:
-    """Files of which no row is left once too long ones were dropped."""
+def _problems(files: dict[str, EncodedFile], virtual: Virtual | None, settings: Data) -> list[Problem]:
+    """Everything that is wrong with the files, and files of which no row is left once too long ones were dropped."""
+    problems = [problem for file in files.values() for problem in file.problems]
+    if virtual and virtual.position == "infix":
+        whole = (file for file in files.values() if settings.mask == "all" or file.texts)
+        problems += [Problem(str(file.path), 0, NO_PROMPT) for file in whole]
     purposes = {"train": "train on", "valid": "validate on"}
-    empty = [name for name in purposes if name in splits and not rows[name]]
-    return [Problem(str(splits[name]), 0, f"no row is left to {purposes[name]}") for name in empty]
+    return problems or [
+        Problem(str(file.path), 0, f"no row is left to {purposes[name]}")
+        for name, file in files.items()
+        if not file.rows
+    ]
 
 
-def _without_prompt(source: Source, settings: Data) -> bool:
-    """Whether any row carries loss from its beginning."""
-    return settings.mask == "all" or any(example.text is not None for example in source.examples)
+def _thinking(file: EncodedFile, encoder: Encoder) -> bool | None:
+    """Whether the adapter is asked to think: as set, or with auto as its rows were where the model knows thinking."""
+    if encoder.settings.thinking != "auto":
+        return encoder.settings.thinking == "on"
+    if not file.reasoned + file.unreasoned or not encoder.chat.thinks:
+        return None
+    return file.reasoned > 0
 
 
-def _describe(source: Source, encoded: Encoded) -> dict[str, Any]:
+def _describe(file: EncodedFile) -> dict[str, Any]:
     """What a manifest says about a file; `answers` is the most that a row holds, 1 where all are single questions."""
-    rows = encoded.rows
-    answers = (sum(message["role"] == "assistant" for message in example.messages) for example in encoded.examples)
     return {
-        "file": source.file.name,
-        "sha256": sha256(source.file),
-        "rows": len(rows),
-        "tokens": sum(len(row) for row in rows),
-        "trained_tokens": sum(row.trained for row in rows),
-        "answers": max(answers, default=0),
+        "file": file.path.name,
+        "sha256": sha256(file.path),
+        "rows": len(file.rows),
+        "tokens": int(file.rows.lengths.sum()),
+        "trained_tokens": int(file.rows.trained.sum()),
+        "answers": file.answers,
     }

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_lora import methods
 from mlx_lora.config import Adapter
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,31 @@
-"""A conversation through a tokenizer's chat template, in a process of its own that can be stopped.
+"""Conversations through a tokenizer's chat template, in processes of their own that can be stopped.
 
-A template comes with a model and is a program. transformers runs it in jinja's sandbox, but lets it run for ever and
-write without end, and a sandbox inside an interpreter has been escaped from before. No budget inside the interpreter
-covers time and memory (one multiplication of a text can take all memory, and jinja computes constants while it
-compiles), and signals reach the main thread only. So a worker renders, one for this process and all its templates. It
-is confined (`machine.confined`: no files, no network, no other process), and killed when it takes too long or too much
-memory; the text it answers with is what becomes tokens. Nothing here knows of masks or rows.
+A template comes with a model and is a program. transformers runs it in jinja's sandbox, but sets no limit to its time
+or its output, and a sandbox inside an interpreter has been escaped from before. No budget inside the interpreter covers
+time and memory (one multiplication of a text can take all memory, and jinja computes constants while it compiles), and
+signals reach the main thread only. So workers render. A worker is confined (`machine.confined`: no files, no network,
+no other process), and it is killed when it takes too long or too much memory. Many conversations go to a worker in one
+message, and several workers render at a time, because a message costs more than rendering a short conversation.
+
+Nothing here knows of masks, rows or thinking: a job is messages and the views wanted of them, a result is their texts.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import os
+import queue
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from transformers import PreTrainedTokenizerBase
@@ -28,33 +33,65 @@ from transformers import PreTrainedTokenizerBase
 from mlx_lora.errors import ModelError
 from mlx_lora.machine import confined
 
-# For one conversation: seconds, bytes of memory over what the worker starts with, and characters of text.
+# For one conversation: seconds, bytes of memory over what the worker starts with, and characters of a text.
 MOST_SECONDS, MOST_MEMORY, MOST_CHARACTERS = 10.0, 1 << 29, 16_000_000
-# The worker imports transformers first.
+# A worker imports transformers first.
 START_SECONDS = 120.0
+# More workers than this wait for the process that encodes what they render.
+MOST_WORKERS = 4
 _GLANCE = 0.02
 _SCRIPT = Path(__file__).with_name("template_worker.py")
 
 
-def render(tokenizer: Any, messages: Iterable[dict[str, Any]], tools: Iterable[Any], *, prompt: bool) -> list[int]:
-    """Token ids of `messages` as the tokenizer's chat template writes them; with `prompt`, up to the next answer.
+class View(NamedTuple):
+    """The first `messages` of a conversation; with `prompt`, up to where the next answer begins."""
 
-    Raises ValueError where the template refuses the conversation, ModelError where it takes more than its limits.
+    messages: int
+    prompt: bool
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversation and the views wanted of it."""
+
+    messages: Sequence[Mapping[str, Any]]
+    views: Sequence[View]
+    tools: Sequence[Any] = field(default=())
+
+
+# The texts of a job's views in order, or the error that the template raised.
+Texts = list[str] | ValueError
+
+
+def render(tokenizer: Any, jobs: Sequence[Job], template: str | None = None) -> list[Texts]:
+    """The texts of each job, by `template` or by the tokenizer's own.
+
+    Raises ModelError where the template takes more than its limits.
     """
-    messages, known = list(messages), list(tools) or None
-    if _rendered_by_code(tokenizer):
-        return list(tokenizer.apply_chat_template(messages, tools=known, add_generation_prompt=prompt))
-    request = {
-        **tokenizer.special_tokens_map,
-        "enable_thinking": tokenizer.has_thinking,
-        "conversations": [[{key: value for key, value in each.items() if value is not None} for each in messages]],
-        "tools": known,
-        "chat_template": tokenizer.get_chat_template(tools=known),
-        "add_generation_prompt": prompt,
-    }
-    with _lock:
-        text = _worker.ask(request)
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return submit(tokenizer, jobs, template)()
+
+
+def submit(tokenizer: Any, jobs: Sequence[Job], template: str | None = None) -> Callable[[], list[Texts]]:
+    """`render`, going on in a worker while the caller does something else; the result is a function that waits."""
+    if template is None and _rendered_by_code(tokenizer):
+        texts = [_by_code(tokenizer, job) for job in jobs]
+        return lambda: texts
+    future = _pool.submit(_rendered, tokenizer, jobs, template)
+
+    def result() -> list[Texts]:
+        try:
+            return future.result()
+        except KeyboardInterrupt:  # a template without end would hold up the end of this process
+            stop_workers()
+            raise
+
+    return result
+
+
+def workers() -> int:
+    """How many jobs are worth submitting before the first result is taken."""
+    return max(min((os.cpu_count() or 2) - 1, MOST_WORKERS), 1)
 
 
 def _rendered_by_code(tokenizer: Any) -> bool:
@@ -66,29 +103,70 @@ def _rendered_by_code(tokenizer: Any) -> bool:
     )
 
 
+def _by_code(tokenizer: Any, job: Job) -> Texts:
+    texts = []
+    try:
+        for view in job.views:
+            messages = [dict(message) for message in job.messages[: view.messages]]
+            known = {name: value for name, value in view.arguments.items() if name != "thinking"}
+            texts.append(
+                tokenizer.apply_chat_template(
+                    messages, tools=list(job.tools) or None, add_generation_prompt=view.prompt, tokenize=False, **known
+                )
+            )
+    except Exception as error:  # whatever that code raises for a conversation
+        return ValueError(str(error)[:1000])
+    return texts
+
+
+def _rendered(tokenizer: Any, jobs: Sequence[Job], template: str | None) -> list[Texts]:
+    """The texts of each job from a worker. One that fails takes the others' time too, so each is then tried alone."""
+    worker = _free.get()
+    try:
+        requests: list[dict[str, Any]] = []
+        for job in jobs:
+            tools = list(job.tools) or None
+            text = tokenizer.get_chat_template(tools=tools) if template is None else template
+            shared = {**tokenizer.special_tokens_map, "chat_template": text}
+            if not requests or requests[-1]["shared"] != shared:
+                requests.append({"shared": shared, "jobs": []})
+            requests[-1]["jobs"].append({"messages": job.messages, "views": job.views, "tools": tools})
+        texts: list[Texts] = []
+        for request in requests:
+            try:
+                texts += worker.ask(request)
+            except ModelError:
+                if len(request["jobs"]) == 1:
+                    raise
+                for job in request["jobs"]:
+                    texts += worker.ask({**request, "jobs": [job]})
+        return texts
+    finally:
+        _free.put(worker)
+
+
 class _Worker:
-    """The process that renders: started when first needed, again after it was killed, and gone with this one."""
+    """A process that renders: started when first needed, again after it was killed, and gone with this one."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.memory = 0
 
-    def ask(self, request: dict[str, Any]) -> str:
-        """The text of a request. Raises ValueError with the template's own error, ModelError over a limit."""
+    def ask(self, request: dict[str, Any]) -> list[Texts]:
+        """The texts of a request's jobs. Raises ModelError over a limit."""
         try:
             process = self.started()
             _send(process, request)
-            answer = _received(process, MOST_SECONDS, self.memory + MOST_MEMORY)
+            answers = _received(process, MOST_SECONDS, self.memory + MOST_MEMORY)
         except BaseException:  # over a limit, or interrupted: its answer would be taken for the next one's
             self.stop()
             raise
-        if "error" in answer:
-            raise ValueError(answer["error"])
-        if "characters" in answer:
-            raise ModelError(
-                f"the chat template wrote {answer['characters']} characters; the limit is {MOST_CHARACTERS}"
-            )
-        return str(answer["text"])
+        for answer in answers:
+            if "characters" in answer:
+                raise ModelError(
+                    f"the chat template wrote {answer['characters']} characters; the limit is {MOST_CHARACTERS}"
+                )
+        return [answer["texts"] if "texts" in answer else ValueError(answer["error"]) for answer in answers]
 
     def started(self) -> subprocess.Popen[bytes]:
         """The running process; its imports are done."""
@@ -122,7 +200,7 @@ def _send(process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
         raise ModelError("the process that renders chat templates has ended", hint="try again") from None
 
 
-def _received(process: subprocess.Popen[bytes], seconds: float, memory: int | None) -> dict[str, Any]:
+def _received(process: subprocess.Popen[bytes], seconds: float, memory: int | None) -> Any:
     """The worker's next answer. Raises ModelError when it takes longer, grows past `memory` bytes, or ends."""
     assert process.stdout is not None
     content, deadline = bytearray(), time.monotonic() + seconds
@@ -136,8 +214,7 @@ def _received(process: subprocess.Popen[bytes], seconds: float, memory: int | No
             raise ModelError(f"the chat template takes more than {seconds:.0f} seconds for one conversation")
         elif memory is not None and _memory(process) > memory:
             raise ModelError(f"the chat template takes more than {MOST_MEMORY >> 20} MB for one conversation")
-    answer: dict[str, Any] = json.loads(content[8:])
-    return answer
+    return json.loads(content[8:])
 
 
 def _memory(process: subprocess.Popen[bytes]) -> int:
@@ -148,6 +225,15 @@ def _memory(process: subprocess.Popen[bytes]) -> int:
         return 0
 
 
-_worker = _Worker()
-_lock = threading.Lock()
-atexit.register(_worker.stop)
+_pool = ThreadPoolExecutor(workers(), thread_name_prefix="templates")
+_free: queue.LifoQueue[_Worker] = queue.LifoQueue()  # the last one used is the one that runs
+_workers = [_Worker() for _ in range(workers())]
+for _worker in reversed(_workers):
+    _free.put(_worker)
+
+
+@atexit.register
+def stop_workers() -> None:
+    """End every process that renders; the next job starts one again."""
+    for worker in _workers:
+        worker.stop()

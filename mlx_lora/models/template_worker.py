@@ -1,7 +1,7 @@
-"""The process behind `template.py`: reads requests, renders each as transformers does, answers.
+"""The process behind `template.py`: reads requests, renders each conversation as transformers does, answers.
 
-A script for `machine.confined.start`, which says what it can reach: nothing, once its imports are done. Lengths are 8
-bytes, little-endian; what follows is JSON. It ends with its input.
+A script for `machine.confined.start`, which says what it can reach: nothing, once its imports are done. A message is 8
+bytes of length, little-endian, and JSON. The process ends with its input.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ FIRST = r"{{ lipsum() }}{{ 'a\n' | pprint }}{{ raise_exception('done') }}"
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, most_characters: int, most_seconds: float) -> None:
-    """Answer each request with its `text`, the `error` the template raised, or `characters` where they are too many.
+    """Answer each request with a list: for each of its jobs what `_rendered` gives.
 
-    A conversation that computes for more than `most_seconds` ends the process.
+    A request that computes for more than `most_seconds` ends the process.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -31,15 +31,33 @@ def serve(requests: BinaryIO, answers: BinaryIO, most_characters: int, most_seco
     while length := int.from_bytes(requests.read(8), "little"):
         request = json.loads(requests.read(length))
         confined.limit_processor_time(most_seconds)
-        try:
-            text = render_jinja_template(**request)[0][0]  # of the only conversation
-            answer = {"text": text} if len(text) <= most_characters else {"characters": len(text)}
-        except Exception as error:  # jinja's own errors, and whatever a template raises
-            answer = {"error": str(error)[:1000]}
-        _send(answers, answer)
+        shared = request["shared"]
+        _send(answers, [_rendered(render_jinja_template, shared, job, most_characters) for job in request["jobs"]])
 
 
-def _send(answers: BinaryIO, answer: dict[str, Any]) -> None:
+def _rendered(render: Any, shared: dict[str, Any], job: dict[str, Any], most_characters: int) -> dict[str, Any]:
+    """`texts` of a job's views, or the `error` the template raised, or `characters` where they are too many.
+
+    A view is [messages, prompt, arguments]: the first messages of the conversation, and whether an answer follows.
+    """
+    texts = []
+    try:
+        for count, prompt, arguments in job["views"]:
+            text = render(
+                conversations=[job["messages"][:count]],
+                tools=job["tools"],
+                add_generation_prompt=prompt,
+                **{**shared, **arguments},
+            )[0][0]
+            if len(text) > most_characters:
+                return {"characters": len(text)}
+            texts.append(text)
+    except Exception as error:  # jinja's own errors, and whatever a template raises
+        return {"error": str(error)[:1000]}
+    return {"texts": texts}
+
+
+def _send(answers: BinaryIO, answer: Any) -> None:
     content = json.dumps(answer).encode()
     answers.write(len(content).to_bytes(8, "little") + content)
     answers.flush()

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_lora.config import Data
-from mlx_lora.data.encode import Encoder, common
+from mlx_lora.data.encode import Encoder
 from mlx_lora.data.example import Example
+from mlx_lora.data.rows import common
 from mlx_lora.errors import DataError, MlxLoraError, Problem
 from mlx_lora.models.context import context_length
+from mlx_lora.serve.conversation import Trained
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.serve.prefill import OnPrompt
 
 NO_SYSTEM = "without a chat template there is no system message"
+ANY = Trained()
 
 
 @dataclass
@@ -49,34 +52,43 @@ def check_prompt(text: str) -> None:
         raise MlxLoraError("the prompt is empty", hint="--prompt TEXT, or --prompt - to read it from stdin")
 
 
-def first_prompt(tokenizer: Any, text: str, *, system: str | None, template: str) -> list[int]:
-    """Tokens of a question that begins a conversation. Raises as `prompt_tokens`, and for a system line without one."""
-    if system and template == "none":
-        raise MlxLoraError(NO_SYSTEM, hint="leave --system out, and put its text into the prompt")
-    messages = [{"role": "system", "content": system}] if system else []
-    return prompt_tokens(tokenizer, [*messages, {"role": "user", "content": text}], template=template)
+def first_prompt(tokenizer: Any, text: str, *, system: str | None, trained: Trained) -> list[int]:
+    """Tokens of a question that begins a conversation, with the adapter's own system line where `system` is None.
 
-
-def prompt_tokens(tokenizer: Any, messages: Sequence[dict[str, Any]], *, template: str) -> list[int]:
-    """Tokens that an answer to `messages` starts from. With template none, the last message's text as it stands.
-
-    Raises DataError when the tokenizer has no chat template, or when its template refuses the messages.
+    Raises as `prompt_tokens`, and for a system line without a template.
     """
-    example = Example(messages=tuple(messages), prompt_messages=len(messages), plain=(str(messages[-1]["content"]), ""))
+    if system and trained.template == "none":
+        raise MlxLoraError(NO_SYSTEM, hint="leave --system out, and put its text into the prompt")
+    system = trained.system if system is None else system
+    messages = [{"role": "system", "content": system}] if system and trained.template != "none" else []
+    return prompt_tokens(tokenizer, [*messages, {"role": "user", "content": text}], trained)
+
+
+def prompt_tokens(tokenizer: Any, messages: Sequence[dict[str, Any]], trained: Trained = ANY) -> list[int]:
+    """Tokens that an answer to `messages` starts from: those that training rows have before the answer.
+
+    Without a template, the last message's text as it stands. Raises DataError when the tokenizer has no chat template,
+    or when the template refuses the messages.
+    """
+    template, text = "none" if trained.template == "none" else "auto", str(messages[-1]["content"])
+    example = Example(messages=tuple(messages), prompt_messages=len(messages), plain=(text, ""))
+    encoder = Encoder(tokenizer, Data(template=template), trained.format(tokenizer))
     try:
-        return Encoder(tokenizer, Data(template="none" if template == "none" else "auto")).prompt_tokens(example)
+        if encoder.templated(example):
+            return encoder.prompt(messages, thinking=trained.thinking)
+        return encoder.prompt_tokens(example)
     except ValueError as error:
         raise DataError([Problem("prompt", 0, str(error))]) from None
 
 
 def first_answer(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], tokens: Sequence[int], *, template: str
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tokens: Sequence[int], trained: Trained = ANY
 ) -> int | None:
     """Where the first answer starts in `tokens`, the prompt tokens of `messages`; None where they hold no answer."""
     first = next((index for index, message in enumerate(messages) if message["role"] == "assistant"), 0)
-    if template == "none" or not first:
+    if trained.template == "none" or not first:
         return None
-    return common(prompt_tokens(tokenizer, messages[:first], template=template), tokens)
+    return common(prompt_tokens(tokenizer, messages[:first], trained), tokens)
 
 
 def room_for_answer(engine: Engine, prompt: Sequence[int], *, hint: str) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from mlx_lora import ui
@@ -33,6 +34,7 @@ class Chat:
         self.settings: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "seed": None}
         self.trained: dict[str | None, Trained] = {None: Trained(), engine.current: of_current or Trained()}
         self.history_chosen: bool | None = None
+        self.thinking: bool | None = None
         self.draft = ""  # what the next line starts with, on a terminal
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/adapters": (self.list_adapters, "the adapters in the home that fit this base"),
@@ -40,6 +42,7 @@ class Chat:
             "/base": (self.base, "swap to the bare base"),
             "/system": (self.system, "TEXT  set the system message; without text, remove it"),
             "/history": (self.set_history, "on|off  send earlier turns with each question, or each one by itself"),
+            "/think": (self.set_thinking, "on|off  ask a model that can think to think before it answers, or not to"),
             "/set": (self.set, f"NAME VALUE  change {', '.join(SETTINGS)}"),
             "/reset": (self.reset, "forget the conversation"),
             "/save": (self.save, "FILE  append the conversation as training data"),
@@ -54,8 +57,14 @@ class Chat:
         return self.conversation.messages
 
     @property
+    def of_current(self) -> Trained:
+        """How the adapter in use was trained, with thinking as `/think` has set it."""
+        of_current = self.trained[self.engine.current]
+        return of_current if self.thinking is None else replace(of_current, thinking=self.thinking)
+
+    @property
     def template(self) -> str:
-        return self.trained[self.engine.current].template
+        return self.of_current.template
 
     @property
     def history(self) -> bool:
@@ -158,8 +167,9 @@ class Chat:
         if name not in self.engine.adapters:
             stored = store.read(path)
             registry.check_belongs(stored, self.engine.loaded)
-            self.engine.add(name, store.wrappers_for(self.engine.loaded.model, stored))
-            self.trained[name] = trained(stored.manifest)
+            self.trained[name] = trained(stored)
+            end = self.trained[name].format(self.engine.loaded.tokenizer).own_end
+            self.engine.add(name, store.wrappers_for(self.engine.loaded.model, stored), end=end)
         self._swap(name)
 
     def base(self, _: str) -> None:
@@ -181,6 +191,13 @@ class Chat:
             ui.note("(history on: earlier turns are sent with each question)")
         else:
             ui.note("(history off: each question is answered by itself)")
+
+    def set_thinking(self, value: str) -> None:
+        if value not in ("on", "off"):
+            raise MlxLoraError(f"/think takes on or off, not {value!r}")
+        if not self.of_current.format(self.engine.loaded.tokenizer).thinks:
+            ui.note("(the chat template knows no thinking: nothing changes)")
+        self.thinking = value == "on"
 
     def set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
@@ -221,10 +238,12 @@ class Chat:
         """Tokens of what is sent, and where an adapter with virtual tokens finds its first answer in them."""
         tokenizer = self.engine.loaded.tokenizer
         messages = self.conversation.sent(history=self.history)
-        tokens = prompt_tokens(tokenizer, messages, template=self.template)
+        if self.of_current.system and self.template != "none" and not self.conversation.system:
+            messages = [{"role": "system", "content": self.of_current.system}, *messages]
+        tokens = prompt_tokens(tokenizer, messages, self.of_current)
         if self.engine.virtual is None:
             return tokens, None
-        return tokens, first_answer(tokenizer, messages, tokens, template=self.template)
+        return tokens, first_answer(tokenizer, messages, tokens, self.of_current)
 
     def _swap(self, name: str | None) -> None:
         before, took = self.engine.current, self.engine.use(name)

@@ -7,31 +7,58 @@ each question is sent by itself.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlx_lora import paths
+from mlx_lora.data.example import as_written, checked_message
 from mlx_lora.errors import MlxLoraError
-from mlx_lora.store.adapter import Manifest
+from mlx_lora.models.chat_format import ChatFormat
+from mlx_lora.store.adapter import StoredAdapter
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What an adapter's training rows looked like: their template, and whether each was one question with its answer.
+    """What an adapter's training rows looked like, which is how it is asked.
 
-    By default, as for the base or where a manifest doesn't say: the model's own template, and conversations.
+    `template` is chat or none, `single_questions` whether each row was one question with its answer. `thinking` is on,
+    off, or None for the model's own habit; `system` was in front of every row. `chat_template` is the adapter's own
+    template, `answer_end` the token that ends its answers, `template_args` what the template is given. By default, as
+    for the base or where a manifest doesn't say: the model's own template, and conversations.
     """
 
     template: str = "chat"
     single_questions: bool = False
+    thinking: bool | None = None
+    system: str | None = None
+    chat_template: str | None = None
+    answer_end: str | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def format(self, tokenizer: Any) -> ChatFormat:
+        """How conversations with it become text."""
+        end = None if self.answer_end is None else tokenizer.get_vocab().get(self.answer_end)
+        return ChatFormat(tokenizer, self.chat_template, self.template_args, end)
 
 
-def trained(manifest: Manifest) -> Trained:
-    """What a manifest says about the rows that an adapter was trained on."""
+def trained(adapter: StoredAdapter) -> Trained:
+    """What a stored adapter says about the rows that it was trained on."""
+    manifest = adapter.manifest
     single = bool(manifest.data) and all(file.get("answers") == 1 for file in manifest.data)
-    return Trained(manifest.template or "chat", single)
+    data = (manifest.recipe or {}).get("data") or {}
+    return Trained(
+        manifest.template or "chat",
+        single,
+        manifest.thinking,
+        data.get("system"),
+        adapter.chat_template,
+        manifest.answer_end,
+        data.get("template_args") or {},
+    )
 
 
 class Conversation:
@@ -63,7 +90,11 @@ class Conversation:
         if not text.strip():  # many templates refuse two user turns in a row, and training refuses an empty answer
             self.messages.pop()
             return False
-        self.messages.append({"role": "assistant", "content": text})
+        message = {"role": "assistant", "content": text}
+        try:
+            self.messages.append(checked_message(message, "the answer"))
+        except ValueError:  # reasoning without an answer
+            self.messages.append(message)
         return True
 
     def forget(self) -> None:
@@ -85,7 +116,8 @@ class Conversation:
         """Append `rows` to a file of JSON lines, readable by the user alone. Raises MlxLoraError where it can't."""
         if not file or not self.turns:
             raise MlxLoraError("/save FILE needs a file name and a conversation")
-        lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in self.rows(history=history))
+        rows = ([as_written(message) for message in row] for row in self.rows(history=history))
+        lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)
         try:
             with paths.created(Path(file).expanduser(), "ab") as stream:
                 stream.write("".join(lines).encode())

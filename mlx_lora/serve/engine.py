@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_lora.adapters.attach import Wrappers, put
 from mlx_lora.adapters.prompt import Prompt
-from mlx_lora.data.encode import common
+from mlx_lora.data.rows import common
 from mlx_lora.data.virtual import Virtual
 from mlx_lora.errors import AdapterError, MlxLoraError, nearest
 from mlx_lora.machine import allocation
@@ -61,15 +61,20 @@ class Engine:
     def __init__(self, loaded: LoadedModel):
         self.loaded = loaded
         self.adapters: dict[str, Wrappers] = {}
+        self._own_ends: dict[str, frozenset[int]] = {}
         self.current: str | None = None
         self.cache = Cache()
         self.chunk = chunk_size(loaded.model)
         put(loaded.model, {})
 
-    def add(self, name: str, wrappers: Wrappers) -> None:
-        """Make an adapter available under a name, evaluated now so that the first swap is as fast as the others."""
+    def add(self, name: str, wrappers: Wrappers, *, end: int | None = None) -> None:
+        """Make an adapter available under a name, evaluated now so that the first swap is as fast as the others.
+
+        `end` is a token that ends its answers too, beside those of the tokenizer.
+        """
         mx.eval([wrapper.state for wrapper in wrappers.values()])
         self.adapters[name] = wrappers
+        self._own_ends[name] = frozenset() if end is None else frozenset({end})
 
     def use(self, name: str | None) -> float:
         """Swap to an adapter, or to the bare base with None; return the milliseconds it took."""
@@ -171,7 +176,8 @@ class Engine:
     @property
     def ends(self) -> set[int]:
         """Token ids that end an answer."""
-        return set(self.loaded.tokenizer.eos_token_ids)
+        own = self._own_ends[self.current] if self.current is not None else frozenset()
+        return set(self.loaded.tokenizer.eos_token_ids) | own
 
     def _complete(self, prompt: Sequence[int], first_answer: int | None) -> list[int]:
         token_ids.check(self.loaded.tokenizer, prompt)

@@ -3,6 +3,7 @@
     adapters.safetensors     arrays by module path; LoRA's and DoRA's as mlx-lm names and shapes them
     adapter_config.json      what `mlx_lm.generate --adapter-path` needs, with `alpha` for tools that read only that
     manifest.json            what the adapter is: recipe, base, data by hash (never the data), metrics
+    chat_template.jinja      the template it was trained with, if it isn't the model's own
 
 Arrays are rounded to bf16, but for those that multiply, which stay float32. mlx-lm knows LoRA, DoRA and full weights;
 what it doesn't know has a configuration that it refuses. A directory without a manifest of ours (trained by mlx-lm)
@@ -29,6 +30,7 @@ from mlx_lora.config import Adapter
 from mlx_lora.data.read import sha256
 from mlx_lora.errors import AdapterError
 from mlx_lora.store.manifest import (
+    CHAT_TEMPLATE,
     CONFIG,
     MANIFEST,
     MLX_LM,
@@ -79,8 +81,21 @@ class StoredAdapter:
     def name(self) -> str:
         return self.path.name
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template it was trained with, where that isn't the model's own."""
+        return files.read_text(file, AdapterError) if (file := self.path / CHAT_TEMPLATE).exists() else None
 
-def save(out: Path, wrappers: Wrappers, manifest: Manifest, layers: int, *, force: bool = False) -> Path:
+
+def save(
+    out: Path,
+    wrappers: Wrappers,
+    manifest: Manifest,
+    layers: int,
+    *,
+    chat_template: str | None = None,
+    force: bool = False,
+) -> Path:
     """Write an adapter directory whole or not at all. Arrays are rounded here, the only rounding there is.
 
     `layers` is the model's number of layers. Raises NameTaken when `out` exists and `force` is false.
@@ -88,7 +103,7 @@ def save(out: Path, wrappers: Wrappers, manifest: Manifest, layers: int, *, forc
     stored = {path: wrapper.stored_arrays() for path, wrapper in wrappers.items()}
     scales = {path: wrapper.scale for path, wrapper in wrappers.items()}
     precise = {f"{path}.{name}" for path, wrapper in wrappers.items() for name in wrapper.PRECISE}
-    return write(out, stored, scales, manifest, layers, precise=precise, force=force)
+    return write(out, stored, scales, manifest, layers, precise=precise, chat_template=chat_template, force=force)
 
 
 def write(
@@ -99,6 +114,7 @@ def write(
     layers: int,
     *,
     precise: Collection[str] = (),
+    chat_template: str | None = None,
     force: bool = False,
 ) -> Path:
     """`save` for arrays by module path and name, of which `precise` names those to keep in float32."""
@@ -114,6 +130,9 @@ def write(
         with paths.created(folder / WEIGHTS) as stream:
             mx.save_safetensors(stream, rounded, metadata={"format": "mlx"})
         _write(folder / CONFIG, config)
+        if chat_template is not None:
+            with paths.created(folder / CHAT_TEMPLATE) as stream:
+                stream.write(chat_template.encode())
         complete = manifest.model_copy(
             update={
                 "weights_sha256": sha256(folder / WEIGHTS),

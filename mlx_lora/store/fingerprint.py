@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +20,7 @@ import numpy as np
 from mlx_lora import files, paths
 from mlx_lora.errors import ModelError
 from mlx_lora.models import multimodal
+from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.open import weight_files
 from mlx_lora.models.save import tokenizer_files
 from mlx_lora.models.shards import DTYPES
@@ -73,9 +73,9 @@ def of_tokenizer(path: Path) -> str:
     return _of_files(file for file in tokenizer_files(path) if file.name in names)
 
 
-def of_template(tokenizer: Any) -> str | None:
+def of_template(chats: ChatFormat) -> str | None:
     """sha256 of the chat template's text, or None without one."""
-    template = getattr(tokenizer, "chat_template", None)
+    template = chats.template or getattr(chats.tokenizer, "chat_template", None)
     return hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None
 
 

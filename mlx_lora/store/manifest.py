@@ -16,6 +16,7 @@ from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError
 
 WEIGHTS, CONFIG, MANIFEST = "adapters.safetensors", "adapter_config.json", "manifest.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 SCHEMA = 1
 # Methods whose files mlx-lm reads as they are, with one rank and one scale for all modules.
 MLX_LM = ("lora", "dora")
@@ -33,6 +34,8 @@ class Base(BaseModel):
 class Manifest(BaseModel):
     """manifest.json. `base` is None for adapters from elsewhere; `template` is how rows were encoded, chat or none.
 
+    `thinking` is how the adapter is asked, on, off or (None) as the model has it. `answer_end` is the token that ends
+    its answers where its chat template isn't the model's own: that one lies beside the manifest.
     `scales` are the modules' scales as trained. The file has one scale and one rank for all, in adapter_config.json.
     """
 
@@ -50,6 +53,8 @@ class Manifest(BaseModel):
     chat_template: str | None = None
     weights_sha256: str = ""
     template: str | None = None
+    thinking: bool | None = None
+    answer_end: str | None = None
     recipe: dict[str, Any] | None = None
     data: list[dict[str, Any]] = []
     metrics: dict[str, Any] = {}

@@ -20,7 +20,7 @@ import numpy as np
 from mlx_lora.adapters.attach import attach, detach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data.batch import steps_per_epoch
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.layers import layers_of

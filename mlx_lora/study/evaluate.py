@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ import numpy as np
 
 from mlx_lora.config import Data
 from mlx_lora.data.batch import by_length
-from mlx_lora.data.encode import Encoder, Row, common
-from mlx_lora.data.example import Example
+from mlx_lora.data.encode import Encoded, Encoder
+from mlx_lora.data.example import Example, split_reasoning
+from mlx_lora.data.fit import encode_file
 from mlx_lora.data.prepare import OnFile, silent
-from mlx_lora.data.read import HINT, find_splits, read
+from mlx_lora.data.read import HINT, find_splits
+from mlx_lora.data.rows import Row, common
 from mlx_lora.errors import DataError, Problem
 from mlx_lora.models import finite
+from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.serve.engine import Engine
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
@@ -47,11 +50,20 @@ class Result:
 
 @dataclass(frozen=True)
 class Questions:
-    """Rows to evaluate on: encoded, and as prompt tokens with the wanted answer."""
+    """Rows to evaluate on: encoded, and as prompt tokens with the wanted answer.
 
-    rows: list[Row]
+    `last_rows[i]` is the last row of the example that prompt i comes from.
+    """
+
+    rows: Sequence[Row]
     prompts: list[list[int]]
     answers: list[str]
+    last_rows: list[int] = field(default_factory=list)
+
+    def first(self, count: int | None) -> Questions:
+        """The first `count` rows and prompts; None for all."""
+        chosen = self.rows[:count] if count is not None else self.rows
+        return Questions(chosen, self.prompts[:count], self.answers[:count], self.last_rows[:count])
 
 
 def questions(
@@ -60,27 +72,31 @@ def questions(
     tokenizer: Any,
     *,
     exact: bool,
+    format: ChatFormat | None = None,
     prefer: tuple[str, ...] = TEST_FIRST,
     progress: OnFile = silent,
 ) -> Questions:
     """Read the first file of a path that `prefer` names. Raises DataError listing every fault."""
     file = chosen_file(path, prefer)
-    source, encoder = read(file, settings), Encoder(tokenizer, settings)
-    encoded = encoder.encode(source, progress(f"reading {file.name}", len(source.examples)))
-    problems = source.problems + encoded.problems
+    encoder = Encoder(tokenizer, settings, format)
     prompts: list[list[int]] = []
     answers: list[str] = []
-    if exact and not problems:
-        if any(example.text is not None for example in encoded.examples):
-            problems.append(Problem(str(file), 0, "plain text has no answer to match, --exact needs prompts"))
-        else:
-            prompts = [encoder.prompt_tokens(example) for example in encoded.examples]
-            answers = [_answer(example) for example in encoded.examples]
+
+    def ask(line: int, one: Encoded) -> None:
+        if exact and one.example.text is None:
+            prompts.append(encoder.prompt_tokens(one.example))
+            answers.append(_answer(one.example))
+
+    encoded = encode_file(file, encoder, progress(f"reading {file.name}", None), ask)
+    problems = encoded.problems
+    if exact and not problems and encoded.texts:
+        problems.append(Problem(str(file), 0, "plain text has no answer to match, --exact needs prompts"))
     if not problems and not encoded.rows:
         problems.append(Problem(str(file), 0, "no row is left to evaluate"))
     if problems:
         raise DataError(problems, hint=HINT)
-    return Questions(encoded.rows, prompts, answers)
+    ends = np.searchsorted(encoded.rows.groups, np.arange(len(prompts)), side="right") - 1
+    return Questions(encoded.rows, prompts, answers, ends.tolist())
 
 
 def chosen_file(path: str, prefer: tuple[str, ...] = TEST_FIRST) -> Path:
@@ -105,7 +121,8 @@ def evaluate(
         matches = 0
         positions = first_answers(asked) if engine.virtual else None
         for index, answer in engine.batch(asked.prompts, max_tokens=max_tokens, first_answers=positions):
-            matches += engine.loaded.tokenizer.decode(answer).strip() == asked.answers[index].strip()
+            _, said = split_reasoning(engine.loaded.tokenizer.decode(answer))
+            matches += said.strip() == asked.answers[index].strip()
             on_row()
         exact = matches / len(asked.prompts)
     return Result(name, loss, math.exp(min(loss, 700)), tokens, len(asked.rows), exact)
@@ -130,8 +147,9 @@ def mean_loss(engine: Engine, rows: Sequence[Row], on_row: Callable[[], None]) -
 
 def first_answers(asked: Questions) -> list[int | None]:
     """Where the first trained answer starts in each prompt; None if that is the answer to generate."""
-    starts = [int(np.flatnonzero(row.weights)[0]) for row in asked.rows]
-    shared = [common(row.tokens.tolist(), prompt) for row, prompt in zip(asked.rows, asked.prompts, strict=True)]
+    rows = [asked.rows[number] for number in asked.last_rows]
+    starts = [int(np.flatnonzero(row.weights)[0]) for row in rows]
+    shared = [common(row.tokens.tolist(), prompt) for row, prompt in zip(rows, asked.prompts, strict=True)]
     return [start if start <= length else None for start, length in zip(starts, shared, strict=True)]
 
 
@@ -139,4 +157,4 @@ def _answer(example: Example) -> str:
     """The text that generation should give: the answer, or "" for a turn that only calls tools."""
     if example.plain is not None:
         return example.plain[1]
-    return str(example.messages[example.prompt_messages]["content"])
+    return str(example.messages[example.prompt_messages].get("content") or "")

@@ -17,7 +17,7 @@ from mlx_lora.adapters.placement import place
 from mlx_lora.adapters.targets import adaptable
 from mlx_lora.config import Recipe
 from mlx_lora.data.batch import collate, epoch_steps
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row, lengths
 from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import RecipeError
 from mlx_lora.models import finite
@@ -75,8 +75,9 @@ def _originals(opened: OpenModel, wrappers: Wrappers) -> dict[str, mx.array]:
 
 def _batches(recipe: Recipe, rows: Sequence[Row]) -> Iterator[tuple[mx.array, mx.array]]:
     """Tokens (B, T) and positions with loss, evenly spaced, of the first batches of the first epoch."""
-    lengths = [len(row) for row in rows]
-    steps = epoch_steps(lengths, batch_size=recipe.train.batch_size, grad_accumulation=1, seed=recipe.seed, epoch=0)
+    steps = epoch_steps(
+        lengths(rows).tolist(), batch_size=recipe.train.batch_size, grad_accumulation=1, seed=recipe.seed, epoch=0
+    )
     for lines in [lines for step in steps[:BATCHES] for lines in step][:BATCHES]:
         batch = collate(rows, lines)
         (found,) = np.nonzero(batch.weights.reshape(-1))

@@ -23,6 +23,7 @@ import mlx.core as mx
 
 from mlx_lora import paths
 from mlx_lora.data.read import find_splits, read, sha256
+from mlx_lora.data.rows import trained
 from mlx_lora.errors import DataError, MlxLoraError, NameTaken, Problem, RecipeError
 from mlx_lora.models.load import load_stored, ready
 from mlx_lora.models.open import open_model
@@ -241,7 +242,7 @@ def _evaluate(run: Candidate, adapter: Path | None, rows: int | None, listener: 
     if adapter is not None:
         engine.add(run.name, store.wrappers_for(engine.loaded.model, store.read(adapter)))
     test = _test_questions(run, engine, rows)
-    longest = max(row.trained for row in test.rows)
+    longest = int(trained(test.rows).max())
     advance = listener.progress(f"measuring {run.name}", len(test.rows) + len(test.prompts))
     return evaluate(engine, name, test, max_tokens=longest + EXTRA_TOKENS, on_row=advance)
 
@@ -250,7 +251,7 @@ def _test_questions(run: Candidate, engine: Engine, rows: int | None) -> Questio
     path, settings = str(run.recipe.data.path), run.recipe.data
     exact = read(find_splits(path)["test"], settings).format != "text"
     test = questions(path, settings, engine.loaded.tokenizer, exact=exact, prefer=("test",))
-    return Questions(test.rows[:rows], test.prompts[:rows], test.answers[:rows])
+    return test.first(rows)
 
 
 def _draw(lines: Sequence[Line], title: str, file: Path, stage: Callable[[str], None]) -> Path | None:

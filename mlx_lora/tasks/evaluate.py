@@ -14,12 +14,14 @@ from mlx_lora import paths
 from mlx_lora.config import Data
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.read import sha256
+from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.unpack import unpack_once
+from mlx_lora.serve.conversation import trained
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
 from mlx_lora.store.base import base_for
-from mlx_lora.study.evaluate import Questions, Result, chosen_file, evaluate, questions
+from mlx_lora.study.evaluate import Result, chosen_file, evaluate, questions
 
 Settings = Callable[[dict[str, Any] | None], Data]
 
@@ -60,20 +62,42 @@ def evaluate_adapters(
     loaded = registry.open_base(opened, stored)
     unpack_once(loaded)
     engine = Engine(loaded)
-    chosen: dict[str | None, Data] = {None: settings(_own(stored[0]) if stored else None)}
+    tokenizer = engine.loaded.tokenizer
+    chosen: dict[str | None, _Chosen] = {None: _chosen(stored[0] if stored else None, settings, tokenizer)}
     for adapter, name in zip(stored, _names(stored), strict=True):
-        engine.add(name, wrappers_for(engine.loaded.model, adapter))
-        chosen[name] = settings(_own(adapter))
-    asked: dict[Data, Questions] = {}
-    for own in chosen.values():
-        if own not in asked:
-            asked[own] = questions(str(file), own, engine.loaded.tokenizer, exact=exact, progress=progress)
-    work = sum(len(asked[own].rows) + len(asked[own].prompts) for own in chosen.values())
+        chosen[name] = _chosen(adapter, settings, tokenizer)
+        engine.add(name, wrappers_for(engine.loaded.model, adapter), end=chosen[name].format.own_end)
+    asked = {
+        own.key: questions(str(file), own.settings, tokenizer, exact=exact, format=own.format, progress=progress)
+        for own in {own.key: own for own in chosen.values()}.values()
+    }
+    work = sum(len(asked[own.key].rows) + len(asked[own.key].prompts) for own in chosen.values())
     advance = progress("evaluating", work)
     results = [
-        evaluate(engine, name, asked[own], max_tokens=max_tokens, on_row=advance) for name, own in chosen.items()
+        evaluate(engine, name, asked[own.key], max_tokens=max_tokens, on_row=advance) for name, own in chosen.items()
     ]
     return Evaluation(file, results)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The data settings for an adapter and its chats; those with one `key` have the same rows."""
+
+    settings: Data
+    format: ChatFormat
+
+    @property
+    def key(self) -> str:
+        return f"{self.settings.model_dump_json()} {self.format.template}"
+
+
+def _chosen(adapter: StoredAdapter | None, settings: Settings, tokenizer: Any) -> _Chosen:
+    """The settings to use for an adapter, with the template that lies beside it unless another one was asked for."""
+    own = _own(adapter) if adapter else None
+    chosen = settings(own)
+    if adapter is None or adapter.chat_template is None or chosen.template != (own or {}).get("template"):
+        return _Chosen(chosen, ChatFormat.of(tokenizer, chosen))
+    return _Chosen(chosen, trained(adapter).format(tokenizer))
 
 
 def _trained_on(file: Path, data: str, stored: Sequence[StoredAdapter]) -> str | None:

@@ -12,11 +12,12 @@ import mlx.core as mx
 from mlx_lora import paths
 from mlx_lora.adapters.attach import put
 from mlx_lora.config import Data
-from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, silent
+from mlx_lora.data.rows import Row
 from mlx_lora.errors import NameTaken
 from mlx_lora.interop.fuse import Fused, fuse
 from mlx_lora.measure import Agreement, Predictions, compare, predictions, rows_of_tokens
+from mlx_lora.models import chat_templates
 from mlx_lora.models.load import LoadedModel, load
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.store import registry
@@ -66,6 +67,8 @@ def fuse_adapter(
         return registry.open_stored(opened, [stored_adapter], lazily=True)
 
     fused = fuse(open_stored, stored_adapter, out, bits=bits, force=force)
+    if stored_adapter.chat_template is not None:
+        chat_templates.give(out, stored_adapter.chat_template, stored_adapter.manifest.answer_end)
     reference = registry.open_base(opened, [stored_adapter])
     if rows is None:
         rows = generated_rows(reference, stored_adapter, progress=progress)
@@ -84,7 +87,7 @@ def agreement_with(before: Predictions, out: Path, rows: Sequence[Row], *, progr
     return compare(before, after, rows)
 
 
-def _rows(data: str, adapter: StoredAdapter, tokenizer: Any, progress: OnFile) -> list[Row]:
+def _rows(data: str, adapter: StoredAdapter, tokenizer: Any, progress: OnFile) -> Sequence[Row]:
     settings = Data.model_validate((adapter.manifest.recipe or {}).get("data", {}))
     return questions(data, settings, tokenizer, exact=False, prefer=VALID_FIRST, progress=progress).rows[:MOST_ROWS]
 

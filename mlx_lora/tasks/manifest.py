@@ -11,6 +11,7 @@ from mlx_lora.adapters.placement import Placement
 from mlx_lora.config import Recipe
 from mlx_lora.data.prepare import Prepared
 from mlx_lora.machine import device
+from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.store import adapter as store
 from mlx_lora.store import fingerprint
@@ -25,7 +26,8 @@ def manifest_of(
     placement: Placement,
 ) -> store.Manifest:
     """The manifest of the adapter to come: with every module's own rank, which a reader needs to build it again."""
-    chat = prepared.format != "text" and recipe.data.template != "none" and loaded.tokenizer.has_chat_template
+    chats = ChatFormat.of(loaded.tokenizer, recipe.data)
+    templated = prepared.format != "text" and recipe.data.template != "none" and chats.available
     return store.Manifest(
         method=recipe.adapter.method,
         adapter=placement.config.model_dump(),
@@ -33,8 +35,10 @@ def manifest_of(
         scales={path: wrapper.scale for path, wrapper in wrappers.items()},
         base=base,
         tokenizer=fingerprint.of_tokenizer(loaded.path),
-        chat_template=fingerprint.of_template(loaded.tokenizer),
-        template="chat" if chat else "none",
+        chat_template=fingerprint.of_template(chats),
+        template="chat" if templated else "none",
+        thinking=prepared.thinking,
+        answer_end=None if chats.own_end is None else loaded.tokenizer.convert_ids_to_tokens(chats.own_end),
         recipe=shareable(recipe, base),
         data=prepared.files,
     )

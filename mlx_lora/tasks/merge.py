@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -20,6 +20,8 @@ from mlx_lora.store.adapter import StoredAdapter
 from mlx_lora.store.arithmetic import Merged, MergeSettings, merge
 from mlx_lora.store.lock import locked
 from mlx_lora.store.manifest import Manifest
+
+T = TypeVar("T")
 
 Weighted = Sequence[tuple[StoredAdapter, float]]
 
@@ -87,7 +89,8 @@ def _write(name: str, adapters: Weighted, settings: MergeSettings, merged: Merge
     layers = max(counts) if all(isinstance(count, int) and count > 0 for count in counts) else -1  # mlx-lm: all of them
     store.write(
         paths.room("adapters", name), merged.stored, dict.fromkeys(merged.ranks, 1.0),
-        manifest_of(adapters, settings, merged), layers, precise=exact, force=force,
+        manifest_of(adapters, settings, merged), layers,
+        precise=exact, chat_template=_common([adapter.chat_template for adapter, _ in adapters]), force=force,
     )  # fmt: skip
 
 
@@ -106,6 +109,8 @@ def manifest_of(adapters: Weighted, settings: MergeSettings, merged: Merged) -> 
         tokenizer=_common([manifest.tokenizer for manifest in manifests]),
         chat_template=_common([manifest.chat_template for manifest in manifests]),
         template=_common([manifest.template for manifest in manifests]),
+        thinking=_common([manifest.thinking for manifest in manifests]),
+        answer_end=_common([manifest.answer_end for manifest in manifests]),
         recipe=_common_data([manifest.recipe for manifest in manifests]),
         data=[file for manifest in manifests for file in manifest.data],
         metrics={"merge": {**asdict(settings), "relative_error": merged.relative_error}},
@@ -113,7 +118,7 @@ def manifest_of(adapters: Weighted, settings: MergeSettings, merged: Merged) -> 
     )
 
 
-def _common(values: list[str | None]) -> str | None:
+def _common(values: list[T | None]) -> T | None:
     return values[0] if len(set(values)) == 1 else None
 
 

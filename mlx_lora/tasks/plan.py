@@ -18,8 +18,8 @@ from mlx_lora import files, paths, ui
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Recipe
 from mlx_lora.data.batch import padded
-from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
+from mlx_lora.data.rows import Row, lengths, trained
 from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import ModelError, RecipeError, TrainingError
 from mlx_lora.machine import device, limits
@@ -47,9 +47,14 @@ class Machine:
 
 
 def plan_recipe(
-    recipe: Recipe, *, memory_gb: float | None = None, gpu: bool | None = None, progress: OnFile = silent
+    recipe: Recipe,
+    *,
+    rows: Lengths | None = None,
+    memory_gb: float | None = None,
+    gpu: bool | None = None,
+    progress: OnFile = silent,
 ) -> Plan:
-    """The plan of a recipe, with a suggestion where it doesn't fit.
+    """The plan of a recipe, with a suggestion where it doesn't fit; its data are read unless `rows` are known.
 
     For this machine, or one with `memory_gb` gigabytes; for its device, or a GPU or a processor as `gpu` says. Raises
     RecipeError without a model, ModelError for an architecture that isn't known, DataError for faulty rows.
@@ -60,7 +65,7 @@ def plan_recipe(
     config = summary(opened)
     limit = limits.limit_bytes(memory_gb=memory_gb, setting=recipe.train.memory_limit_gb)
     machine = Machine(device.on_gpu() if gpu is None else gpu, limit)
-    rows = read_lengths(recipe, opened, progress)
+    rows = rows or read_lengths(recipe, opened, progress)
     here = memory_gb is None and machine.gpu == device.on_gpu()
     made = plan_shape(config, recipe, rows, machine, time_products=here)
     return made if made.fits else replace(made, suggestion=suggest(config, recipe, rows, machine))
@@ -74,13 +79,13 @@ def plan_rows(
     Where it doesn't fit, `train.on_memory` decides. Raises TrainingError, saying what would fit and how to go on all
     the same, or returns the smallest plan as overruled.
     """
-    config, lengths = summary(model), lengths_of(prepared.train, prepared.valid)
+    config, rows = summary(model), lengths_of(prepared.train, prepared.valid)
     machine = Machine(device.on_gpu(), limits.limit_bytes(setting=recipe.train.memory_limit_gb))
-    made = plan_shape(config, recipe, lengths, machine, only=only, smaller_than=smaller_than)
+    made = plan_shape(config, recipe, rows, machine, only=only, smaller_than=smaller_than)
     if made.fits or made.overruled:
         return made
     # a run that has begun is bound to its recipe
-    instead = "free some memory" if only else _what_fits(suggest(config, recipe, lengths, machine))
+    instead = "free some memory" if only else _what_fits(suggest(config, recipe, rows, machine))
     raise TrainingError(over_limit(made), hint=f"{instead}; {override(made)}")
 
 
@@ -108,8 +113,8 @@ def learn_from(plan: Plan, finished: Finished, prepared: Prepared) -> None:
     A run that was stopped for taking too much teaches from its first step on: what it took is the least that it takes.
     """
     stopped = finished.stopped_by == "memory"
-    longest = max(len(row) for row in prepared.train)
-    trained_most = all(len(row) <= longest for row in prepared.valid)  # else an evaluation made the peak
+    longest = lengths(prepared.train).max()
+    trained_most = bool((lengths(prepared.valid) <= longest).all())  # else an evaluation made the peak
     as_planned = finished.largest_micro_batch == plan.micro.positions and trained_most
     enough = finished.iters >= ENOUGH_STEPS and plan.peak_memory_bytes - plan.fixed >= ENOUGH_BYTES
     if not stopped and not (enough and as_planned):
@@ -180,7 +185,7 @@ def read_lengths(recipe: Recipe, model: OpenModel, progress: OnFile = silent) ->
 
 def lengths_of(rows: Sequence[Row], valid: Sequence[Row] = ()) -> Lengths:
     """What a plan has to know of training and validation rows."""
-    return Lengths([len(row) for row in rows], max(row.trained for row in rows), [len(row) for row in valid])
+    return Lengths(lengths(rows).tolist(), int(trained(rows).max()), lengths(valid).tolist())
 
 
 def guessed(recipe: Recipe) -> Lengths:

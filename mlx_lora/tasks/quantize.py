@@ -15,8 +15,8 @@ import mlx.core as mx
 
 from mlx_lora import paths
 from mlx_lora.config import Data, Quantize
-from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import OnFile, silent
+from mlx_lora.data.rows import Row
 from mlx_lora.errors import NameTaken
 from mlx_lora.measure import Agreement, as_dict, compare, predictions, predictions_by_layer
 from mlx_lora.models.layers import dequantize_model, half
@@ -96,7 +96,7 @@ def _report(out: Path, done: Quantized, saved: Saved, left: Sequence[Unpacked]) 
     }
 
 
-def _rows(verify: str | None, tokenizer: Any, progress: OnFile) -> list[Row]:
+def _rows(verify: str | None, tokenizer: Any, progress: OnFile) -> Sequence[Row]:
     if verify == NO_ROWS:
         return []
     whole = Data(too_long="truncate-end")

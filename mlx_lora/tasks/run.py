@@ -57,9 +57,10 @@ class RunFolder:
         *,
         made_of: dict[str, Any],
         writes: bool,
+        chat_template: str | None = None,
     ):
         self.manifest, self.wrappers, self.layers, self.name, self.writes = manifest, wrappers, layers, name, writes
-        self.made_of, self.recipe = made_of, recipe
+        self.made_of, self.recipe, self.chat_template = made_of, recipe, chat_template
         self.best: dict[str, mx.array] | None = None
         self.last: dict[str, mx.array] = {}
         self.finished: Finished | None = None
@@ -194,7 +195,7 @@ class RunFolder:
                 wrapper[name] = arrays[f"{path}.{name}"]
         if self.writes:
             manifest = self.manifest.model_copy(update={"metrics": metrics})
-            store.save(out, self.wrappers, manifest, self.layers, force=force)
+            store.save(out, self.wrappers, manifest, self.layers, chat_template=self.chat_template, force=force)
 
 
 def _from_anywhere(name: str) -> str:

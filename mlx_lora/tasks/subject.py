@@ -8,7 +8,7 @@ left.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,8 +24,8 @@ from mlx_lora import paths
 from mlx_lora.adapters.attach import Wrappers, build, put
 from mlx_lora.config import Adapter, Data, Quantize
 from mlx_lora.data.batch import Batch, collate
-from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import prepare
+from mlx_lora.data.rows import Row
 from mlx_lora.machine import device
 from mlx_lora.models.load import LoadedModel, load_stored, ready
 from mlx_lora.models.open import load_tokenizer
@@ -94,7 +94,7 @@ class Subject:
         return Llama.read(self.path)
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> Sequence[Row]:
         """Some rows of the shipped questions, as tokens."""
         questions = paths.bundled("data", "tasks", "sql", "valid.jsonl")
         return prepare(questions, Data(), load_tokenizer(self.path)).train[:ROWS]

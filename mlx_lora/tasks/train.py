@@ -20,6 +20,7 @@ from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
 from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import ModelError, NameTaken, RecipeError, TrainingError
 from mlx_lora.methods import LORA_ONLY, LOW_RANK, parts
+from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.load import LoadedModel, load_stored, ready
 from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.trunk.layers import layers_of
@@ -141,7 +142,11 @@ def _prepare(
     made_of = identity(recipe, base, prepared, manifest, group.size)
     group.check_same({part: str(value) for part, value in made_of.items()})
     layers, writes = len(layers_of(loaded.model)), group.rank == 0
-    folder = RunFolder(recipe, name, manifest, wrappers, layers, made_of=runs.flat(made_of), writes=writes)
+    template = ChatFormat.of(loaded.tokenizer, recipe.data).template
+    folder = RunFolder(
+        recipe, name, manifest, wrappers, layers,
+        made_of=runs.flat(made_of), writes=writes, chat_template=template,
+    )  # fmt: skip
     return Setup(loaded, prepared, plan, folder)
 
 
@@ -212,6 +217,8 @@ def _read(
         str(recipe.data.path), recipe.data, opened.tokenizer,
         seed=recipe.seed, progress=listener.progress, virtual=virtual_of(recipe.adapter),
     )  # fmt: skip
+    for note in prepared.notes:
+        listener.stage(note)
     if recipe.train.patience and not prepared.valid:
         raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
     try:

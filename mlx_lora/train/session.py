@@ -23,7 +23,7 @@ from mlx_lora.data.batch import (
     epoch_steps,
     steps_per_epoch,
 )
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row, lengths
 from mlx_lora.errors import ModelError, TrainingError
 from mlx_lora.machine import allocation, device, limits
 from mlx_lora.models.trunk.layers import layers_of, lowest_trainable
@@ -61,7 +61,7 @@ class Session:
         self.trunk, self.model, self.settings, self.seed = trunk, trunk.model, settings, seed
         self.rows, self.valid = rows, valid
         self.packing, self.processes, self.plan, self.progress = packing, processes, plan, Progress()
-        self.lengths = [len(row) for row in rows]
+        self.lengths: list[int] = lengths(rows).tolist()
         self.per_epoch = steps_per_epoch(
             len(rows), batch_size=settings.batch_size, grad_accumulation=settings.grad_accumulation
         )
@@ -121,11 +121,11 @@ class Session:
         choice, before = self.settings.cache_prefix, self.progress.keeps_prefix
         if choice == "off" or before is False or (choice == "auto" and self.steps <= self.per_epoch):
             return
-        lengths = {"train": self.lengths, "valid": [len(row) for row in self.valid]}
+        of_rows = {"train": self.lengths, "valid": lengths(self.valid).tolist()}
         first = {row: lines for step in self._plan(0) for lines in step for line in lines for row in line}
         home = {"train": lambda row: self._collate(first[row]) if row in first else None}
         room = self.plan.room_for_states if self.plan else None  # a file, where that is too little
-        made = prefix.make(self.trunk, lengths, scratch, home, memory=room)
+        made = prefix.make(self.trunk, of_rows, scratch, home, memory=room)
         if not isinstance(made, str):
             stack.callback(made.close)
             micro = next((micro for step in self._plan(0) for micro in step), None)

@@ -15,8 +15,8 @@ from pathlib import Path
 import mlx.nn as nn
 
 from mlx_lora.config import Train
-from mlx_lora.data.encode import Row
 from mlx_lora.data.prefetch import prefetch
+from mlx_lora.data.rows import Row
 from mlx_lora.machine import allocation
 from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import take_apart

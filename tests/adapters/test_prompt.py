@@ -12,8 +12,8 @@ from mlx_lora.adapters.attach import attach, build
 from mlx_lora.adapters.prompt import Prompt
 from mlx_lora.config import Adapter, Data
 from mlx_lora.data.batch import collate
-from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import prepare
+from mlx_lora.data.rows import Row
 from mlx_lora.data.virtual import Virtual, virtual_of
 from mlx_lora.errors import AdapterError, CannotFuse, DataError
 from mlx_lora.models import shapes

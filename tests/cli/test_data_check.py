@@ -52,12 +52,13 @@ def test_settings_decide_the_counts(run: Run, write_rows: Callable[..., Path], t
     ("name", "content", "said"),
     [
         ("a.jsonl", b"", "a.jsonl: is empty"),
-        ("a.jsonl", b'{"text": "\xff"}', "a.jsonl:1: is not UTF-8"),
+        ("a.jsonl", b'{"text": "\xc3\xa9\xff"}', "a.jsonl:1: is not UTF-8"),
         ("a.jsonl", b'{"text": ' + b"[" * 100000, "a.jsonl:1: not valid JSON (nested too deeply)"),
         ("a.jsonl", b'{"text": "\\udc00"}', "a.jsonl:1: holds"),
         ("a.jsonl", b'{"instruction": "a", "output": "b", "history": 5}', "a.jsonl:1: 'history'"),
         ("a.json", b'{"text": "a"}', "a.json: a .json file holds one list of rows"),
-        ("a.csv", b"text\na\n", "not a .jsonl or .json file"),
+        ("a.csv", b'text\n"a\n', "a.csv:2: is not sound CSV (a quote that begins here is not closed)"),
+        ("a.mp3", b"text\na\n", "not a kind of file that is read here"),
         (None, b"", "no such file or folder"),
     ],
 )

@@ -15,6 +15,7 @@ from mlx_lora.data.encode import Encoder
 from mlx_lora.data.sources import FORMATS, detect
 from mlx_lora.models.open import load_tokenizer
 from tests.conftest import TEMPLATE, write_tokenizer
+from tests.data.thinking_templates import CHANNEL, OPENING
 
 TEMPLATES = {
     "plain": TEMPLATE,
@@ -50,6 +51,29 @@ TEMPLATES = {
         "{% if tools %}{{ tools | map(attribute='function') | map(attribute='name') | join }}{% endif %}"
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}<|end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+    "opening": OPENING,
+    "channel": CHANNEL,
+    # R1's kind: the prompt opens thinking, and no answer ever shows any.
+    "hiding": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    ),
+    # Qwen3's kind: the last answer shows a block, and thinking off puts an empty one into the prompt.
+    "switching": (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}<think>\n"
+        "{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}"
+        "{{ m.tool_calls | tojson if m.tool_calls }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+        "{{ '' if enable_thinking else '<think>\n\n</think>\n\n' }}{% endif %}"
+    ),
+    "nothing": "<|user|>{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    "short": (
+        "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+    "argued": (
+        "{{ tone }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ),
     # An error that quotes the row.
     "quoting": "{{ raise_exception('refused: ' + messages[0].content) }}",
@@ -92,6 +116,9 @@ def encoder(tokenizers: Callable[..., Any]) -> Callable[..., Encoder]:
     return make
 
 
+END = "<|end|>"
+
+
 def example(row: dict[str, Any]) -> Any:
     """A row of any format as an Example."""
     return FORMATS[str(detect(row))].parse(row)
@@ -99,7 +126,7 @@ def example(row: dict[str, Any]) -> Any:
 
 def shown(encoder: Encoder, row: dict[str, Any]) -> tuple[str, list[str]]:
     """The whole row as text, and each run of tokens that carries loss as text."""
-    tokens, weights = encoder.tokens(example(row))
+    ((tokens, weights),) = encoder.rows(example(row))
     assert len(tokens) == len(weights) and weights[0] == 0
     runs: list[list[int]] = []
     for index, weight in enumerate(weights):

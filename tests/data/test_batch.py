@@ -17,7 +17,7 @@ from mlx_lora.data.batch import (
     padded,
     steps_per_epoch,
 )
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 
 Steps = list[list[Lines]]
 

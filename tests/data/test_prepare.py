@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,25 @@ import numpy as np
 import pytest
 
 from mlx_lora.config import Data
-from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import prepare, set_aside
+from mlx_lora.data.rows import Row, RowFile
 from mlx_lora.errors import DataError
 from tests.conftest import questions
 
 
-def numbered(count: int) -> list[Row]:
-    return [Row(np.array([index, 0], np.int32), np.array([0, 1], np.float32)) for index in range(count)]
+def numbered(count: int, rows_each: int = 1) -> RowFile:
+    """`count` examples of some rows each, whose first tokens count the rows."""
+    rows = RowFile()
+    for index in range(count * rows_each):
+        rows.append([index, 0], [0, 1], index // rows_each)
+    return rows
 
 
 def turns(count: int) -> list[dict[str, str]]:
     return [{"role": role, "content": "x"} for _ in range(count) for role in ("user", "assistant")]
 
 
-def numbers(rows: list[Row]) -> list[int]:
+def numbers(rows: Sequence[Row]) -> list[int]:
     return [int(row.tokens[0]) for row in rows]
 
 
@@ -38,6 +42,11 @@ def test_set_aside_leaves_a_row_on_each_side(count: int, fraction: float, valid:
     assert len(held) == valid
     assert sorted(numbers(train) + numbers(held)) == list(range(count))
     assert numbers(train) == sorted(numbers(train)) and numbers(held) == sorted(numbers(held)), "file order stays"
+
+
+def test_rows_of_one_example_stay_on_one_side() -> None:
+    train, held = (numbers(side) for side in set_aside(numbered(20, rows_each=3), 0.25, seed=0))
+    assert len(held) == 15 and not {index // 3 for index in train} & {index // 3 for index in held}
 
 
 def test_set_aside_depends_on_the_seed_alone() -> None:

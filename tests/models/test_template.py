@@ -18,11 +18,26 @@ from mlx_lora.data.encode import Encoder
 from mlx_lora.data.example import Example
 from mlx_lora.errors import ModelError
 from mlx_lora.models import template
+from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.open import load_tokenizer
+from mlx_lora.models.template import Job
 from tests.conftest import write_tokenizer
 from tests.data.conftest import ANSWER, TALK, TEMPLATES, TOOLS
 
 Make = Callable[[str], Any]
+
+
+def render(tokenizer: Any, messages: Any, tools: Any = (), *, prompt: bool = False) -> list[int]:
+    """The tokens of one view of one conversation."""
+    chat = ChatFormat(tokenizer)
+    there = [{key: value for key, value in each.items() if value is not None} for each in messages]  # as transformers
+    view = chat.view(len(messages), prompt=prompt, thinking=None)
+    (texts,) = template.render(tokenizer, [Job(there, [view], tools or ())])
+    if isinstance(texts, ValueError):
+        raise texts
+    return chat.encode(texts)[0]
+
+
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 SEES_ALL = (
     "{{ bos_token is defined }} {{ eos_token }} {{ pad_token }} {{ enable_thinking }} {{ tools is none }} {{ tools }}"
@@ -49,21 +64,21 @@ def test_tokens_are_those_that_transformers_gives(tokenizer_with: Make, name: st
     tokenizer = tokenizer_with(SEES_ALL if name == "sees all" else TEMPLATES[name])
     for messages, tools in ((MESSAGES, None), (TALK + ANSWER, TOOLS)):
         expected = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt)
-        assert template.render(tokenizer, messages, tools or (), prompt=prompt) == list(expected)
+        assert render(tokenizer, messages, tools or (), prompt=prompt) == list(expected)
 
 
 def test_one_of_several_templates_is_chosen_as_transformers_does(tokenizer_with: Make) -> None:
     tokenizer = tokenizer_with("{{ 1 }}")
     tokenizer._tokenizer.chat_template = {"default": "default", "tool_use": "tools"}
-    assert tokenizer.decode(template.render(tokenizer, MESSAGES, (), prompt=False)) == "default"
-    assert tokenizer.decode(template.render(tokenizer, MESSAGES, TOOLS, prompt=False)) == "tools"
+    assert tokenizer.decode(render(tokenizer, MESSAGES, (), prompt=False)) == "default"
+    assert tokenizer.decode(render(tokenizer, MESSAGES, TOOLS, prompt=False)) == "tools"
 
 
 def test_code_that_renders_chats_is_no_template(tokenizer_with: Make) -> None:
     """mlx_lm has its own code for some models, which a template's limits don't concern."""
     tokenizer = tokenizer_with("{% for x in y %}")
     tokenizer._chat_template = lambda messages, **settings: "by code"
-    assert tokenizer.decode(template.render(tokenizer, MESSAGES, (), prompt=False)) == "by code"
+    assert tokenizer.decode(render(tokenizer, MESSAGES, (), prompt=False)) == "by code"
 
 
 ENDLESS = {
@@ -86,12 +101,12 @@ def test_templates_without_end_are_stopped(tokenizer_with: Make, case: str, monk
     monkeypatch.setattr(template, "MOST_SECONDS", 0.4)
     monkeypatch.setattr(template, "MOST_MEMORY", 200 << 20)
     tokenizer = tokenizer_with(ENDLESS[case])
-    template.render(tokenizer_with("warm"), MESSAGES, (), prompt=False)
+    render(tokenizer_with("warm"), MESSAGES, (), prompt=False)
     start = time.monotonic()
     with pytest.raises((ModelError, ValueError), match="takes more than|wrote 20000000 characters|recursion"):
-        template.render(tokenizer, MESSAGES, (), prompt=False)
+        render(tokenizer, MESSAGES, (), prompt=False)
     assert time.monotonic() - start < 5
-    assert template.render(tokenizer_with("x"), MESSAGES, (), prompt=False) == tokenizer.encode("x")
+    assert render(tokenizer_with("x"), MESSAGES, (), prompt=False) == tokenizer.encode("x")
 
 
 def test_a_template_at_fault_ends_the_reading_of_rows(tokenizer_with: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,10 +114,10 @@ def test_a_template_at_fault_ends_the_reading_of_rows(tokenizer_with: Make, monk
     monkeypatch.setattr(template, "MOST_SECONDS", 0.3)
     encoder = Encoder(tokenizer_with(ENDLESS["loop"]), Data())
     with pytest.raises(ModelError, match="chat template takes more than"):
-        encoder.tokens(Example(messages=tuple(MESSAGES), prompt_messages=1))
+        encoder.rows(Example(messages=tuple(MESSAGES), prompt_messages=1))
     refusing = Encoder(tokenizer_with("{{ raise_exception('no') }}"), Data())
     with pytest.raises(ValueError, match="refuses this conversation: 'no'"):
-        refusing.tokens(Example(messages=tuple(MESSAGES), prompt_messages=1))
+        refusing.rows(Example(messages=tuple(MESSAGES), prompt_messages=1))
 
 
 @pytest.mark.parametrize(
@@ -120,30 +135,30 @@ def test_a_template_at_fault_ends_the_reading_of_rows(tokenizer_with: Make, monk
 )
 def test_templates_reach_nothing(tokenizer_with: Make, text: str) -> None:
     with pytest.raises(ValueError):
-        template.render(tokenizer_with(text), MESSAGES, (), prompt=False)
+        render(tokenizer_with(text), MESSAGES, (), prompt=False)
 
 
 def test_dates_are_those_of_this_machines_time_zone(tokenizer_with: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker can't read the zone's file any more when a template asks for the date."""
-    template._worker.stop()
+    template.stop_workers()
     monkeypatch.setenv("TZ", "Asia/Kathmandu")  # not a whole number of hours from any other
     tokenizer = tokenizer_with("{{ strftime_now('%H:%M') }}")
     hours = [datetime.now(ZoneInfo("Asia/Kathmandu")).strftime("%H:%M")]
-    tokens = template.render(tokenizer, MESSAGES, (), prompt=False)
+    tokens = render(tokenizer, MESSAGES, (), prompt=False)
     hours.append(datetime.now(ZoneInfo("Asia/Kathmandu")).strftime("%H:%M"))
-    template._worker.stop()
+    template.stop_workers()
     assert tokenizer.decode(tokens) in hours
 
 
 def test_a_worker_that_was_killed_is_started_again(tokenizer_with: Make) -> None:
     tokenizer = tokenizer_with("x")
     for _ in range(2):
-        template.render(tokenizer, MESSAGES, (), prompt=False)
-        process = template._worker.process
+        render(tokenizer, MESSAGES, (), prompt=False)
+        process = template._workers[0].process
         assert process is not None and os.getpgid(process.pid) != os.getpgid(0), "an interrupt would end it too"
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert template.render(tokenizer, MESSAGES, (), prompt=False) == tokenizer.encode("x")
+    assert render(tokenizer, MESSAGES, (), prompt=False) == tokenizer.encode("x")
 
 
 def test_an_interrupted_answer_is_not_taken_for_the_next_ones(
@@ -157,13 +172,13 @@ def test_an_interrupted_answer_is_not_taken_for_the_next_ones(
 
     for process_runs in (False, True):
         if not process_runs:
-            template._worker.stop()
+            template.stop_workers()
         monkeypatch.setattr(template, "_received", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            template.render(tokenizer_with("first"), MESSAGES, (), prompt=False)
+            render(tokenizer_with("first"), MESSAGES, (), prompt=False)
         monkeypatch.setattr(template, "_received", receive)
         tokenizer = tokenizer_with("second")
-        assert tokenizer.decode(template.render(tokenizer, MESSAGES, (), prompt=False)) == "second"
+        assert tokenizer.decode(render(tokenizer, MESSAGES, (), prompt=False)) == "second"
 
 
 def test_the_worker_ends_with_its_input() -> None:

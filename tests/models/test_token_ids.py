@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 from mlx_lora.errors import ModelError, TrainingError
 from mlx_lora.models import shapes, token_ids
 from mlx_lora.models.load import LoadedModel, load

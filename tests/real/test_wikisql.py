@@ -15,8 +15,9 @@ import pytest
 from mlx_lora.adapters.attach import put
 from mlx_lora.config import Data
 from mlx_lora.data.batch import collate
-from mlx_lora.data.encode import Encoder, Row
+from mlx_lora.data.encode import Encoder
 from mlx_lora.data.read import read
+from mlx_lora.data.rows import Row
 from mlx_lora.models.load import LoadedModel, load
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.store import adapter as store
@@ -56,7 +57,7 @@ def test_loss_equals_numpy_over_mlx_lm_logits(smollm2: Path, wikisql: Path, mask
     encoder = Encoder(ours.tokenizer, settings)
     order = sorted(range(len(source.examples)), key=lambda index: len(source.examples[index].plain[0]))  # type: ignore[index]
     chosen = [source.examples[index] for index in (*order[:3], order[-1])]  # three short rows and the longest
-    rows = [Row(np.array(t, np.int32), np.array(w, np.float32)) for t, w in map(encoder.tokens, chosen)]
+    rows = [Row(np.array(t, np.int32), np.array(w, np.float32)) for one in map(encoder.rows, chosen) for t, w in one]
     loss = Loss(take_apart(ours.model))(as_arrays(collate(rows))).item()
     assert loss == pytest.approx(sum(_numpy_loss(theirs, row) for row in rows), rel=1e-4)
 
@@ -112,7 +113,7 @@ def _generate(shell: Shell, model: Path, adapter: Path, prompt: str) -> str:
     engine.add("it", store.wrappers_for(loaded.model, stored))
     engine.use("it")
     answer = Answer()
-    tokens = prompt_tokens(loaded.tokenizer, [{"role": "user", "content": prompt}], template="chat")
+    tokens = prompt_tokens(loaded.tokenizer, [{"role": "user", "content": prompt}])
     list(stream_text(engine, tokens, answer, max_tokens=24))
     return answer.text
 

@@ -181,7 +181,7 @@ def test_a_space_before_exit_sends_the_word(talk: Talk) -> None:
 def test_an_adapter_of_single_questions_answers_without_history(talk: Talk) -> None:
     chat, _, err = talk("/use two", "one", "two", "three")
     assert err.count("two was trained on single questions") == 1 and "/history on" in err
-    alone = prompt_tokens(chat.engine.loaded.tokenizer, [{"role": "user", "content": "three"}], template="chat")
+    alone = prompt_tokens(chat.engine.loaded.tokenizer, [{"role": "user", "content": "three"}])
     assert chat.engine.cache.tokens[: len(alone)] == alone, "the third question is sent by itself"
     assert len(chat.messages) == 6, "the turns stay, for /history on and /save"
 
@@ -189,10 +189,10 @@ def test_an_adapter_of_single_questions_answers_without_history(talk: Talk) -> N
 def test_history_can_be_chosen_and_set_shows_it(talk: Talk) -> None:
     chat, out, err = talk("/use two", "/set", "/history on", "/set", "one", "two", "/history maybe")
     assert "history      off" in out and "history      on" in out and "takes on or off" in err
-    whole = prompt_tokens(chat.engine.loaded.tokenizer, chat.messages[:3], template="chat")
+    whole = prompt_tokens(chat.engine.loaded.tokenizer, chat.messages[:3])
     assert chat.engine.cache.tokens[: len(whole)] == whole
     chat, _, err = talk("/history off", "one", "two")
-    alone = prompt_tokens(chat.engine.loaded.tokenizer, chat.messages[2:3], template="chat")
+    alone = prompt_tokens(chat.engine.loaded.tokenizer, chat.messages[2:3])
     assert chat.engine.cache.tokens[: len(alone)] == alone and "single questions" not in err
 
 
@@ -200,7 +200,7 @@ def test_a_system_message_goes_with_each_question_without_history(talk: Talk, tm
     """And each is saved as a row of its own, as it was sent."""
     file = tmp_path / "rows.jsonl"
     chat, _, _ = talk("/system be brief", "/use two", "one", "two", f"/save {file}")
-    sent = prompt_tokens(chat.engine.loaded.tokenizer, [chat.messages[0], chat.messages[3]], template="chat")
+    sent = prompt_tokens(chat.engine.loaded.tokenizer, [chat.messages[0], chat.messages[3]])
     assert chat.engine.cache.tokens[: len(sent)] == sent
     rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
     assert [[message["role"] for message in row] for row in rows] == [["system", "user", "assistant"]] * 2

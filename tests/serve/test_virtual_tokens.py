@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,11 @@ def test_a_second_turn_continues_the_cache_and_answers_as_from_nothing(engine: E
     chat = Chat(engine)
     chat.settings["max_tokens"] = 5
     chat.say("hello there")
-    first = prompt_tokens(engine.loaded.tokenizer, chat.messages[:1], template="chat")
+    first = prompt_tokens(engine.loaded.tokenizer, chat.messages[:1])
     layers = engine.cache.layers
     chat.say("and again")
     assert engine.cache.layers is layers
-    whole = prompt_tokens(engine.loaded.tokenizer, chat.messages[:3], template="chat")
+    whole = prompt_tokens(engine.loaded.tokenizer, chat.messages[:3])
     start = complete(name, whole, len(first))
     assert engine.cache.tokens[: len(start)] == start
     answer = greedy(engine, start, 5)
@@ -93,13 +94,13 @@ def test_evaluation_has_them_where_training_had_them(engine: Engine, write_rows:
     turns = [{"role": role, "content": word} for role, word in zip(("user", "assistant") * 2, "abcd", strict=True)]
     file = str(write_rows([{"messages": turns}, {"messages": turns[:2]}]))
     asked = questions(file, Data(), engine.loaded.tokenizer, exact=True)
-    first = len(prompt_tokens(engine.loaded.tokenizer, turns[:1], template="chat"))
+    first = len(prompt_tokens(engine.loaded.tokenizer, turns[:1]))
     model = engine.loaded.model
     for name in ADAPTERS:
         engine.use(name)
         prompts = [complete(name, prompt, first) for prompt in asked.prompts]
         says = [engine.loaded.tokenizer.decode(greedy(engine, prompt, 4)) for prompt in prompts]
-        wanted = type(asked)(asked.rows, asked.prompts, [says[0], says[1] + "?"])
+        wanted = replace(asked, answers=[says[0], says[1] + "?"])
         result = evaluate(engine, name, wanted, max_tokens=4)
         rows = [engine.virtual.row(row) if engine.virtual else row for row in asked.rows]
         total = sum(float(mx.array(Loss(take_apart(model))(as_arrays(collate([row])))).item()) for row in rows)

@@ -13,6 +13,7 @@ import pytest
 from mlx_lora import files
 from mlx_lora.config import Quantize
 from mlx_lora.errors import ModelError
+from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.load import load_stored
 from mlx_lora.models.save import save
 from mlx_lora.store import fingerprint
@@ -112,12 +113,12 @@ def test_tokenizer_and_template_have_fingerprints_of_their_own(directory: Path, 
     class Tokenizer:
         chat_template: str | None = TEMPLATE
 
-    before = fingerprint.of_tokenizer(directory), fingerprint.of_template(Tokenizer())
+    before = fingerprint.of_tokenizer(directory), fingerprint.of_template(ChatFormat(Tokenizer()))
     write_tokenizer(directory, template=TEMPLATE + " ")
     assert fingerprint.of_tokenizer(directory) == before[0], "a template is no part of the tokenizer"
     (directory / "tokenizer.json").write_text("{}")
     assert fingerprint.of_tokenizer(directory) != before[0]
     Tokenizer.chat_template = TEMPLATE + " "
-    assert fingerprint.of_template(Tokenizer()) != before[1]
+    assert fingerprint.of_template(ChatFormat(Tokenizer())) != before[1]
     Tokenizer.chat_template = None
-    assert fingerprint.of_template(Tokenizer()) is None
+    assert fingerprint.of_template(ChatFormat(Tokenizer())) is None

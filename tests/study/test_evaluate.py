@@ -27,7 +27,7 @@ def test_exact_match_counts_the_answers_that_generation_gives(
     engine = Engine(tiny)
     rows = []
     for index, prompt in enumerate(PROMPTS):
-        tokens = prompt_tokens(tiny.tokenizer, [{"role": "user", "content": prompt}], template="chat")
+        tokens = prompt_tokens(tiny.tokenizer, [{"role": "user", "content": prompt}])
         says = tiny.tokenizer.decode(list(engine.stream(tokens, max_tokens=6)))
         rows.append({"prompt": prompt, "completion": says if index else "something else"})
     asked = questions(str(write_rows(rows)), Data(), tiny.tokenizer, exact=True)

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data.batch import collate
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.verify import Verified, take_apart
 from mlx_lora.train import session, step

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mlx_lora.data.batch import collate
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.train.prefix import PrefixStore, bytes_of, place
 

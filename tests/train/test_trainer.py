@@ -15,7 +15,7 @@ from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.data import batch
 from mlx_lora.data.batch import Batch, collate, epoch_steps, steps_per_epoch
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.verify import take_apart

@@ -1,5 +1,7 @@
 """One module per format: `matches(row)` says whether a row has its shape, `parse(row)` makes an Example of it.
 
+`data.columns` brings rows with other names into these shapes.
+
 Order matters for `detect`: the most specific shape first.
 """
 

@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Data, Train
-from mlx_lora.data.encode import Row
 from mlx_lora.data.prepare import prepare
+from mlx_lora.data.rows import Row
 from mlx_lora.models.load import load
 from mlx_lora.study.bench import PLAIN, measure
 from tests.bench.sides import rows as plain

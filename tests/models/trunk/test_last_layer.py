@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter
 from mlx_lora.data.batch import Batch, collate
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 from mlx_lora.models.trunk.last_layer import rows_of_mask
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.lean import lean

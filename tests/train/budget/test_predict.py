@@ -13,7 +13,7 @@ import pytest
 
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
-from mlx_lora.data.encode import Row
+from mlx_lora.data.rows import Row
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.shapes import network
 from mlx_lora.models.trunk.attention import SCORES_BYTES, SCORES_BYTES_GPU

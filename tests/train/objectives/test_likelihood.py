@@ -16,8 +16,9 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Data
 from mlx_lora.data.batch import collate
-from mlx_lora.data.encode import Encoder, Row
+from mlx_lora.data.encode import Encoder
 from mlx_lora.data.example import conversation
+from mlx_lora.data.rows import Row
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import take_apart
@@ -39,7 +40,7 @@ def rows_of(tokenizer: Any, mask: str) -> list[Row]:
     """Three rows of different lengths, one far longer than the others, encoded with a mask."""
     encoder = Encoder(tokenizer, Data(mask=mask))
     examples = [conversation(TURNS), conversation(TURNS[1:3]), conversation([*TURNS[:3] * 4, *TURNS[3:]])]
-    pairs = [encoder.tokens(example) for example in examples]
+    pairs = [row for example in examples for row in encoder.rows(example)]
     return [Row(np.array(tokens, np.int32), np.array(weights, np.float32)) for tokens, weights in pairs]
 
 
