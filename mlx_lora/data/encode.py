@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -24,6 +25,8 @@ from mlx_lora.models.template import Texts
 
 # Examples that are rendered and encoded together.
 BATCH = 64
+# Tokens behind an answer's end that are remembered as blank or not.
+FEW = 3
 
 
 @dataclass
@@ -55,16 +58,26 @@ class Encoder:
         return self.format or ChatFormat.of(self.tokenizer, self.settings)
 
     def encoded(self, examples: Iterable[Example]) -> Iterator[Encoded]:
-        """Each example with its rows or its `fault`, in order. Raises ModelError where the template itself fails."""
+        """Each example with its rows or its `fault`, in order. Raises ModelError where the template itself fails.
+
+        Batches pass through three stages at a time: workers render the next ones, a thread encodes one, and rows are
+        made of the one before.
+        """
         source = iter(examples)
-        waiting: deque[tuple[list[Encoded], Callable[[], list[Texts]]]] = deque()
-        while batch := [self._begun(example) for example in islice(source, BATCH)]:
-            jobs = [one.talk.job(self.chat) for one in batch if one.talk]
-            waiting.append((batch, self.chat.submit(jobs) if jobs else list))
-            if len(waiting) > template.workers():
-                yield from self._finished(*waiting.popleft())
-        while waiting:
-            yield from self._finished(*waiting.popleft())
+        rendering: deque[tuple[list[Encoded], Callable[[], list[Texts]]]] = deque()
+        encoding: deque[tuple[list[Encoded], Future[list[Tokens]]]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="encoding") as thread:
+            while batch := [self._begun(example) for example in islice(source, BATCH)]:
+                jobs = [one.talk.job(self.chat) for one in batch if one.talk]
+                rendering.append((batch, self.chat.submit(jobs) if jobs else list))
+                if len(rendering) > template.workers():
+                    encoding.append(self._rendered(thread, *rendering.popleft()))
+                if len(encoding) > 1:
+                    yield from self._finished(*encoding.popleft())
+            while rendering or encoding:
+                if rendering:
+                    encoding.append(self._rendered(thread, *rendering.popleft()))
+                yield from self._finished(*encoding.popleft())
 
     def rows(self, example: Example) -> list[Weighted]:
         """Token ids and loss weights of a whole example, before its length is looked at.
@@ -134,20 +147,28 @@ class Encoder:
             one.fault = str(error)
         return one
 
-    def _finished(self, batch: list[Encoded], result: Callable[[], list[Texts]]) -> Iterator[Encoded]:
-        """The batch with its rows: every text of it is encoded at once, by as many threads as the tokenizer has."""
+    def _rendered(
+        self, thread: ThreadPoolExecutor, batch: list[Encoded], result: Callable[[], list[Texts]]
+    ) -> tuple[list[Encoded], Future[list[Tokens]]]:
+        """The batch once it is rendered, and the tokens of all its texts to come, those of conversations first."""
         rendered = iter(result())
         for one in batch:
             if one.talk:
                 one.talk.take(self.chat, next(rendered))
                 one.fault, one.texts = one.talk.fault, one.talk.texts
-        chats = iter(self.chat.encode([text for one in batch if one.talk for text in one.texts]))
-        plain = iter(self._encode([text for one in batch if not one.talk for text in one.texts]))
+        chats = [text for one in batch if one.talk for text in one.texts]
+        plain = [text for one in batch if not one.talk for text in one.texts]
+        return batch, thread.submit(lambda: self.chat.encode(chats) + self.chat.encode(plain, special=True))
+
+    def _finished(self, batch: list[Encoded], tokens: Future[list[Tokens]]) -> Iterator[Encoded]:
+        """The batch with its rows."""
+        found = tokens.result()
+        chats, plain = iter(found), iter(found[sum(len(one.texts) for one in batch if one.talk) :])
         for one in batch:
-            tokens = [next(chats if one.talk else plain) for _ in one.texts]
+            of_texts = list(islice(chats if one.talk else plain, len(one.texts)))
             if not one.fault:
                 try:
-                    one.rows = self._weighted(one, tokens)
+                    one.rows = self._weighted(one, of_texts)
                     for row, _ in one.rows:
                         self._embedded(row)
                 except ValueError as error:
@@ -208,13 +229,6 @@ class Encoder:
             raise ValueError(f"{found}: {token_ids.HINT}")
         return tokens
 
-    def _encode(self, texts: list[str]) -> list[Tokens]:
-        """Token ids of texts with whatever the tokenizer adds to a text."""
-        if not texts:
-            return []
-        inner = getattr(self.tokenizer, "_tokenizer", self.tokenizer)
-        return list(inner(texts, return_attention_mask=False)["input_ids"])
-
     def _continuation(self, text: str) -> Tokens:
         """The tokens of `text` after something else: alone, some tokenizers would put a space before it."""
         before, both = (list(self.tokenizer.encode(part, add_special_tokens=False)) for part in ("\n", "\n" + text))
@@ -224,10 +238,22 @@ class Encoder:
 
     def _closed(self, tokens: Tokens) -> Tokens:
         """An answer up to its last end token; one is appended where the template writes none there."""
-        after = 1 + max((index for index, token in enumerate(tokens) if token in self.ends), default=-1)
-        if not after or self.tokenizer.decode(tokens[after:]).strip():
+        after = next((place for place in range(len(tokens), 0, -1) if tokens[place - 1] in self.ends), 0)
+        if not after or not self._is_blank(tuple(tokens[after:])):
             return [*tokens, self.end]
         return tokens[:after]
+
+    def _is_blank(self, tokens: tuple[int, ...]) -> bool:
+        """Whether tokens are white space; the same few follow every answer, and are remembered."""
+        if len(tokens) > FEW:
+            return not self.tokenizer.decode(list(tokens)).strip()
+        if tokens not in self._blank:
+            self._blank[tokens] = not self.tokenizer.decode(list(tokens)).strip()
+        return self._blank[tokens]
+
+    @cached_property
+    def _blank(self) -> dict[tuple[int, ...], bool]:
+        return {(): True}
 
     @cached_property
     def ends(self) -> frozenset[int]:

@@ -101,12 +101,18 @@ class ChatFormat:
             raise texts
         return texts
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text; the template has written every special token."""
+    def encode(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        """Token ids of each text; with `special` what the tokenizer adds to a text by itself, which templates write.
+
+        A fast tokenizer encodes without holding the interpreter, so that other threads compute meanwhile.
+        """
         if not texts:
             return []
         inner = getattr(self.tokenizer, "_tokenizer", self.tokenizer)
-        return list(inner(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"])
+        backend = getattr(inner, "backend_tokenizer", None)
+        if backend is None or backend.truncation or backend.padding:
+            return list(inner(list(texts), add_special_tokens=special, return_attention_mask=False)["input_ids"])
+        return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
 
     @cached_property
     def think(self) -> tuple[str, str]:

@@ -1,9 +1,9 @@
 """The shapes that each layer of a model passes to attention and to recurrences, for any architecture.
 
 The model is called on a few tokens. Recording functions replace the functions that `trunk.lean` replaces. Nothing is
-evaluated: MLX is lazy, and `mx.compile` only traces the call, which ends with an exception before anything is
-compiled. A model whose code needs a value during the call raises earlier, so its layers have incomplete records. No
-class and no module is patched.
+evaluated: MLX is lazy, and `mx.vmap` traces the call first, which ends with an exception before anything else is done
+(`mx.compile` traces too, but not where there is no compiler). A model whose code needs a value during the call raises,
+so its layers have incomplete records. No class and no module is patched.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def layer_calls(model: nn.Module) -> list[LayerCalls]:
         raise _Recorded
 
     with training(model), suppress(Exception):
-        mx.compile(run)(mx.ones((1, TOKENS), dtype=mx.int32))
+        mx.vmap(run)(mx.ones((1, 1, TOKENS), dtype=mx.int32))
     return [records[id(layer)] for layer in layers]
 
 

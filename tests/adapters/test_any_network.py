@@ -75,7 +75,7 @@ def test_the_toy_recovers_a_matrix_as_far_as_rank_4_can() -> None:
 
     learned = np.array(network.layers[0].fuse().weight, dtype=np.float64)
     error, best = np.linalg.norm(wanted - learned), np.linalg.norm(values[RANK:])
-    assert best <= error < 1.01 * best
+    assert (1 - 1e-6) * best <= error < 1.01 * best
     mlx_lora.detach(network)
     assert network.layers[0] is model and np.array_equal(model.weight, start.astype(np.float32))
 

@@ -19,7 +19,16 @@ import pytest
 from mlx_lora import paths
 from mlx_lora.machine import allocation, blas, device, elementary, facts
 
-FOUND = bool(ctypes.util.find_library("openblas"))
+
+def _loads(name: str | None) -> bool:
+    """Whether a library can be loaded, and not only found."""
+    try:
+        return name is not None and bool(ctypes.CDLL(name))
+    except OSError:
+        return False
+
+
+FOUND = _loads(ctypes.util.find_library("openblas"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or not FOUND, reason="no OpenBLAS on this machine")

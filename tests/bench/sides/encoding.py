@@ -16,7 +16,11 @@ from mlx_lora.models import template
 from mlx_lora.models.open import load_tokenizer
 from tests.bench.worker import process_bytes
 
-WORDS = [f"word{number}" for number in range(4000)]
+WORDS = (
+    "the river stone garden of what is where lies and it name called number in old house water light two was said "
+    "they have one from which their people over time year good work first last long great little own other right big "
+    "high different small large next early young important few public bad same able money story fact month lot study"
+).split()
 ROW_BYTES = 2000
 
 

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.attach import attach
 from mlx_lora.config import Adapter, Train
 from mlx_lora.errors import ModelError, TrainingError
+from mlx_lora.machine import facts
 from mlx_lora.models import recurrence
 from mlx_lora.models.trunk import attention, lean, trial, verify
 from mlx_lora.models.trunk.arrays import arrays_kept
@@ -163,7 +164,10 @@ def test_a_model_that_shares_keys_through_its_cache_is_trained_as_it_is_served()
 
 @pytest.mark.parametrize("name", ["dbrx", "gemma3n"])
 def test_what_cant_be_compiled_runs_uncompiled_with_a_note(name: str) -> None:
-    """dbrx chooses its experts on the host. Gemma 3n exchanges arrays of its own on the way, which are put back."""
+    """dbrx chooses its experts on the host. Gemma 3n exchanges arrays of its own on the way, which are put back.
+
+    Where MLX can't compile at all, for want of g++, nothing is to be said of one model.
+    """
     model = adapted(name)
     if name == "gemma3n":
         model.model.language_model.config.altup_coef_clip = 0.01  # so that it changes its weights
@@ -173,7 +177,7 @@ def test_what_cant_be_compiled_runs_uncompiled_with_a_note(name: str) -> None:
     settings = Train(iters=2, batch_size=3, eval_every=1, learning_rate=0.01, warmup=0.0)
     events = list(train(model, rows(), rows(), settings, trunk=take_apart(model)))
     notes = [event.text for event in events if isinstance(event, Note) and "compiled" in event.text]
-    assert len(notes) == (name == "dbrx")
+    assert len(notes) == (name == "dbrx" and facts.collect()["compiled_kernels"])
     now = dict(tree_flatten(model.parameters()))
     assert all(mx.array_equal(array, now[path]) for path, array in base.items())
     losses = [event.loss for event in events if isinstance(event, Evaluated)]
