@@ -7,6 +7,7 @@ that workers and this process compute side by side.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,8 @@ from mlx_lora.models.template import Texts
 
 # Examples that are rendered and encoded together.
 BATCH = 64
+# Threads that encode; a tokenizer doesn't hold the interpreter while it does.
+MOST_THREADS = 4
 # Tokens behind an answer's end that are remembered as blank or not.
 FEW = 3
 
@@ -60,23 +63,24 @@ class Encoder:
     def encoded(self, examples: Iterable[Example]) -> Iterator[Encoded]:
         """Each example with its rows or its `fault`, in order. Raises ModelError where the template itself fails.
 
-        Batches pass through three stages at a time: workers render the next ones, a thread encodes one, and rows are
-        made of the one before.
+        Batches pass through three stages at a time: workers render the next ones, threads encode some, and rows are
+        made of the one before them.
         """
         source = iter(examples)
         rendering: deque[tuple[list[Encoded], Callable[[], list[Texts]]]] = deque()
         encoding: deque[tuple[list[Encoded], Future[list[Tokens]]]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="encoding") as thread:
+        count = min(os.cpu_count() or 1, MOST_THREADS)
+        with ThreadPoolExecutor(count, thread_name_prefix="encoding") as threads:
             while batch := [self._begun(example) for example in islice(source, BATCH)]:
                 jobs = [one.talk.job(self.chat) for one in batch if one.talk]
                 rendering.append((batch, self.chat.submit(jobs) if jobs else list))
                 if len(rendering) > template.workers():
-                    encoding.append(self._rendered(thread, *rendering.popleft()))
-                if len(encoding) > 1:
+                    encoding.append(self._rendered(threads, *rendering.popleft()))
+                if len(encoding) > count:
                     yield from self._finished(*encoding.popleft())
             while rendering or encoding:
                 if rendering:
-                    encoding.append(self._rendered(thread, *rendering.popleft()))
+                    encoding.append(self._rendered(threads, *rendering.popleft()))
                 yield from self._finished(*encoding.popleft())
 
     def rows(self, example: Example) -> list[Weighted]:
@@ -148,7 +152,7 @@ class Encoder:
         return one
 
     def _rendered(
-        self, thread: ThreadPoolExecutor, batch: list[Encoded], result: Callable[[], list[Texts]]
+        self, threads: ThreadPoolExecutor, batch: list[Encoded], result: Callable[[], list[Texts]]
     ) -> tuple[list[Encoded], Future[list[Tokens]]]:
         """The batch once it is rendered, and the tokens of all its texts to come, those of conversations first."""
         rendered = iter(result())
@@ -158,7 +162,7 @@ class Encoder:
                 one.fault, one.texts = one.talk.fault, one.talk.texts
         chats = [text for one in batch if one.talk for text in one.texts]
         plain = [text for one in batch if not one.talk for text in one.texts]
-        return batch, thread.submit(lambda: self.chat.encode(chats) + self.chat.encode(plain, special=True))
+        return batch, threads.submit(lambda: self.chat.encode(chats) + self.chat.encode(plain, special=True))
 
     def _finished(self, batch: list[Encoded], tokens: Future[list[Tokens]]) -> Iterator[Encoded]:
         """The batch with its rows."""
