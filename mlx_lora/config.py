@@ -16,6 +16,7 @@ from mlx_lora.config_base import Integer, Number, Section, as_switch, known_name
 from mlx_lora.methods import MODES
 
 # data.template by name; the last five are for bases without a template.
+TEMPLATE_FILE = ".jinja"
 TEMPLATES = ("auto", "chat", "none", "chatml", "llama3", "gemma", "mistral", "alpaca")
 
 __all__ = ["Adapter", "Data", "Glora", "Quantize", "Recipe", "Section", "Train"]
@@ -87,7 +88,7 @@ class Data(Section):
     template_args: dict[str, Any] = Field(
         default={}, examples=["{name: value}"], description="Arguments for the chat template."
     )
-    drop: list[Literal["reasoning_content", "name", "tool_calls", "tools"]] = Field(
+    drop: list[Literal["reasoning_content", "name", "tool_calls", "tools", "images"]] = Field(
         default=[], description="Parts to leave out, where the chat template doesn't show them."
     )
     mask: Literal["auto", "all", "completion", "assistant", "last"] = Field(
@@ -105,7 +106,7 @@ class Data(Section):
     @field_validator("template")
     @classmethod
     def _template(cls, value: str) -> str:
-        return value if value.endswith(".jinja") else known_name(value, TEMPLATES)
+        return value if value.endswith(TEMPLATE_FILE) else known_name(value, TEMPLATES)
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())

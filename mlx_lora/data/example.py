@@ -110,6 +110,16 @@ def checked_message(message: Any, name: str) -> dict[str, Any]:
     return message
 
 
+def without_images(value: Any) -> Any:
+    """A row, or any part of one, without the parts of messages that are images."""
+    if isinstance(value, dict):
+        return {key: without_images(part) for key, part in value.items()}
+    if isinstance(value, list):
+        images = [isinstance(part, dict) and "image" in str(part.get("type", "")) for part in value]
+        return [without_images(part) for part, image in zip(value, images, strict=True) if not image]
+    return value
+
+
 def as_written(message: dict[str, Any]) -> dict[str, Any]:
     """A checked message as a row of a file has it: reasoning that stood inside the text stands there again."""
     if not message.get(INLINE):
@@ -128,7 +138,8 @@ def _text(content: Any, name: str) -> Any:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         text = part["text"] if kind in ("text", "input_text") and "text" in part else None
         if not isinstance(text, str):
-            raise ValueError(f"{name} has a part of type {shorten(kind)}; only text can be trained on here")
+            hint = " (data.drop=[images] leaves it out)" if "image" in str(kind) else ""
+            raise ValueError(f"{name} has a part of type {shorten(kind)}; only text can be trained on here{hint}")
         texts.append(text)
     return "\n".join(texts)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from mlx_lora import files
 from mlx_lora.config import Data
 from mlx_lora.data import columns, readers
-from mlx_lora.data.example import Example
+from mlx_lora.data.example import Example, without_images
 from mlx_lora.data.sources import FORMATS
 from mlx_lora.data.splits import find_splits
 from mlx_lora.data.system import with_system
@@ -77,7 +77,8 @@ class Stream:
         return found
 
     def _example(self, found: columns.Columns, row: dict[str, Any]) -> Example:
-        example = FORMATS[found.format].parse(found.row(row))
+        row = found.row(row)
+        example = FORMATS[found.format].parse(without_images(row) if "images" in self.settings.drop else row)
         if example.messages:  # what was text in a cell, or in a call's arguments, is lists and objects now
             _check_depth([*example.messages, *example.tools])
         return with_system(example, self.settings.system) if self.settings.system else example

@@ -19,6 +19,7 @@ from mlx_lora.interop.fuse import Fused, fuse
 from mlx_lora.measure import Agreement, Predictions, compare, predictions, rows_of_tokens
 from mlx_lora.models import chat_templates
 from mlx_lora.models.load import LoadedModel, load
+from mlx_lora.serve.conversation import trained
 from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
@@ -89,7 +90,9 @@ def agreement_with(before: Predictions, out: Path, rows: Sequence[Row], *, progr
 
 def _rows(data: str, adapter: StoredAdapter, tokenizer: Any, progress: OnFile) -> Sequence[Row]:
     settings = Data.model_validate((adapter.manifest.recipe or {}).get("data", {}))
-    return questions(data, settings, tokenizer, exact=False, prefer=VALID_FIRST, progress=progress).rows[:MOST_ROWS]
+    chats = trained(adapter).format(tokenizer) if adapter.chat_template is not None else None
+    asked = questions(data, settings, tokenizer, exact=False, format=chats, prefer=VALID_FIRST, progress=progress)
+    return asked.rows[:MOST_ROWS]
 
 
 def generated_rows(loaded: LoadedModel, adapter: StoredAdapter, *, progress: OnFile = silent) -> list[Row]:

@@ -49,6 +49,7 @@ def shareable(recipe: Recipe, base: store.Base) -> dict[str, Any]:
     values = recipe.model_dump()
     values["model"] = base.name
     values["data"]["path"] = Path(values["data"]["path"]).name
+    values["data"]["template"] = Path(values["data"]["template"]).name
     return values
 
 
@@ -60,10 +61,12 @@ def identity(
     Settings that change no byte of what is learned are left out.
     """
     harmless = {"memory_limit_gb", "on_memory", "save_every"}
+    settings = recipe.model_dump(
+        mode="json", exclude={"model": True, "name": True, "data": {"path"}, "train": harmless}
+    )
+    settings["data"]["template"] = Path(settings["data"]["template"]).name  # its text is in the fingerprint below
     return {
-        "recipe": recipe.model_dump(
-            mode="json", exclude={"model": True, "name": True, "data": {"path"}, "train": harmless}
-        ),
+        "recipe": settings,
         "tokenizer": {"files": manifest.tokenizer, "chat_template": manifest.chat_template},
         "machine": {"processes": processes, "device": "gpu" if device.on_gpu() else "cpu", "mlx": version("mlx")},
         "model": base.model_dump(mode="json", exclude={"name"}),

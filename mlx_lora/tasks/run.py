@@ -23,7 +23,7 @@ import yaml
 
 from mlx_lora import __version__, paths, ui
 from mlx_lora.adapters.attach import Wrappers
-from mlx_lora.config import Recipe
+from mlx_lora.config import TEMPLATE_FILE, Recipe
 from mlx_lora.store import adapter as store
 from mlx_lora.store.run import (
     CAN_GO_ON,
@@ -108,6 +108,8 @@ class RunFolder:
     def _write_recipe(self) -> None:
         values = self.recipe.model_dump()
         values["model"], values["data"]["path"] = map(_from_anywhere, (values["model"], values["data"]["path"]))
+        if values["data"]["template"].endswith(TEMPLATE_FILE):
+            values["data"]["template"] = _from_anywhere(values["data"]["template"])
         complete, temporary = self.folder / RECIPE, self.folder / f"{RECIPE}.new"
         with paths.created(temporary) as stream:
             stream.write(yaml.safe_dump(values, sort_keys=False).encode())

@@ -81,3 +81,23 @@ def test_it_answers_through_chat_eval_fuse_and_unmodified_mlx_lm(
     assert mlx_lm.generate(model, tokenizer, prompt=prompt, max_tokens=12).strip() == "yes"
     manifest = json.loads((home / "adapters" / "mine" / "manifest.json").read_text())
     assert manifest["template"] == "chat" and manifest["chat_template"]
+
+
+def test_a_template_file_is_found_again_by_resume_and_fuse_from_elsewhere(
+    run: Run, bare: Path, write_rows: Any, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, elsewhere = write_rows(ROWS), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    Path("own.jinja").write_text("{% for m in messages %}({{ m.role }}) {{ m.content }}\n{% endfor %}(assistant) ")
+    words = ("data.template=own.jinja", "train.iters=2", "train.schedule=constant", "train.warmup=0")
+    assert run("train", "--model", bare, "--data", rows, "--name", "mine", *words).code == 0
+    monkeypatch.chdir(elsewhere)
+    resumed = run("train", "--name", "mine", "--resume", "train.iters=4", "--json")
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["iters"] == 4
+    manifest = (home / "adapters" / "mine" / "manifest.json").read_text()
+    assert str(tmp_path) not in manifest, "no path of this machine in an adapter that may be given away"
+    (tmp_path / "own.jinja").unlink()
+    fused = run("fuse", "--adapter", "mine", "--out", tmp_path / "fused", "--data", rows, "--bits", "16", "--force")
+    assert fused.code == 0, fused.err

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlx_lora.data.encode import Encoder
-from mlx_lora.data.example import Example, conversation
+from mlx_lora.data.example import Example, conversation, without_images
 from mlx_lora.serve.answer import prompt_tokens
 from mlx_lora.serve.conversation import Trained
 from tests.data.conftest import END, message
@@ -134,8 +134,10 @@ def test_lists_of_text_parts_are_joined_and_an_image_is_named(encoder: Make) -> 
     parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
     joined = encoder("plain").rows(conversation([message("user", parts), PLAIN[1]]))  # type: ignore[arg-type]
     assert joined == encoder("plain").rows(conversation([message("user", "2+\n2?"), PLAIN[1]]))
-    with pytest.raises(ValueError, match="message 1 .user. has a part of type 'image_url'"):
-        conversation([message("user", [{"type": "image_url", "image_url": {}}]), PLAIN[1]])  # type: ignore[arg-type]
+    image = [message("user", [{"type": "image_url", "image_url": {}}, *parts]), PLAIN[1]]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="message 1 .user. has a part of type 'image_url'.*data.drop=.images."):
+        conversation(image)
+    assert conversation(without_images(image)) == conversation([message("user", "2+\n2?"), PLAIN[1]])
 
 
 def test_arguments_for_the_template_reach_it(encoder: Make) -> None:
