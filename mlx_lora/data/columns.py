@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -180,6 +181,8 @@ def _value(value: Any, role: str, column: str, key: str) -> Any:
     """What a role takes of a cell: lists and objects out of JSON, numbers of answers as text."""
     if role in ("messages", "tools", "history"):
         return _nested(value, role, column) if isinstance(value, str) else value
+    if isinstance(value, float) and math.isnan(value):  # how pandas and json write a missing value
+        value = None
     if role in ("system", "input") and value in (None, ""):
         return ""
     if isinstance(value, int | float) and (role == "completion" or column != key):

@@ -14,9 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from mlx_lora.config import Data
+from mlx_lora.data.ends import Ends
 from mlx_lora.data.example import Example
 from mlx_lora.data.shown import dropped
 from mlx_lora.data.turns import Talk, Tokens, Turn, Weighted, join, refusal
@@ -25,11 +26,12 @@ from mlx_lora.models.chat_format import ChatFormat, Messages
 from mlx_lora.models.template import Texts
 
 # Examples that are rendered and encoded together.
-BATCH = 64
+BATCH, BATCH_CHARACTERS = 64, 1 << 20
 # Threads that encode; a tokenizer doesn't hold the interpreter while it does.
 MOST_THREADS = 4
-# Tokens behind an answer's end that are remembered as blank or not.
-FEW = 3
+
+
+Thinking = bool | None
 
 
 @dataclass
@@ -60,6 +62,11 @@ class Encoder:
         """How conversations become text."""
         return self.format or ChatFormat.of(self.tokenizer, self.settings)
 
+    @cached_property
+    def ends(self) -> Ends:
+        """Where answers end."""
+        return Ends(self.chat)
+
     def encoded(self, examples: Iterable[Example]) -> Iterator[Encoded]:
         """Each example with its rows or its `fault`, in order. Raises ModelError where the template itself fails.
 
@@ -71,7 +78,7 @@ class Encoder:
         encoding: deque[tuple[list[Encoded], Future[list[Tokens]]]] = deque()
         count = min(os.cpu_count() or 1, MOST_THREADS)
         with ThreadPoolExecutor(count, thread_name_prefix="encoding") as threads:
-            while batch := [self._begun(example) for example in islice(source, BATCH)]:
+            while batch := self._batch(source):
                 jobs = [one.talk.job(self.chat) for one in batch if one.talk]
                 rendering.append((batch, self.chat.submit(jobs) if jobs else list))
                 if len(rendering) > template.workers():
@@ -93,7 +100,9 @@ class Encoder:
             raise ValueError(one.fault)
         return one.rows
 
-    def prompt_tokens(self, example: Example) -> Tokens:
+    def prompt_tokens(
+        self, example: Example, *, thinking: bool | None | Literal["as learned"] = "as learned"
+    ) -> Tokens:
         """The tokens that generation starts from: everything before the last answer that is learned.
 
         Raises ValueError for plain text, and for a token that the model's embedding has no row for.
@@ -102,10 +111,10 @@ class Encoder:
             raise ValueError("plain text has no prompt to answer")
         if not self.templated(example):
             assert example.plain is not None
-            return self._embedded(self._without_end(self.tokenizer.encode(example.plain[0])))
+            return self._embedded(self.ends.without(self.tokenizer.encode(example.plain[0])))
         example = self._kept(example)
         answer = example.messages[example.prompt_messages] if example.prompt_messages < len(example.messages) else None
-        thinking = self._thinking(answer)
+        thinking = self._thinking(answer) if thinking == "as learned" else thinking
         return self.prompt(example.messages[: example.prompt_messages], example.tools, thinking=thinking)
 
     def prompt(self, messages: Messages, tools: Sequence[Any] = (), *, thinking: bool | None = None) -> Tokens:
@@ -130,6 +139,17 @@ class Encoder:
             raise ValueError("the tokenizer has no chat template; data.template=chatml gives it one")
         return self.chat.available
 
+    def _batch(self, source: Iterator[Example]) -> list[Encoded]:
+        """The next examples: fewer where they are long, for each answer of a conversation has its whole history."""
+        batch: list[Encoded] = []
+        size = 0
+        while len(batch) < BATCH and size < BATCH_CHARACTERS and (example := next(source, None)) is not None:
+            one = self._begun(example)
+            batch.append(one)
+            texts = one.texts or [str(message.get("content") or "") for message in example.messages]
+            size += sum(map(len, texts)) * max(len(one.talk.turns) if one.talk else 1, 1)
+        return batch
+
     def _begun(self, example: Example) -> Encoded:
         """An example with its turns found, or with the texts to encode."""
         one = Encoded(example)
@@ -143,7 +163,7 @@ class Encoder:
             elif self.templated(example):
                 kept = self._kept(example)
                 self._refuse_ends(kept)
-                one.talk = Talk(kept, [] if self.settings.mask == "all" else self._turns(kept))
+                one.talk = self._talk(kept)
             else:
                 assert example.plain is not None
                 one.texts = [example.plain[0], "".join(example.plain)]
@@ -181,16 +201,16 @@ class Encoder:
 
     def _weighted(self, one: Encoded, tokens: list[Tokens]) -> list[Weighted]:
         if one.talk and one.talk.turns:
-            return join(tokens, one.talk.texts, self._continuation, self._closed)
+            return join(tokens, one.talk.texts, self.ends.continuation, self.ends.closed)
         if one.talk:
             last_is_answer = one.example.messages[-1]["role"] == "assistant"
-            return [_from(self._closed(tokens[0]) if last_is_answer else tokens[0], 1)]
+            return [_from(self.ends.closed(tokens[0]) if last_is_answer else tokens[0], 1)]
         if one.example.text is not None:
-            return [_from(self._ended(tokens[0]), 1)]
-        prompt, whole = map(self._without_end, tokens)
+            return [_from(self.ends.ended(tokens[0]), 1)]
+        prompt, whole = map(self.ends.without, tokens)
         if whole[: len(prompt)] != prompt:  # the join merges into one token: generation will see the prompt's own
-            whole = prompt + self._continuation(one.texts[1][len(one.texts[0]) :])
-        return [_from(self._ended(whole), 1 if self.settings.mask == "all" else max(len(prompt), 1))]
+            whole = prompt + self.ends.continuation(one.texts[1][len(one.texts[0]) :])
+        return [_from(self.ends.ended(whole), 1 if self.settings.mask == "all" else max(len(prompt), 1))]
 
     def _kept(self, example: Example) -> Example:
         """The example without the parts that the settings drop."""
@@ -203,6 +223,13 @@ class Encoder:
             raise ValueError(f"no answer is left without {', '.join(drop)}")
         tools = () if "tools" in drop else example.tools
         return Example(None, (*before, *after), len(before), example.plain, tools, example.mask)
+
+    def _talk(self, example: Example) -> Talk:
+        """The conversation with the answers to learn, or all of it with the thinking of its last answer."""
+        if self.settings.mask != "all":
+            return Talk(example, self._turns(example))
+        answers = [message for message in example.messages if message["role"] == "assistant"]
+        return Talk(example, [], self._thinking(answers[-1] if answers else None))
 
     def _turns(self, example: Example) -> list[Turn]:
         """The answers that carry loss."""
@@ -223,7 +250,7 @@ class Encoder:
     def _refuse_ends(self, example: Example) -> None:
         """A text that holds the end token would end its turn there, and be learned up to there only."""
         for index, message in enumerate(example.messages):
-            for end in self._end_texts:
+            for end in self.ends.texts:
                 if end in str(message.get("content") or "") or end in str(message.get("reasoning_content") or ""):
                     raise ValueError(f"message {index + 1} holds the end token {end!r} inside its text")
 
@@ -232,57 +259,6 @@ class Encoder:
         if found := token_ids.fault(self.tokenizer, tokens):
             raise ValueError(f"{found}: {token_ids.HINT}")
         return tokens
-
-    def _continuation(self, text: str) -> Tokens:
-        """The tokens of `text` after something else: alone, some tokenizers would put a space before it."""
-        before, both = (list(self.tokenizer.encode(part, add_special_tokens=False)) for part in ("\n", "\n" + text))
-        if both[: len(before)] == before:
-            return both[len(before) :]
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def _closed(self, tokens: Tokens) -> Tokens:
-        """An answer up to its last end token; one is appended where the template writes none there."""
-        after = next((place for place in range(len(tokens), 0, -1) if tokens[place - 1] in self.ends), 0)
-        if not after or not self._is_blank(tuple(tokens[after:])):
-            return [*tokens, self.end]
-        return tokens[:after]
-
-    def _is_blank(self, tokens: tuple[int, ...]) -> bool:
-        """Whether tokens are white space; the same few follow every answer, and are remembered."""
-        if len(tokens) > FEW:
-            return not self.tokenizer.decode(list(tokens)).strip()
-        if tokens not in self._blank:
-            self._blank[tokens] = not self.tokenizer.decode(list(tokens)).strip()
-        return self._blank[tokens]
-
-    @cached_property
-    def _blank(self) -> dict[tuple[int, ...], bool]:
-        return {(): True}
-
-    @cached_property
-    def ends(self) -> frozenset[int]:
-        """Tokens that end an answer."""
-        return self.chat.ends
-
-    @cached_property
-    def end(self) -> int:
-        """The token that ends an answer. Raises ValueError where there is none."""
-        return self.chat.end
-
-    @cached_property
-    def _end_texts(self) -> list[str]:
-        texts = [self.tokenizer.decode([end]) for end in sorted(self.ends)]
-        return [text for text in texts if text.strip()]
-
-    def _without_end(self, tokens: Tokens) -> Tokens:
-        return tokens[:-1] if len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id else tokens
-
-    def _ended(self, tokens: Tokens) -> Tokens:
-        """The end token once, whatever the tokenizer adds by itself or the text ends with."""
-        count = len(tokens)
-        while count and tokens[count - 1] == self.end:
-            count -= 1
-        return [*tokens[:count], self.end]
 
 
 def _from(tokens: Tokens, start: int) -> Weighted:

@@ -18,7 +18,8 @@ SHOWN = 40
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # A key of checked messages: the reasoning stood inside the text.
 INLINE = "inline_reasoning"
-THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
+# A block at the beginning; its start may be missing where its end stands alone in a line.
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*|((?:(?!<think>).)*?)(?:^|\n)</think>[ \t]*(?:\n\s*|$)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def split_reasoning(text: str) -> tuple[str | None, str]:
     """
     if "</think>" not in text or not (match := THOUGHT.match(text)):
         return None, text
-    return match[1].strip() or None, text[match.end() :]
+    return (match[1] or match[2] or "").strip() or None, text[match.end() :]
 
 
 def checked_message(message: Any, name: str) -> dict[str, Any]:

@@ -114,8 +114,10 @@ class EncodedFile:
         if one.talk:
             self.split += len(one.rows) > 1
             self.tools_hidden += not one.talk.tools_shown
-            for turn in one.talk.turns:
-                reasons = bool(one.talk.example.messages[turn.index].get("reasoning_content"))
+            messages = one.talk.example.messages
+            answers = [messages[turn.index] for turn in one.talk.turns]
+            for answer in answers or [message for message in messages if message["role"] == "assistant"][-1:]:
+                reasons = bool(answer.get("reasoning_content"))
                 self.reasoned, self.unreasoned = self.reasoned + reasons, self.unreasoned + (not reasons)
 
     def _fitting(self, one: Encoded, tokens: Tokens, weights: list[float]) -> list[Weighted]:

@@ -68,6 +68,8 @@ def _rarer(parts: Sequence[Part], text: str) -> list[Part]:
 def dropped(messages: Sequence[Mapping[str, Any]], drop: Sequence[str]) -> tuple[dict[str, Any], ...]:
     """The messages without the parts in `drop`; one that is left empty goes."""
     kept = [{key: value for key, value in message.items() if key not in drop} for message in messages]
+    if "tool_calls" in drop:  # results of calls that nobody made
+        kept = [message for message in kept if message["role"] != "tool"]
     return tuple(message for message in kept if message.get("content", "").strip() or message.get("tool_calls"))
 
 

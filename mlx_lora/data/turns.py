@@ -19,13 +19,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from mlx_lora.data.example import Example, shorten
 from mlx_lora.data.rows import common
 from mlx_lora.data.shown import hidden
 from mlx_lora.models.chat_format import ChatFormat, opens
 from mlx_lora.models.template import Job, Texts, View
+
+# Where an answer's text is looked for: at most this many places, by this many characters before each.
+MOST_PLACES, TAIL = 50, 200
 
 Tokens = list[int]
 Weighted = tuple[Tokens, list[float]]
@@ -41,7 +43,7 @@ class Turn:
 
 @dataclass
 class Talk:
-    """A conversation with its learned turns; without any it is learned as a whole.
+    """A conversation with its learned turns; without any it is learned as a whole, with thinking on, off or as it is.
 
     `texts` are P, and P with the answer, of each turn, once it is rendered; of a whole conversation its one text.
     `hidden` are the parts that the template leaves out.
@@ -49,6 +51,7 @@ class Talk:
 
     example: Example
     turns: Sequence[Turn]
+    thinking: bool | None = None
     texts: list[str] = field(default_factory=list)
     fault: str | None = None
     tools_shown: bool = True
@@ -57,7 +60,7 @@ class Talk:
     def job(self, chat: ChatFormat) -> Job:
         """The views that `take` wants: for each turn P, W, and where P hides reasoning the messages before it."""
         messages = self.example.messages
-        views: list[View] = [] if self.turns else [chat.view(len(messages), prompt=False, thinking=None)]
+        views: list[View] = [] if self.turns else [chat.view(len(messages), prompt=False, thinking=self.thinking)]
         for turn in self.turns:
             views.append(chat.view(turn.index, prompt=True, thinking=turn.thinking))
             views.append(chat.view(turn.index + 1, prompt=False, thinking=turn.thinking))
@@ -90,19 +93,21 @@ class Talk:
         if before is None:
             view = chat.view(turn.index, prompt=False, thinking=turn.thinking)
             (before,) = chat.texts(self.example.messages[: turn.index], self.example.tools, [view])
-        body = _after_header(message, prompt, whole, before)
+        body = _after_header(chat.header, str(message.get("content") or "").strip(), prompt, whole, before)
         if body is None:
             self._check_shown(turn, whole)  # names what is missing
             raise ValueError(
                 f"the chat template writes message {turn.index + 1} in a way that doesn't show where the answer "
                 "begins; data.mask=all learns the conversation as a whole"
             )
-        start, end = chat.think
-        if opens(prompt, chat.think):
-            thought = str(message.get("reasoning_content") or "").strip()
-            gap = "" if prompt.endswith("\n") else "\n"
-            return f"{gap}{thought}\n{end}\n\n{body.removeprefix(start).removeprefix(end).lstrip()}"
-        return body
+        start, end = map(re.escape, chat.think)
+        if not opens(prompt, chat.think):  # a prompt that has closed thinking is followed by the answer alone
+            closed = re.search(rf"{end}\s*$", prompt) and re.match(rf"\s*{start}.*?{end}\s*", body, re.DOTALL)
+            return body[closed.end() :] if closed else body
+        if empty := re.match(rf"\s*(?:{start})?\s*{end}\s*", body):
+            body = body[empty.end() :]
+        thought = str(message.get("reasoning_content") or "").strip()
+        return f"{'' if prompt.endswith(chr(10)) else chr(10)}{thought}\n{chat.think[1]}\n\n{body}"
 
     def _check_shown(self, turn: Turn, text: str) -> None:
         """Raise ValueError, naming them, for parts of the conversation that the template leaves out.
@@ -132,23 +137,22 @@ def refusal(error: ValueError) -> ValueError:
     return ValueError(f"the chat template refuses this conversation: {shorten(str(error))}")
 
 
-def _after_header(message: Any, prompt: str, whole: str, before: str) -> str | None:
-    """What follows the header of the last message in `whole`, or None where it can't be told.
+def _after_header(header: str, content: str, prompt: str, whole: str, before: str) -> str | None:
+    """What follows the last message's header in `whole`, or None where it can't be told.
 
-    The header is what the template writes in front of the message: both the prompt and the whole have it behind what
-    comes before. Where the history reads differently in the whole, the message's text is looked for: behind what the
-    prompt ends with, as far as that goes.
+    Where the history reads differently in the whole, the message's text is looked for: of the last few places where it
+    stands, the one behind what is most like the end of the prompt.
     """
-    content = str(message.get("content") or "").strip()
-    if whole.startswith(before) and prompt.startswith(before):
-        added, opened = whole[len(before) :], prompt[len(before) :]
-        place = added.find(content) if content else common(added, opened)
-        if place >= 0 and opened.startswith(added[:place].rstrip()):
-            return added[place:]
-    places = [match.start() for match in re.finditer(re.escape(content), whole)] if content else []
+    if whole.startswith(before + header) and prompt.startswith(before + header):
+        return whole[len(before) + len(header) :]
+    places = [match.start() for match in re.finditer(re.escape(content), whole)][-MOST_PLACES:] if content else []
     if not places:
         return None
-    return whole[max(places, key=lambda place: (common(whole[:place][::-1], prompt[::-1]), place)) :]
+
+    def likeness(place: int) -> tuple[int, int]:
+        return common(whole[max(place - TAIL, 0) : place][::-1], prompt[-TAIL:][::-1]), place
+
+    return whole[max(places, key=likeness) :]
 
 
 def join(

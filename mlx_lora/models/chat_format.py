@@ -129,6 +129,20 @@ class ChatFormat:
         return "opened" if opens(prompt, self.think) else "unknown"
 
     @cached_property
+    def header(self) -> str:
+        """What the template writes in front of an answer, whether thinking is on or off: the prompt's part alone."""
+        question: list[Message] = [{"role": "user", "content": _QUESTION}]
+        views = [self.view(1, prompt=prompt, thinking=on) for on in (True, False) for prompt in (False, True)]
+        (texts,) = render(self.tokenizer, [Job(question, views)], self.template)
+        if isinstance(texts, ValueError):
+            return ""
+        on, off = (prompt.removeprefix(before) for before, prompt in (texts[:2], texts[2:]))
+        header = on[
+            : next((i for i, (a, b) in enumerate(zip(on, off, strict=False)) if a != b), min(len(on), len(off)))
+        ]
+        return header.partition(self.think[0])[0]
+
+    @cached_property
     def thinks(self) -> bool:
         """Whether the template knows thinking: it shows reasoning, opens it, or can be told not to."""
         return self.reasoning != "unknown" or self._probe(True)[0] != self._probe(False)[0]

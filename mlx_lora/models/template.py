@@ -12,17 +12,18 @@ Nothing here knows of masks, rows or thinking: a job is messages and the views w
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import queue
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ from mlx_lora.machine import confined
 MOST_SECONDS, MOST_MEMORY, MOST_CHARACTERS = 10.0, 1 << 29, 16_000_000
 # A worker imports transformers first.
 START_SECONDS = 120.0
-# More workers than this wait for the process that encodes what they render.
+# More workers would be idle: one process encodes what they render.
 MOST_WORKERS = 4
 _GLANCE = 0.02
 _SCRIPT = Path(__file__).with_name("template_worker.py")
@@ -59,6 +60,9 @@ class Job:
     views: Sequence[View]
     tools: Sequence[Any] = field(default=())
 
+    def as_dict(self) -> dict[str, Any]:
+        return {"messages": self.messages, "views": self.views, "tools": list(self.tools) or None}
+
 
 # The texts of a job's views in order, or the error that the template raised.
 Texts = list[str] | ValueError
@@ -77,7 +81,7 @@ def submit(tokenizer: Any, jobs: Sequence[Job], template: str | None = None) -> 
     if template is None and _rendered_by_code(tokenizer):
         texts = [_by_code(tokenizer, job) for job in jobs]
         return lambda: texts
-    future = _pool.submit(_rendered, tokenizer, jobs, template)
+    future = _pool.submit(_rendered, tokenizer, jobs, template, _stops)
 
     def result() -> list[Texts]:
         try:
@@ -119,30 +123,57 @@ def _by_code(tokenizer: Any, job: Job) -> Texts:
     return texts
 
 
-def _rendered(tokenizer: Any, jobs: Sequence[Job], template: str | None) -> list[Texts]:
-    """The texts of each job from a worker. One that fails takes the others' time too, so each is then tried alone."""
+def _rendered(tokenizer: Any, jobs: Sequence[Job], template: str | None, stops: int) -> list[Texts]:
+    """The texts of each job from a worker.
+
+    If a batch fails, each of its jobs is tried alone, and of a job each view: the limits are those of one rendering.
+    """
     worker = _free.get()
     try:
-        requests: list[dict[str, Any]] = []
-        for job in jobs:
-            tools = list(job.tools) or None
-            text = tokenizer.get_chat_template(tools=tools) if template is None else template
-            shared = {**tokenizer.special_tokens_map, "chat_template": text}
-            if not requests or requests[-1]["shared"] != shared:
-                requests.append({"shared": shared, "jobs": []})
-            requests[-1]["jobs"].append({"messages": job.messages, "views": job.views, "tools": tools})
         texts: list[Texts] = []
-        for request in requests:
-            try:
-                texts += worker.ask(request)
-            except ModelError:
-                if len(request["jobs"]) == 1:
-                    raise
-                for job in request["jobs"]:
-                    texts += worker.ask({**request, "jobs": [job]})
+        for shared, batch in _by_template(tokenizer, jobs, template):
+            texts += _asked(worker, shared, batch, stops)
         return texts
     finally:
         _free.put(worker)
+
+
+def _by_template(
+    tokenizer: Any, jobs: Sequence[Job], template: str | None
+) -> Iterator[tuple[dict[str, Any], list[Job]]]:
+    """What jobs that follow one another have in common, and those jobs: some tokenizers have a template for tools."""
+
+    def text(job: Job) -> str:
+        return str(tokenizer.get_chat_template(tools=list(job.tools) or None) if template is None else template)
+
+    for own, batch in groupby(jobs, key=text):
+        yield {**tokenizer.special_tokens_map, "chat_template": own}, list(batch)
+
+
+def _asked(worker: _Worker, shared: dict[str, Any], jobs: list[Job], stops: int) -> list[Texts]:
+    if stops != _stops:
+        raise ModelError("rendering was stopped")
+    try:
+        return worker.ask(
+            {
+                "shared": shared,
+                "jobs": [
+                    {"messages": job.messages, "views": job.views, "tools": list(job.tools) or None} for job in jobs
+                ],
+            }
+        )
+    except ModelError:
+        if len(jobs) > 1:
+            return [texts for job in jobs for texts in _asked(worker, shared, [job], stops)]
+        if len(jobs[0].views) < 2:
+            raise
+    found: list[str] = []
+    for view in jobs[0].views:
+        (texts,) = _asked(worker, shared, [replace(jobs[0], views=[view])], stops)
+        if isinstance(texts, ValueError):
+            return [texts]
+        found += texts
+    return [found]
 
 
 class _Worker:
@@ -180,18 +211,18 @@ class _Worker:
         return self.process
 
     def stop(self) -> None:
-        """Kill the process, if there is one, and take back what it holds."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            for pipe in (self.process.stdin, self.process.stdout):
-                with suppress(OSError):  # what was still to be written has no reader
+        """Kill the process, if there is one, and take back what it holds. Any thread may do it."""
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError, ValueError):  # what was still to be written has no reader
                     pipe.close()  # type: ignore[union-attr]
-            self.process = None
 
 
 def _send(process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
-    content = json.dumps(request).encode()
+    content = json.dumps(request, default=str).encode()  # tables have dates
     assert process.stdin is not None
     try:
         process.stdin.write(len(content).to_bytes(8, "little") + content)
@@ -225,15 +256,29 @@ def _memory(process: subprocess.Popen[bytes]) -> int:
         return 0
 
 
-_pool = ThreadPoolExecutor(workers(), thread_name_prefix="templates")
-_free: queue.LifoQueue[_Worker] = queue.LifoQueue()  # the last one used is the one that runs
-_workers = [_Worker() for _ in range(workers())]
-for _worker in reversed(_workers):
-    _free.put(_worker)
-
-
-@atexit.register
 def stop_workers() -> None:
-    """End every process that renders; the next job starts one again."""
+    """End every process that renders, and whatever waits for one; the next job starts one again."""
+    global _stops
+    _stops += 1  # jobs that were submitted before don't start
     for worker in _workers:
         worker.stop()
+
+
+def _begin() -> None:
+    """Make the pool and its workers; no process is started before there is a job."""
+    global _pool, _workers, _free
+    _pool = ThreadPoolExecutor(workers(), thread_name_prefix="templates")
+    _workers = [_Worker() for _ in range(workers())]
+    _free = queue.LifoQueue()  # the last one used is the one that runs
+    for worker in reversed(_workers):
+        _free.put(worker)
+
+
+_pool: ThreadPoolExecutor
+_workers: list[_Worker]
+_free: queue.LifoQueue[_Worker]
+_stops = 0
+_begin()
+os.register_at_fork(after_in_child=_begin)
+# Before Python waits for the pool's threads, as it does before `atexit`: a template without end would hold it up.
+threading._register_atexit(stop_workers)  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ from typing import Any
 from mlx_lora.config import Data
 from mlx_lora.data.encode import Encoder
 from mlx_lora.data.example import Example
-from mlx_lora.data.rows import common
 from mlx_lora.errors import DataError, MlxLoraError, Problem
 from mlx_lora.models.context import context_length
 from mlx_lora.serve.conversation import Trained
@@ -59,9 +58,12 @@ def first_prompt(tokenizer: Any, text: str, *, system: str | None, trained: Trai
     """
     if system and trained.template == "none":
         raise MlxLoraError(NO_SYSTEM, hint="leave --system out, and put its text into the prompt")
-    system = trained.system if system is None else system
-    messages = [{"role": "system", "content": system}] if system and trained.template != "none" else []
-    return prompt_tokens(tokenizer, [*messages, {"role": "user", "content": text}], trained)
+    messages = [{"role": "user", "content": text}]
+    if system is None:
+        messages = trained.with_system(messages)
+    elif system:
+        messages = [{"role": "system", "content": system}, *messages]
+    return prompt_tokens(tokenizer, messages, trained)
 
 
 def prompt_tokens(tokenizer: Any, messages: Sequence[dict[str, Any]], trained: Trained = ANY) -> list[int]:
@@ -88,7 +90,9 @@ def first_answer(
     first = next((index for index, message in enumerate(messages) if message["role"] == "assistant"), 0)
     if trained.template == "none" or not first:
         return None
-    return common(prompt_tokens(tokenizer, messages[:first], trained), tokens)
+    before = prompt_tokens(tokenizer, messages[:first], trained)
+    # where the history reads differently, training has a row of its own for each answer, and the infix before it
+    return len(before) if list(tokens[: len(before)]) == before else None
 
 
 def room_for_answer(engine: Engine, prompt: Sequence[int], *, hint: str) -> int | None:

@@ -238,8 +238,8 @@ class Chat:
         """Tokens of what is sent, and where an adapter with virtual tokens finds its first answer in them."""
         tokenizer = self.engine.loaded.tokenizer
         messages = self.conversation.sent(history=self.history)
-        if self.of_current.system and self.template != "none" and not self.conversation.system:
-            messages = [{"role": "system", "content": self.of_current.system}, *messages]
+        if not self.conversation.system_chosen:
+            messages = self.of_current.with_system(messages)
         tokens = prompt_tokens(tokenizer, messages, self.of_current)
         if self.engine.virtual is None:
             return tokens, None

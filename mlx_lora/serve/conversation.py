@@ -7,7 +7,7 @@ each question is sent by itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,15 @@ class Trained:
     answer_end: str | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
+    def with_system(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with the system line that was in front of every training row, as those rows had it."""
+        if not self.system:
+            return list(messages)
+        if self.template != "none":
+            return [{"role": "system", "content": self.system}, *messages]
+        last = messages[-1]
+        return [*messages[:-1], {**last, "content": f"{self.system}\n\n{last['content']}"}]
+
     def format(self, tokenizer: Any) -> ChatFormat:
         """How conversations with it become text."""
         end = None if self.answer_end is None else tokenizer.get_vocab().get(self.answer_end)
@@ -69,6 +78,7 @@ class Conversation:
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
+        self.system_chosen = False
 
     @property
     def system(self) -> list[Message]:
@@ -79,7 +89,8 @@ class Conversation:
         return self.messages[len(self.system) :]
 
     def set_system(self, text: str) -> None:
-        """Set the system message, or remove it with an empty text."""
+        """Set the system message, or remove it with an empty text; an adapter's own doesn't return then."""
+        self.system_chosen = True
         self.messages = [*([{"role": "system", "content": text}] if text else []), *self.turns]
 
     def ask(self, text: str) -> None:

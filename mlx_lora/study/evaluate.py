@@ -73,10 +73,14 @@ def questions(
     *,
     exact: bool,
     format: ChatFormat | None = None,
+    thinking: bool | None = None,
     prefer: tuple[str, ...] = TEST_FIRST,
     progress: OnFile = silent,
 ) -> Questions:
-    """Read the first file of a path that `prefer` names. Raises DataError listing every fault."""
+    """Read the first file of a path that `prefer` names; prompts ask to think, or not, as a chat would.
+
+    Raises DataError listing every fault.
+    """
     file = chosen_file(path, prefer)
     encoder = Encoder(tokenizer, settings, format)
     prompts: list[list[int]] = []
@@ -84,7 +88,7 @@ def questions(
 
     def ask(line: int, one: Encoded) -> None:
         if exact and one.example.text is None:
-            prompts.append(encoder.prompt_tokens(one.example))
+            prompts.append(encoder.prompt_tokens(one.example, thinking=thinking))
             answers.append(_answer(one.example))
 
     encoded = encode_file(file, encoder, progress(f"reading {file.name}", None), ask)

@@ -25,6 +25,7 @@ from mlx_lora import paths
 from mlx_lora.data.read import find_splits, read, sha256
 from mlx_lora.data.rows import trained
 from mlx_lora.errors import DataError, MlxLoraError, NameTaken, Problem, RecipeError
+from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.load import load_stored, ready
 from mlx_lora.models.open import open_model
 from mlx_lora.serve.engine import Engine
@@ -240,7 +241,8 @@ def _evaluate(run: Candidate, adapter: Path | None, rows: int | None, listener: 
     engine = Engine(ready(load_stored(str(recipe.model), quantization=recipe.quantize)))
     name = None if adapter is None else run.name
     if adapter is not None:
-        engine.add(run.name, store.wrappers_for(engine.loaded.model, store.read(adapter)))
+        end = ChatFormat.of(engine.loaded.tokenizer, recipe.data).own_end
+        engine.add(run.name, store.wrappers_for(engine.loaded.model, store.read(adapter)), end=end)
     test = _test_questions(run, engine, rows)
     longest = int(trained(test.rows).max())
     advance = listener.progress(f"measuring {run.name}", len(test.rows) + len(test.prompts))

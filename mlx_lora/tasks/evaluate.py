@@ -6,7 +6,7 @@ Which rows were used is part of the result: a score on rows that an adapter was 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
 from mlx_lora.store.base import base_for
-from mlx_lora.study.evaluate import Result, chosen_file, evaluate, questions
+from mlx_lora.study.evaluate import Questions, Result, chosen_file, evaluate, questions
 
 Settings = Callable[[dict[str, Any] | None], Data]
 
@@ -68,8 +68,7 @@ def evaluate_adapters(
         chosen[name] = _chosen(adapter, settings, tokenizer)
         engine.add(name, wrappers_for(engine.loaded.model, adapter), end=chosen[name].format.own_end)
     asked = {
-        own.key: questions(str(file), own.settings, tokenizer, exact=exact, format=own.format, progress=progress)
-        for own in {own.key: own for own in chosen.values()}.values()
+        key: own.questions(file, tokenizer, exact, progress) for key, own in {o.key: o for o in chosen.values()}.items()
     }
     work = sum(len(asked[own.key].rows) + len(asked[own.key].prompts) for own in chosen.values())
     advance = progress("evaluating", work)
@@ -85,19 +84,29 @@ class _Chosen:
 
     settings: Data
     format: ChatFormat
+    thinking: bool | None
 
     @property
     def key(self) -> str:
-        return f"{self.settings.model_dump_json()} {self.format.template}"
+        return f"{self.settings.model_dump_json()} {self.thinking} {self.format.template}"
+
+    def questions(self, file: Path, tokenizer: Any, exact: bool, progress: OnFile) -> Questions:
+        """The rows of a file, and with `exact` their prompts."""
+        return questions(
+            str(file), self.settings, tokenizer,
+            exact=exact, format=self.format, thinking=self.thinking, progress=progress,
+        )  # fmt: skip
 
 
 def _chosen(adapter: StoredAdapter | None, settings: Settings, tokenizer: Any) -> _Chosen:
     """The settings to use for an adapter, with the template that lies beside it unless another one was asked for."""
     own = _own(adapter) if adapter else None
     chosen = settings(own)
+    asked = {"on": True, "off": False}.get(chosen.thinking)
+    thinking = asked if asked is not None or adapter is None else adapter.manifest.thinking
     if adapter is None or adapter.chat_template is None or chosen.template != (own or {}).get("template"):
-        return _Chosen(chosen, ChatFormat.of(tokenizer, chosen))
-    return _Chosen(chosen, trained(adapter).format(tokenizer))
+        return _Chosen(chosen, ChatFormat.of(tokenizer, chosen), thinking)
+    return _Chosen(chosen, replace(trained(adapter).format(tokenizer), arguments=chosen.template_args), thinking)
 
 
 def _trained_on(file: Path, data: str, stored: Sequence[StoredAdapter]) -> str | None:

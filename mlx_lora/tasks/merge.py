@@ -40,6 +40,7 @@ def merge_adapters(words: Sequence[str], name: str, settings: MergeSettings, *, 
     paths.check_target(target, force=force)
     adapters = [(store.read(registry.find(word)), weight) for word, weight in map(parse, words)]
     check_bases([adapter for adapter, _ in adapters])
+    check_templates([adapter for adapter, _ in adapters])
     merged = merge(adapters, settings)
     with locked(name):
         _write(name, adapters, settings, merged, force=force)
@@ -68,6 +69,16 @@ def parse(word: str) -> tuple[str, float]:
     if not name or not math.isfinite(weight):
         raise AdapterError(f"{word!r} is not NAME:WEIGHT", hint="a weight is a number, like sql:0.5 or sql:-1")
     return name, weight
+
+
+def check_templates(adapters: Sequence[StoredAdapter]) -> None:
+    """Raise AdapterError where adapters were trained with different chat templates of their own."""
+    if len({adapter.chat_template for adapter in adapters}) > 1:
+        shown = ", ".join(adapter.name for adapter in adapters if adapter.chat_template is not None)
+        raise AdapterError(
+            f"{shown} brought a chat template of its own, which the others don't have: merged, they couldn't be asked",
+            hint="train them with the same data.template",
+        )
 
 
 def check_bases(adapters: Sequence[StoredAdapter]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import paths
+from mlx_lora import paths, settings
 from mlx_lora.data.batch import MOST_POSITIONS
 from mlx_lora.data.read import sha256
 from mlx_lora.errors import AdapterError, TrainingError
@@ -135,9 +135,15 @@ class Stored:
         return Progress.read({key: value for key, value in self.checkpoint.progress.items() if key != EACH})
 
     def differences(self, made_of: dict[str, Any], *, ignored: Collection[str] = ()) -> list[str]:
-        """What differs between the run as it was and as it would go on, one line a key."""
+        """What differs between the run as it was and as it would go on, one line a key.
+
+        A setting that an older version of this program didn't know had its default.
+        """
         keys = sorted((self.made_of.keys() | made_of.keys()).difference(ignored))
-        pairs = ((key, self.made_of.get(key), made_of.get(key)) for key in keys)
+        known = {
+            f"recipe.{key}": field.get_default(call_default_factory=True) for key, field in settings.fields().items()
+        }
+        pairs = ((key, self.made_of.get(key, known.get(key)), made_of.get(key)) for key in keys)
         return [f"{key} was {then!r}, is {now!r}" for key, then, now in pairs if then != now]
 
 
