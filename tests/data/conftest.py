@@ -66,6 +66,21 @@ TEMPLATES = {
         "{{ m.tool_calls | tojson if m.tool_calls }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>"
         "{{ '' if enable_thinking else '<think>\n\n</think>\n\n' }}{% endif %}"
     ),
+    "calling": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>"
+        "{{ call.function.name }}</tool_call>{% endfor %}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    ),
+    "told": (
+        "{{ 'think' if enable_thinking else 'quiet' }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+    # Some hundredths of a second for each view.
+    "slow": (
+        "{% for i in range(300) %}{% for j in range(300) %}{% endfor %}{% endfor %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
     "nothing": "<|user|>{% if add_generation_prompt %}<|assistant|>{% endif %}",
     "short": (
         "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"

@@ -10,9 +10,10 @@ import pytest
 
 from mlx_lora.data.encode import Encoder
 from mlx_lora.data.example import Example, conversation, without_images
+from mlx_lora.models import template
 from mlx_lora.serve.answer import prompt_tokens
 from mlx_lora.serve.conversation import Trained
-from tests.data.conftest import END, message
+from tests.data.conftest import ANSWER, END, TALK, TOOLS, message
 from tests.data.conversations import generated, learned
 
 Make = Callable[..., Encoder]
@@ -160,3 +161,71 @@ def test_examples_come_in_their_order_however_they_are_encoded(encoder: Make) ->
     together = [one.rows for one in chosen.encoded(examples)]
     assert together == [chosen.rows(example) for example in examples]
     assert replace(chosen).chat.reasoning == "unknown"
+
+
+HEADER_PARTS = ["a", "t", "art", "assistant", "user", "end", "|", "<", "think", "<|assistant|>"[2:6]]
+
+
+@pytest.mark.parametrize("content", HEADER_PARTS)
+@pytest.mark.parametrize("template", [*THINKING, "plain", "thinking"])
+def test_an_answer_that_looks_like_a_piece_of_its_header_is_learned_alone(
+    encoder: Make, template: str, content: str
+) -> None:
+    chosen = encoder(template)
+    for answer in (message("assistant", content), message("assistant", content, reasoning_content="two twos")):
+        if "reasoning_content" in answer and template in ("plain", "thinking"):
+            continue
+        ((tokens, weights),) = chosen.rows(conversation([message("user", "2+2?"), answer]))
+        learned_text = chosen.tokenizer.decode(tokens[weights.index(1.0) :])
+        for known in ("<think>", "</think>", "two twos", "<|channel>thought", "<channel|>", "\n"):
+            learned_text = learned_text.replace(known, "")
+        assert learned_text == f"{content}{END}"
+
+
+def test_a_tool_call_keeps_its_first_characters_where_the_prompt_opens_thinking(encoder: Make) -> None:
+    """`<tool_call>` begins as `<think>` does."""
+    asking = message(
+        "assistant", "", tool_calls=[{"type": "function", "function": {"name": "rain", "arguments": "{}"}}]
+    )
+    chosen = encoder("calling")
+    ((tokens, weights),) = chosen.rows(conversation([message("user", "rain?"), asking]))
+    assert chosen.tokenizer.decode(tokens[weights.index(1.0) :]) == f"\n</think>\n\n<tool_call>rain</tool_call>{END}"
+
+
+@pytest.mark.parametrize(
+    "text", ["Use </think> to close", "Wrap it in <think>a</think> tags.", "`</think>`", "a </think>\nb"]
+)
+def test_a_mark_inside_an_answer_is_no_reasoning(encoder: Make, text: str) -> None:
+    chosen = encoder("plain")
+    ((tokens, weights),) = chosen.rows(conversation([message("user", "how?"), message("assistant", text)]))
+    assert chosen.tokenizer.decode(tokens[weights.index(1.0) :]) == f"{text}{END}"
+
+
+def test_reasoning_without_its_first_mark_is_reasoning(encoder: Make) -> None:
+    answer = message("assistant", "two twos\n</think>\n\n4")
+    assert encoder("opening").rows(conversation([ROW[0], answer])) == encoder("opening").rows(conversation(ROW))
+
+
+def test_a_whole_conversation_follows_the_thinking_switch(encoder: Make) -> None:
+    texts = {}
+    for thinking in ("on", "off"):
+        chosen = encoder("told", mask="all", thinking=thinking)
+        ((tokens, _),) = chosen.rows(conversation(PLAIN))
+        texts[thinking] = chosen.tokenizer.decode(tokens)
+    assert texts["on"].startswith("think<|user|>") and texts["off"].startswith("quiet<|user|>")
+
+
+def test_dropped_tool_calls_take_their_results_along(encoder: Make) -> None:
+    turns = [*TALK, *ANSWER]
+    ((tokens, _),) = encoder("toolless", drop=["tool_calls", "tools"]).rows(conversation(turns, tools=tuple(TOOLS)))
+    assert "<|tool|>" not in encoder("toolless").tokenizer.decode(tokens)
+
+
+def test_one_long_conversation_is_rendered_view_by_view_where_all_of_it_takes_too_long(
+    encoder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template, "MOST_SECONDS", 0.4)
+    chosen = encoder("slow")
+    turns = [part for i in range(12) for part in (message("user", f"{i}?"), message("assistant", str(i)))]
+    rows = chosen.rows(conversation(turns))
+    assert sum(sum(weights) for _, weights in rows) == sum(len(str(i)) + 1 for i in range(12))

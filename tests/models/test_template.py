@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -188,3 +190,23 @@ def test_the_worker_ends_with_its_input() -> None:
     process.stdin.close()
     assert process.wait(timeout=20) == 0
     worker.stop()
+
+
+def test_an_interrupt_ends_the_process_however_long_the_template_takes(tmp_path: Path) -> None:
+    """The pool's thread waits for a worker then, and Python waits for the thread."""
+    write_tokenizer(tmp_path, template=ENDLESS["loop"])
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 256}')
+    code = (
+        "import sys; from mlx_lora.models.open import load_tokenizer; from mlx_lora.data.encode import Encoder\n"
+        "from mlx_lora.config import Data; from mlx_lora.data.example import conversation; from pathlib import Path\n"
+        "turns = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]\n"
+        "encoder = Encoder(load_tokenizer(Path(sys.argv[1])), Data()); print('begins', flush=True)\n"
+        "list(encoder.encoded(conversation(turns) for _ in range(500)))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "begins\n"
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        process.wait(timeout=30)
+    assert time.monotonic() - start < 5
