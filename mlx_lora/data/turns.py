@@ -145,6 +145,8 @@ def _after_header(header: str, content: str, prompt: str, whole: str, before: st
     """
     if whole.startswith(before + header) and prompt.startswith(before + header):
         return whole[len(before) + len(header) :]
+    if whole.startswith(before) and not content:  # some write a second tool call without a header
+        return whole[len(before) :]
     places = [match.start() for match in re.finditer(re.escape(content), whole)][-MOST_PLACES:] if content else []
     if not places:
         return None

@@ -73,6 +73,7 @@ def test_no_command_but_pull_tries_to_connect(
         ("data", "convert", data / "train.jsonl", "--out", tmp_path / "converted.jsonl"),
         ("data", "redact", data / "train.jsonl", "--out", tmp_path / "redacted.jsonl"),
         ("quantize", tiny_path, tmp_path / "q", "--verify", data),
+        ("init", *base, "--data", data, "--out", tmp_path / "first.yaml", "--yes"),
         ("plan", *base, "--data", data),
         ("train", *base, "--data", data, "--name", "a", "train.iters=1"),
         ("eval", *base, "--adapter", "a", "--data", data, "--exact", "--max-tokens", 2),
