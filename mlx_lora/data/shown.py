@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["content", "reasoning_content", "name", "tool_calls", "tools"]
-DROPPABLE = ("reasoning_content", "name", "tool_calls", "tools")
 
 
 class Part(NamedTuple):

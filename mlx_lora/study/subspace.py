@@ -34,7 +34,6 @@ from mlx_lora.store.adapter import StoredAdapter
 from mlx_lora.store.arithmetic import factors, modules_of, thin_svd
 
 Array = NDArray[Any]
-FACTORS = ("a", "b")
 # Inits whose adapters are stored with the initial factors subtracted.
 SUBTRACTED = ("pissa", "olora")
 # Singular values below this, relative to the first, are rounding errors and not directions of ΔW.
