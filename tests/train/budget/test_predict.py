@@ -125,7 +125,9 @@ def test_states_squares_and_experts_peak_about_where_they_are_predicted(base: st
     mx.eval(model.parameters())
     attach(model, Adapter())
     rows = [Row(np.arange(513, dtype=np.int32) % 500 + 1, np.array([0.0] + [1.0] * 512, np.float32))]
-    settings = Train(iters=1, batch_size=1, grad_checkpoint=checkpoint)  # type: ignore[arg-type]
+    # MLX frees arrays in another thread than the one that asks for more, so the peak differs between equal steps by a
+    # fifth. The highest of several steps is what a run would need.
+    settings = Train(iters=5, batch_size=1, grad_checkpoint=checkpoint)  # type: ignore[arg-type]
     found = costs(model, settings, dtype=mx.float32, gpu=False)
     measured = peak_of(model, rows, settings) - found.state - found.adapter
     predicted = predict(found, Micro(1, 512, 512), recompute=checkpoint == "on").total - found.fixed
