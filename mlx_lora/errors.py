@@ -10,6 +10,8 @@
     ├── NameTaken                a name or a directory that exists already
     ├── TrainingError            training can't go on (non-finite losses, nothing to train)
     │   └── PeerFailed           another process of the same run failed, which ends all of them
+    ├── Busy                     more requests wait than may; asking again later helps
+    ├── Stopped                  the thread that generates has ended, with every request that it had
     └── NetworkBlocked           something tried to leave the machine outside `pull`
 
 The library raises; only the command line turns an error into text and an exit code.
@@ -61,6 +63,14 @@ class TrainingError(MlxLoraError):
 
 class PeerFailed(TrainingError):
     """A process of a run of several failed before the first step, so all of them end; the first one says why."""
+
+
+class Busy(MlxLoraError):
+    """More requests are waiting than may wait; asking again later helps."""
+
+
+class Stopped(MlxLoraError):
+    """The thread that generates has ended, so there are no more answers."""
 
 
 class NetworkBlocked(MlxLoraError):

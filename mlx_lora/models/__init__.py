@@ -1,4 +1,4 @@
-"""The only door to mlx_lm (serve/engine.py apart) and to model hubs.
+"""The only door to mlx_lm (the generating parts of serve/ apart) and to model hubs.
 
 Imported through this package, mlx_lm can't lower the process's file limits. The layer classes that adapters wrap are
 re-exported here.

@@ -23,20 +23,14 @@ from mlx_lora.machine import allocation
 from mlx_lora.models import finite, token_ids
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.serve.prefill import OnPrompt, chunk_size, prefill
+from mlx_lora.serve.requests import Sampling
 
 with allocation.file_limits_kept():
     from mlx_lm.generate import BatchGenerator, generate_step
     from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
     from mlx_lm.sample_utils import make_sampler
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """Temperature 0 is greedy. `top_p` of 1 keeps the whole distribution."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
+__all__ = ["Cache", "Engine", "Sampling"]
 
 
 @dataclass
@@ -52,7 +46,9 @@ def _sampler(sampling: Sampling) -> Callable[[mx.array], mx.array]:
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     top_p = sampling.top_p if sampling.top_p < 1 else 0.0
-    return finite.marking(make_sampler(temp=sampling.temperature, top_p=top_p))
+    return finite.marking(
+        make_sampler(temp=sampling.temperature, top_p=top_p, top_k=sampling.top_k, min_p=sampling.min_p)
+    )
 
 
 class Engine:

@@ -1,0 +1,204 @@
+"""Many requests at once, each with its own adapter: one thread owns MLX, queues carry everything in and out.
+
+    submit (any thread) ── inbox ──> waiting ── admit: adapter, prompt cache ──> lane ── a pass ──> events to the waiter
+
+Rows of the base and of adapters that join share every forward pass; each other adapter has a lane of its own, and lanes
+take turns. A pass makes one token for every row that answers, and reads a chunk of the prompts that are new. A row ends
+by itself: an error of its own, a cancellation or a finished answer leaves the others as they are. A pass that fails as
+a whole is run again row by row, so that only the row at fault is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from mlx_lora.errors import Busy, Stopped
+from mlx_lora.machine import allocation
+from mlx_lora.models.load import LoadedModel
+from mlx_lora.serve.lane import Row
+from mlx_lora.serve.requests import LOOK, Answer, Deliver, Failed, Request
+from mlx_lora.serve.residence import Residence
+from mlx_lora.serve.worker import Limits, Status, Worker
+
+__all__ = ["Limits", "Scheduler", "Status"]
+
+# What is sent to the thread: something to do there, None to end.
+Action = Callable[[Worker], None]
+
+log = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Answers requests on a base that `open_base` loads in the scheduler's own thread.
+
+    `prepare(residence)` runs there before the first request. Use as a context manager, or `start` and `close`.
+    """
+
+    def __init__(
+        self,
+        open_base: Callable[[], LoadedModel],
+        *,
+        limits: Limits | None = None,
+        prepare: Callable[[Residence], None] = lambda residence: None,
+        **residence: Any,
+    ):
+        self.limits = limits or Limits()
+        self._open_base, self._prepare, self._residence_options = open_base, prepare, residence
+        self._inbox: queue.SimpleQueue[Action | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
+        self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._open: set[Row] = set()  # every row that has no end yet; guarded by the lock
+        self._ended = False
+        self._beat = time.monotonic()
+        self._status = Status(alive=False, running=0, waiting=0, quiet_seconds=0.0)
+
+    # ---- any thread ----
+
+    def start(self) -> Scheduler:
+        """Start the thread and wait until the base is loaded and tried. Raises what loading it raises."""
+        self._thread.start()
+        if (error := self._ready.get()) is not None:
+            self._thread.join()
+            raise error
+        return self
+
+    def __enter__(self) -> Scheduler:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self, *, timeout: float | None = None) -> None:
+        """End every request as cancelled with what it has, and the thread; waits for it at most `timeout` seconds."""
+        self._inbox.put(None)
+        self._thread.join(timeout)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._ended
+
+    def submit(self, request: Request, deliver: Deliver | None = None) -> Answer:
+        """Queue a request; its events go to the answer's queue, or to `deliver`, which the generating thread calls.
+
+        Raises Busy when too many wait, and Stopped when the thread has ended.
+        """
+        row = Row(request, deliver or (lambda event: None))
+        answer = Answer(request, cancel=lambda: self._cancel(row), alive=lambda: self.alive)
+        if deliver is None:
+            row.deliver = answer.events.put
+        with self._lock:
+            if not self.alive:
+                raise Stopped("the thread that generates has ended", hint="start again")
+            if len(self._open) >= self.limits.rows + self.limits.waiting:
+                raise Busy(f"{len(self._open)} requests are being answered or wait", hint="ask again in a moment")
+            self._open.add(row)
+        self._inbox.put(lambda worker: worker.waiting.append(row))
+        return answer
+
+    def _cancel(self, row: Row) -> None:
+        self._inbox.put(lambda worker: worker.cancel(row))
+
+    def status(self) -> Status:
+        """What it does at this moment."""
+        with self._lock:
+            rows = len(self._open)
+        quiet = time.monotonic() - self._beat if rows else 0.0
+        running = self._status.running
+        return replace(
+            self._status, alive=self.alive, waiting=max(rows - running, 0), quiet_seconds=quiet
+        )  # fmt: skip
+
+    def load(self, name: str, *, timeout: float | None = None) -> None:
+        """Bring an adapter into memory before its first request. Raises as a request that names it would fail."""
+        self.ask(lambda worker: worker.residence.release(worker.residence.lease(name)), timeout=timeout)
+
+    def unload(self, name: str, *, timeout: float | None = None) -> None:
+        """Let an adapter go; rows that have it finish first."""
+        self.ask(lambda worker: worker.residence.retire(name), timeout=timeout)
+
+    def ask(self, action: Action, *, timeout: float | None = None) -> None:
+        """Run something in the scheduler's thread, between two passes, and wait for it; what it raises is raised here.
+
+        Raises TimeoutError after `timeout` seconds, and Stopped when the thread has ended.
+        """
+        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def act(worker: Worker) -> None:
+            try:
+                action(worker)
+                done.put(None)
+            except Exception as error:
+                done.put(error)
+
+        self._inbox.put(act)
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                error = done.get(timeout=LOOK)
+                break
+            except queue.Empty:
+                if not self.alive:
+                    raise Stopped("the thread that generates has ended", hint="start again") from None
+                if end is not None and time.monotonic() > end:
+                    raise TimeoutError from None
+        if error is not None:
+            raise error
+
+    # ---- the thread that owns MLX ----
+
+    def _run(self) -> None:
+        error: BaseException = Stopped("the thread that generates has ended", hint="start again")
+        try:
+            try:
+                worker = Worker(self._open_base(), self.limits, self._leave, **self._residence_options)
+                self._prepare(worker.residence)
+                self._status = worker.status()
+            except BaseException as fault:
+                self._ready.put(fault)
+                return
+            self._ready.put(None)
+            with allocation.memory_limits(lean=False):
+                self._loop(worker)
+        except BaseException as fault:  # whatever it is: nobody may wait for ever
+            log.exception("the thread that generates has ended")
+            error = Stopped(f"the thread that generates has ended: {fault!r}", hint="start again")
+        finally:
+            with self._lock:
+                self._ended = True
+                left, self._open = self._open, set()
+            for row in left:
+                row.deliver(Failed(error))
+
+    def _loop(self, worker: Worker) -> None:
+        while self._listen(worker):
+            self._beat = time.monotonic()
+            worker.turn()
+            self._status = worker.status()
+        worker.end_all()
+
+    def _listen(self, worker: Worker) -> bool:
+        """Do what has arrived; wait for it where there is nothing else to do. False when it is time to end."""
+        idle = worker.idle
+        while True:
+            try:
+                action = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            if action is None:
+                return False
+            action(worker)
+            idle = False
+
+    def _leave(self, row: Row) -> bool:
+        """Note that a row has ended; False where it had before."""
+        with self._lock:
+            known = row in self._open
+            self._open.discard(row)
+        return known

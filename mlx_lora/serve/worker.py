@@ -1,0 +1,228 @@
+"""What the generating thread does: rows wait, begin in a lane, take part in passes and end. See `serve.scheduler`."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lora.adapters.attach import put
+from mlx_lora.models import token_ids
+from mlx_lora.models.load import LoadedModel
+from mlx_lora.serve.lane import Ended, Lane, Row
+from mlx_lora.serve.prefill import chunk_size
+from mlx_lora.serve.prompt_cache import PromptCache
+from mlx_lora.serve.requests import Failed
+from mlx_lora.serve.residence import Residence
+from mlx_lora.serve.rows import RowsModel
+from mlx_lora.serve.ways import Way, find_way
+
+# Passes of a lane before the next lane's turn: putting other wrappers into a model takes a few milliseconds.
+TURN = 8
+# Tokens of a chunk of a prompt at most: what runs beside it waits that long for its next token.
+CHUNK = 256
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`rows` are answered at once and `waiting` may wait; bytes of prompt caches and of adapters in memory."""
+
+    rows: int = 32
+    waiting: int = 256
+    prompt_cache_bytes: int = 1 << 30
+    adapter_bytes: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a scheduler does. `quiet_seconds` since the thread last did something, 0 while there is nothing to do."""
+
+    alive: bool
+    running: int
+    waiting: int
+    quiet_seconds: float
+    passes: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    prompt_cache_bytes: int = 0
+    adapter_bytes: int = 0
+    adapters: tuple[str, ...] = ()
+    alone: tuple[tuple[str, str], ...] = ()
+    way: Way | None = None
+
+
+class Worker:
+    """The rows of a scheduler on a loaded base. `leave(row)` notes that a row has ended, and says whether it was open.
+
+    Made and used in one thread.
+    """
+
+    def __init__(self, loaded: LoadedModel, limits: Limits, leave: Callable[[Row], bool], **residence: Any):
+        self.loaded, self.limits, self._leave = loaded, limits, leave
+        put(loaded.model, {})
+        self.waiting: deque[Row] = deque()
+        self.prompts = PromptCache(limits.prompt_cache_bytes)
+        self.residence = Residence(loaded, limit=limits.adapter_bytes, on_gone=self.prompts.drop, **residence)
+        self.way = find_way(loaded.model, str(loaded.config.get("model_type", "this model")))
+        if self.way.note:
+            log.info(self.way.note)
+        self._chunk = min(CHUNK, chunk_size(loaded.model))
+        self._lanes: dict[Hashable | None, Lane] = {None: self._lane(None)}
+        self._turn = 0
+        self._installed: tuple[Hashable | None, int] | None = None
+        self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "passes": 0}
+
+    def _lane(self, held: Any) -> Lane:
+        model = RowsModel(self.loaded.model, self.residence.mixed.rows)
+        lane = Lane(model, self.way, adapter=held, rows=self.limits.rows, chunk=self._chunk)
+        if held is not None:
+            model.publish = lane.only_own
+        return lane
+
+    @property
+    def idle(self) -> bool:
+        return not self._rows()
+
+    def turn(self) -> None:
+        """Begin the rows that can begin, and run one pass."""
+        self._admit()
+        if (lane := self._next_lane()) is not None:
+            self._pass(lane)
+
+    def end_all(self) -> None:
+        for row in self._rows():
+            self._end(row, "cancelled")
+
+    def _rows(self) -> list[Row]:
+        return [*self.waiting, *(row for lane in self._lanes.values() for row in lane.rows.values())]
+
+    def _admit(self) -> None:
+        """Move rows that wait into their lanes, in order; a row whose lane is full lets others pass."""
+        running = sum(len(lane.rows) for lane in self._lanes.values())
+        for row in list(self.waiting):
+            if running >= self.limits.rows:
+                return
+            try:
+                if self._begin_row(row):
+                    self.waiting.remove(row)
+                    running += 1
+            except Exception as error:
+                self.waiting.remove(row)
+                self._fail(row, error)
+
+    def _begin_row(self, row: Row) -> bool:
+        """Put a row into its lane; False where that has no room now."""
+        if row.held is None:
+            self._prepare_row(row)
+        own = row.held is not None and row.held.alone is not None
+        lane = self._lanes.get(row.key if own else None)
+        if lane is None:
+            lane = self._lanes[row.key] = self._lane(row.held)
+        if not lane.takes(row):
+            return False
+        layers, cached = self.prompts.find(row.key, row.tokens)
+        lane.insert(row, layers, cached)
+        self._counts["prompt_tokens"] += len(row.tokens)
+        self._counts["cached_tokens"] += cached
+        return True
+
+    def _prepare_row(self, row: Row) -> None:
+        """The adapter, the prompt with its virtual tokens, and the tokens that end the answer."""
+        request, tokenizer = row.request, self.loaded.tokenizer
+        if not row.prompt:
+            token_ids.check(tokenizer, request.tokens)
+        if request.adapter is not None:
+            row.held = self.residence.lease(request.adapter)
+        virtual = row.held.virtual if row.held else None
+        row.prompt = virtual.prompt(request.tokens, request.first_answer) if virtual else list(request.tokens)
+        row.ends = frozenset(tokenizer.eos_token_ids) | (row.held.ends if row.held else frozenset())
+
+    def _next_lane(self) -> Lane | None:
+        """The lane whose turn it is, out of those with rows; lanes of adapters that have no rows go."""
+        for key, lane in list(self._lanes.items()):
+            if key is not None and not lane.rows:
+                lane.close()
+                del self._lanes[key]
+        busy = [lane for lane in self._lanes.values() if lane.rows]
+        if not busy:
+            return None
+        self._turn += 1
+        return busy[self._turn // TURN % len(busy)]
+
+    def _install(self, lane: Lane) -> None:
+        """Put the wrappers of a lane into the model, where others are in it."""
+        mixed = self.residence.mixed
+        wrappers = lane.adapter.wrappers if lane.adapter else mixed.wrappers
+        wanted = (lane.adapter.key if lane.adapter else None, len(wrappers))
+        if self._installed != wanted:
+            put(self.loaded.model, wrappers)
+            self._installed = wanted
+
+    def _pass(self, lane: Lane) -> None:
+        before = lane.model.passes
+        try:
+            self._install(lane)
+            for ended in lane.step():
+                self._ended_row(ended)
+        except Exception as error:
+            self._run_again(lane, error)
+        self._counts["passes"] += lane.model.passes - before
+
+    def _run_again(self, lane: Lane, error: Exception) -> None:
+        """After a pass that failed: its rows begin again one by one, and one that fails by itself gets the error."""
+        rows = lane.abandon()
+        log.warning("a pass of %d rows failed, they begin again: %r", len(rows), error)
+        for row in reversed(rows):
+            if row.suspect or len(rows) == 1:
+                self._fail(row, error)
+            else:
+                row.suspect = True
+                self.waiting.appendleft(row)
+
+    def _ended_row(self, ended: Ended) -> None:
+        row = ended.row
+        if ended.layers is not None and (row.held is None or self.residence.is_current(row.held)):
+            self.prompts.put(row.key, ended.tokens, ended.layers)
+        if row.error is not None:
+            self._fail(row, row.error)
+        else:
+            self._end(row, ended.reason)
+
+    def cancel(self, row: Row) -> None:
+        """Take a row out, keeping what it has read."""
+        if row in self.waiting:
+            self.waiting.remove(row)
+        for lane in self._lanes.values():
+            if (kept := lane.remove(row, keep=True)) is not None:
+                self._ended_row(Ended(row, "cancelled", *kept))
+                return
+        self._end(row, "cancelled")
+
+    def _end(self, row: Row, reason: str) -> None:
+        if self._left(row):
+            self._counts["generated_tokens"] += len(row.answer)
+            row.deliver(row.finished(reason))
+
+    def _fail(self, row: Row, error: BaseException) -> None:
+        if self._left(row):
+            row.deliver(Failed(error))
+
+    def _left(self, row: Row) -> bool:
+        """Whether a row has ended just now, and not before."""
+        if row.held is not None:
+            self.residence.release(row.held)
+            row.held = None
+        return self._leave(row)
+
+    def status(self) -> Status:
+        return Status(
+            alive=True, running=sum(len(lane.rows) for lane in self._lanes.values()), waiting=len(self.waiting),
+            quiet_seconds=0.0, **self._counts, prompt_cache_bytes=self.prompts.nbytes,
+            adapter_bytes=self.residence.nbytes, adapters=tuple(self.residence.names()),
+            alone=tuple(self.residence.why_alone().items()), way=self.way,
+        )  # fmt: skip
