@@ -151,6 +151,7 @@ class Residence:
         if not held.users and held in self._retired:
             self._retired.remove(held)
             self._drop(held)
+        self._make_room(lambda: 0)
 
     def retire(self, name: str) -> None:
         """Let an adapter go that was replaced or removed: now, or when its last row ends."""
