@@ -15,7 +15,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -23,44 +22,14 @@ import mlx.nn as nn
 
 from mlx_lora.adapters.attach import Wrappers, put
 from mlx_lora.adapters.base import AdapterLayer, by_kind, layer_shape
-from mlx_lora.adapters.stacks import Stack, factors_of, rank_class, reason_alone
+from mlx_lora.adapters.published import Pass, Share
+from mlx_lora.adapters.stacks import Factors, Stack, factors_of, rank_class, reason_alone
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError, CannotFuse
 from mlx_lora.models.experts import noting_order
 
 # Passes whose index arrays are kept: those of a running batch, and of the prompts beside it.
 REMEMBERED = 16
-
-
-@dataclass(frozen=True)
-class Share:
-    """The rows of a pass that have an adapter in one stack.
-
-    `rows` are their indices, None for all rows, and `slots` those of their adapters. Where all rows have one adapter,
-    `slots` has this one alone. `every` is the slot of each row of the pass, 0 for the others.
-    """
-
-    stack: Stack
-    rows: mx.array | None
-    slots: mx.array
-    every: mx.array
-    single: bool
-
-
-@dataclass
-class Pass:
-    """One forward pass: the adapter of each row by its key, None for the base, and how many tokens a row has."""
-
-    keys: tuple[Hashable | None, ...]
-    tokens: int
-    shares: dict[tuple[int, int], list[Share]] = field(default_factory=dict)
-    order: mx.array | None = None  # tokens sorted by their experts
-
-    def row_of_sorted(self, count: int) -> mx.array:
-        """The row of each of `count` sorted choices of experts."""
-        if self.order is None or self.order.size != count:
-            raise AdapterError("this model's experts sort their tokens in a way of their own, which loses the rows")
-        return self.order // self.tokens
 
 
 class MixedLayer(AdapterLayer, abstract=True):
@@ -88,6 +57,13 @@ class MixedLayer(AdapterLayer, abstract=True):
 
     @abstractmethod
     def __call__(self, *arguments: Any, **keywords: Any) -> mx.array: ...
+
+    def put(self, key: Hashable, factors: Factors) -> None:
+        """Hold an adapter's factors under its key."""
+        rank = rank_class(factors.rank)
+        if rank not in self.stacks:
+            self.stacks[rank] = Stack(factors)
+        self.stacks[rank].put(key, factors)
 
     def shares(self, rows: int) -> list[Share]:
         """The shares of the running pass in an input whose first axis has `rows` entries: rows, or all their tokens."""
@@ -204,29 +180,31 @@ class Mixed:
 
         Raises AdapterError for one that can't share a pass with others, and for a key that is taken.
         """
+        for _ in self.adding(key, wrappers):
+            pass
+
+    def adding(self, key: Hashable, wrappers: Wrappers) -> Iterator[None]:
+        """`add` in as many steps as there are modules, between which passes may run."""
         if key in self.keys:
             raise AdapterError(f"an adapter {key!r} is held already")
         if reason := reason_alone(wrappers):
             raise AdapterError(f"the adapter can't share a forward pass: {reason}")
+        new: dict[int, MixedLayer] = {}
         try:
             for path, wrapper in wrappers.items():
-                self._put(key, wrapper, path)
+                index = id(wrapper.base)
+                layer = self._layers.get(index) or new.get(index)
+                if layer is None:
+                    kind = by_kind(wrapper.base, MixedLinear, MixedEmbedding, MixedExperts)
+                    layer = new[index] = kind(wrapper.base, path, self)
+                layer.put(key, factors_of(wrapper))
+                yield
+            self._layers |= new
+            self.keys.add(key)
             self._passes, self._slots = {}, {}
         except BaseException:  # memory may be short: no part of an adapter stays
             self._take_out(key)
             raise
-        self.keys.add(key)
-
-    def _put(self, key: Hashable, wrapper: AdapterLayer, path: str) -> None:
-        layer = self._layers.get(id(wrapper.base))
-        if layer is None:
-            kind = by_kind(wrapper.base, MixedLinear, MixedEmbedding, MixedExperts)
-            layer = self._layers[id(wrapper.base)] = kind(wrapper.base, path, self)
-        factors = factors_of(wrapper)
-        rank = rank_class(factors.rank)
-        if rank not in layer.stacks:
-            layer.stacks[rank] = Stack(factors)
-        layer.stacks[rank].put(key, factors)
 
     def growth(self, wrappers: Wrappers) -> int:
         """Bytes by which the stacks would grow to hold one more adapter, none where each has a free slot."""

@@ -38,7 +38,7 @@ class Row:
     """A request on its way. `prompt` has the virtual tokens of its adapter, `answer` all tokens that were chosen.
 
     `shown` of the answer's tokens have been delivered. A `suspect` was in a pass that failed: it runs by itself until
-    it has made a token.
+    it has made a token. While `loading` its adapter is on the way.
     """
 
     request: Request
@@ -51,6 +51,7 @@ class Row:
     cached: int = 0
     uid: int | None = None
     suspect: bool = False
+    loading: bool = False
     error: BaseException | None = None
     sample: Any = None
 

@@ -117,7 +117,9 @@ class Scheduler:
 
     def load(self, name: str, *, timeout: float | None = None) -> None:
         """Bring an adapter into memory before its first request. Raises as a request that names it would fail."""
-        self.ask(lambda worker: worker.residence.release(worker.residence.lease(name)), timeout=timeout)
+        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._inbox.put(lambda worker: worker.want(name, done.put))
+        self._wait(done, timeout)
 
     def unload(self, name: str, *, timeout: float | None = None) -> None:
         """Let an adapter go; rows that have it finish first."""
@@ -138,6 +140,10 @@ class Scheduler:
                 done.put(error)
 
         self._inbox.put(act)
+        self._wait(done, timeout)
+
+    def _wait(self, done: queue.SimpleQueue[BaseException | None], timeout: float | None) -> None:
+        """Wait for what the thread says, and raise it."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             try:
@@ -157,7 +163,8 @@ class Scheduler:
         error: BaseException = Stopped("the thread that generates has ended", hint="start again")
         try:
             try:
-                worker = Worker(self._open_base(), self.limits, self._leave, **self._residence_options)
+                options = {"wake": lambda: self._inbox.put(lambda _: None), **self._residence_options}
+                worker = Worker(self._open_base(), self.limits, self._leave, **options)
                 self._prepare(worker.residence)
                 self._status = worker.status()
             except BaseException as fault:

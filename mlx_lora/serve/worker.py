@@ -23,6 +23,10 @@ from mlx_lora.serve.ways import Way, find_way
 TURN = 8
 # Tokens of a chunk of a prompt at most: what runs beside it waits that long for its next token.
 CHUNK = 256
+# Seconds between two passes that loading adapters may take.
+LOADING = 0.01
+
+Done = Callable[[BaseException | None], None]
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +72,7 @@ class Worker:
         self.waiting: deque[Row] = deque()
         self.prompts = PromptCache(limits.prompt_cache_bytes)
         self.residence = Residence(loaded, limit=limits.adapter_bytes, on_gone=self.prompts.drop, **residence)
+        self._wanted: list[tuple[str, Done]] = []
         self.way = find_way(loaded.model, str(loaded.config.get("model_type", "this model")))
         if self.way.note:
             log.info(self.way.note)
@@ -86,17 +91,41 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        return not self._rows()
+        """Whether there is nothing to do until something arrives; rows may wait for a file that is being read."""
+        running = any(lane.rows for lane in self._lanes.values())
+        waiting = [row for row in self.waiting if not row.loading]
+        return not (running or waiting or self.residence.loading)
 
     def turn(self) -> None:
-        """Begin the rows that can begin, and run one pass."""
+        """Go on loading adapters, begin the rows that can begin, and run one pass."""
+        running = any(lane.rows for lane in self._lanes.values())
+        self.residence.load_on(LOADING if running else 60.0)
+        self._tell_wanted()
         self._admit()
         if (lane := self._next_lane()) is not None:
             self._pass(lane)
 
+    def want(self, name: str, done: Done) -> None:
+        """Bring an adapter into memory, and call `done` with None or with what went wrong."""
+        self._wanted.append((name, done))
+        self._tell_wanted()
+
+    def _tell_wanted(self) -> None:
+        for wanted in list(self._wanted):
+            name, done = wanted
+            try:
+                if (held := self.residence.lease(name)) is None:
+                    continue
+                self.residence.release(held)
+                done(None)
+            except Exception as error:
+                done(error)
+            self._wanted.remove(wanted)
+
     def end_all(self) -> None:
         for row in self._rows():
             self._end(row, "cancelled")
+        self.residence.close()
 
     def _rows(self) -> list[Row]:
         return [*self.waiting, *(row for lane in self._lanes.values() for row in lane.rows.values())]
@@ -117,8 +146,8 @@ class Worker:
 
     def _begin_row(self, row: Row) -> bool:
         """Put a row into its lane; False where that has no room now."""
-        if row.held is None:
-            self._prepare_row(row)
+        if row.held is None and not self._prepare_row(row):
+            return False
         own = row.held is not None and row.held.alone is not None
         lane = self._lanes.get(row.key if own else None)
         if lane is None:
@@ -131,16 +160,20 @@ class Worker:
         self._counts["cached_tokens"] += cached
         return True
 
-    def _prepare_row(self, row: Row) -> None:
-        """The adapter, the prompt with its virtual tokens, and the tokens that end the answer."""
+    def _prepare_row(self, row: Row) -> bool:
+        """The adapter, the prompt with its virtual tokens, the tokens that end the answer; False while one loads."""
         request, tokenizer = row.request, self.loaded.tokenizer
         if not row.prompt:
             token_ids.check(tokenizer, request.tokens)
         if request.adapter is not None:
             row.held = self.residence.lease(request.adapter)
+            row.loading = row.held is None
+            if row.loading:
+                return False
         virtual = row.held.virtual if row.held else None
         row.prompt = virtual.prompt(request.tokens, request.first_answer) if virtual else list(request.tokens)
         row.ends = frozenset(tokenizer.eos_token_ids) | (row.held.ends if row.held else frozenset())
+        return True
 
     def _next_lane(self) -> Lane | None:
         """The lane whose turn it is, out of those with rows; lanes of adapters that have no rows go."""

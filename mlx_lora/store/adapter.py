@@ -43,20 +43,9 @@ from mlx_lora.store.manifest import (
 )
 
 __all__ = [
-    "CONFIG",
-    "MANIFEST",
-    "MLX_LM",
-    "WEIGHTS",
-    "Base",
-    "Manifest",
-    "StoredAdapter",
-    "read",
-    "read_arrays",
-    "read_manifest",
-    "save",
-    "wrappers_for",
-    "write",
-]
+    "CONFIG", "MANIFEST", "MLX_LM", "WEIGHTS", "Base", "Manifest", "StoredAdapter", "read", "read_arrays",
+    "read_manifest", "save", "wrappers_for", "write",
+]  # fmt: skip
 
 
 @dataclass
@@ -197,8 +186,11 @@ def _padded(array: mx.array, rank: int, *, axis: int) -> mx.array:
     return mx.pad(array, [(0, missing if index == axis else 0) for index in range(array.ndim)]) if missing else array
 
 
-def read(path: Path) -> StoredAdapter:
-    """Read an adapter directory, ours or mlx-lm's. Raises AdapterError for anything missing, damaged or not finite."""
+def read(path: Path, *, weights_sha256: str | None = None) -> StoredAdapter:
+    """Read an adapter directory, ours or mlx-lm's. Raises AdapterError for anything missing, damaged or not finite.
+
+    `weights_sha256` is that of the weights' file where it is known already.
+    """
     if not path.is_dir():
         raise AdapterError(f"{path}: no such adapter")
     if missing := [name for name in (WEIGHTS, CONFIG) if not (path / name).is_file()]:
@@ -208,13 +200,15 @@ def read(path: Path) -> StoredAdapter:
     manifest = read_manifest(path)
     rank, scale = rank_and_scale(path / CONFIG, config) if manifest.method in MLX_LM else (0, 0.0)
     faults = []
-    if manifest.weights_sha256 and sha256(path / WEIGHTS) != manifest.weights_sha256:
+    if manifest.weights_sha256 and (weights_sha256 or sha256(path / WEIGHTS)) != manifest.weights_sha256:
         faults.append(f"{WEIGHTS} is not the file that the manifest describes")
     if manifest.weights_sha256 and manifest.method in MLX_LM and [rank, scale] != _implied(manifest):
         faults.append(f"{CONFIG} says rank {rank} and scale {scale:g}, which is not what the manifest describes")
     if not arrays:
         faults.append(f"{WEIGHTS} holds no tensors")
-    faults += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not mx.isfinite(array).all().item()]
+    finite = {name: mx.isfinite(array).all() for name, array in arrays.items()}
+    mx.eval(finite)
+    faults += [f"{name} holds NaN or infinity" for name, holds in finite.items() if not holds.item()]
     if faults:
         raise AdapterError(f"{path}: " + _listed(faults), hint="train it again, or restore it from a copy")
     return StoredAdapter(path, manifest, arrays, rank, scale)
