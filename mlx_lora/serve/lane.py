@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from mlx_lora.errors import AdapterError
 from mlx_lora.machine import allocation
 from mlx_lora.models import finite
 from mlx_lora.serve.alone import OneRowGenerator
+from mlx_lora.serve.prompt_cache import trimmable
 from mlx_lora.serve.requests import Deliver, Finished, Reading, Request, Token
 from mlx_lora.serve.residence import Held
 from mlx_lora.serve.rows import RowsEntry, RowsModel
@@ -52,6 +54,7 @@ class Row:
     uid: int | None = None
     suspect: bool = False
     loading: bool = False
+    untrimmable: bool = False
     error: BaseException | None = None
     sample: Any = None
 
@@ -75,6 +78,15 @@ class Ended:
     reason: str
     layers: list[Any] | None = None
     tokens: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Caches of the beginning of a row that goes on; `tokens` are what they hold."""
+
+    row: Row
+    layers: list[Any]
+    tokens: Sequence[int]
 
 
 class Lane:
@@ -104,17 +116,24 @@ class Lane:
         suspected = row.suspect or any(other.suspect for other in self.rows.values())
         return len(self.rows) < self.most and not (suspected and self.rows)
 
-    def insert(self, row: Row, layers: list[Any] | None, cached: int) -> None:
-        """Begin a row at its tokens after the first `cached` ones, which `layers` hold."""
-        tokens = row.tokens
+    def insert(self, row: Row, layers: list[Any] | None, cached: int, shared: int = 0) -> None:
+        """Begin a row at its tokens after the first `cached` ones, which `layers` hold.
+
+        Where caches can't be trimmed, the row stops after `shared` tokens and before its last one, so that its
+        caches can be kept.
+        """
+        tokens, layers = row.tokens, layers or make_prompt_cache(self.model.model)
+        row.untrimmable = not trimmable(layers, len(tokens))
+        places = sorted({place for place in (shared, len(tokens) - 1) if cached < place < len(tokens)})
+        edges = [cached, *(places if row.untrimmable else []), len(tokens)]
         row.cached, row.sample = cached, sampler(row.request.sampling)
         if isinstance(row.sample, Drawing):
             row.sample.drawn = len(row.answer)
         ends = [(end,) for end in sorted(row.ends)]
-        (row.uid,) = self.generator.insert(
-            [tokens[cached:]],
+        (row.uid,) = self.generator.insert_segments(
+            [[tokens[start:end] for start, end in pairwise(edges)]],
             max_tokens=[row.request.max_tokens - len(row.answer)],
-            caches=[[RowsEntry([row.key]), *(layers or make_prompt_cache(self.model.model))]],
+            caches=[[RowsEntry([row.key]), *layers]],
             all_tokens=[tokens[:cached]],
             samplers=[row.sample],
             logits_processors=[[_GuardedProcessor(row, one) for one in row.request.processors]],
@@ -122,8 +141,8 @@ class Lane:
         )
         self.rows[row.uid] = row
 
-    def step(self) -> Iterator[Ended]:
-        """One pass: deliver what it gave, and yield the rows that it ended."""
+    def step(self) -> Iterator[Ended | Kept]:
+        """One pass: deliver what it gave, yield the rows that it ended, and what is worth keeping of others."""
         reading = sum(not row.answer for row in self.rows.values())
         if self.rows:  # what a pass reads is bounded, however many prompts are read at once
             share = self.chunk // max(min(reading, self.way.prompts), 1)
@@ -134,6 +153,9 @@ class Lane:
             if row is not None and not row.answer and response.progress:
                 done, total = response.progress
                 row.deliver(Reading(row.cached + done, row.cached + total))
+                if row.untrimmable and response.end_of_segment and done < total:
+                    layers, tokens = self.generator.extract_cache([row.uid])[row.uid]
+                    yield Kept(row, list(layers[1:]), list(tokens))
         for response in responses:
             if ended := self._take(self.rows[response.uid], response):
                 yield ended

@@ -2,7 +2,10 @@
 
 An entry belongs to one adapter, or to the base: what another adapter computed is never used. A cache that can be
 trimmed serves any prompt that shares its beginning; one that can't (states that run along the row, windows that have
-moved on) only those that have all of its tokens. The bytes are bounded; the entry that was used longest ago goes first.
+moved on) only those that have all of its tokens. For these the scheduler also keeps what they were at the end of a
+prompt, and where a prompt parts from one that is known.
+
+The bytes are bounded; the entry that was used longest ago goes first.
 """
 
 from __future__ import annotations
@@ -65,13 +68,19 @@ class PromptCache:
             trim_prompt_cache(layers, len(entry.tokens) - length)
         return layers, length
 
+    def shared(self, key: Hashable | None, tokens: Sequence[int]) -> int:
+        """How many tokens at the beginning are those of an entry, whether or not it can serve them."""
+        wanted = np.asarray(tokens, np.int64)
+        found = (common(entry.tokens, wanted) for entry in self._entries.values() if entry.key == key)
+        return max(found, default=0)
+
     def put(self, key: Hashable | None, tokens: Sequence[int], layers: list[Any]) -> None:
         """Keep the caches of `tokens`. Entries that are a beginning of them, and no more use, go."""
         if any(layer.empty() for layer in layers) or not len(tokens):
             return
         entry = _Entry(
             key, np.asarray(tokens, np.int64), layers, sum(layer.nbytes for layer in layers),
-            bool(can_trim_prompt_cache(layers)),
+            trimmable(layers, len(tokens)),
         )  # fmt: skip
         if entry.nbytes > self.limit:
             return
@@ -104,6 +113,16 @@ def common(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if different.size else length
+
+
+def trimmable(layers: Sequence[Any], length: int) -> bool:
+    """Whether caches can be trimmed when they hold `length` tokens: a window that is full has lost what would be next.
+
+    mlx_lm says so of its rotating windows, and not of those of llama4.
+    """
+    inner = [cache for layer in layers for cache in getattr(layer, "caches", [layer])]
+    sizes = [getattr(cache, name, None) for cache in inner for name in ("max_size", "chunk_size")]
+    return bool(can_trim_prompt_cache(layers)) and all(length < size for size in sizes if isinstance(size, int))
 
 
 def _usable(entry: _Entry, wanted: NDArray[np.int64]) -> int:

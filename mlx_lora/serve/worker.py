@@ -11,7 +11,7 @@ from typing import Any
 from mlx_lora.adapters.attach import put
 from mlx_lora.models import token_ids
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.serve.lane import Ended, Lane, Row
+from mlx_lora.serve.lane import Ended, Kept, Lane, Row
 from mlx_lora.serve.prefill import chunk_size
 from mlx_lora.serve.prompt_cache import PromptCache
 from mlx_lora.serve.requests import Failed
@@ -155,7 +155,7 @@ class Worker:
         if not lane.takes(row):
             return False
         layers, cached = self.prompts.find(row.key, row.tokens)
-        lane.insert(row, layers, cached)
+        lane.insert(row, layers, cached, self.prompts.shared(row.key, row.tokens))
         self._counts["prompt_tokens"] += len(row.tokens)
         self._counts["cached_tokens"] += cached
         return True
@@ -200,8 +200,10 @@ class Worker:
         before = lane.model.passes
         try:
             self._install(lane)
-            for ended in lane.step():
-                self._ended_row(ended)
+            for result in lane.step():
+                self._keep(result)
+                if isinstance(result, Ended):
+                    self._ended_row(result)
         except Exception as error:
             self._run_again(lane, error)
         self._counts["passes"] += lane.model.passes - before
@@ -217,10 +219,14 @@ class Worker:
                 row.suspect = True
                 self.waiting.appendleft(row)
 
+    def _keep(self, result: Ended | Kept) -> None:
+        """Keep caches, but not those of an adapter that has been replaced."""
+        held = result.row.held
+        if result.layers is not None and (held is None or self.residence.is_current(held)):
+            self.prompts.put(result.row.key, result.tokens, result.layers)
+
     def _ended_row(self, ended: Ended) -> None:
         row = ended.row
-        if ended.layers is not None and (row.held is None or self.residence.is_current(row.held)):
-            self.prompts.put(row.key, ended.tokens, ended.layers)
         if row.error is not None:
             self._fail(row, row.error)
         else:
@@ -232,8 +238,8 @@ class Worker:
             self.waiting.remove(row)
         for lane in self._lanes.values():
             if (kept := lane.remove(row, keep=True)) is not None:
-                self._ended_row(Ended(row, "cancelled", *kept))
-                return
+                self._keep(Kept(row, *kept))
+                break
         self._end(row, "cancelled")
 
     def _end(self, row: Row, reason: str) -> None:
