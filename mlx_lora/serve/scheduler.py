@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_lora.errors import Busy, Stopped
 from mlx_lora.machine import allocation
 from mlx_lora.models.load import LoadedModel
@@ -177,6 +179,7 @@ class Scheduler:
             log.exception("the thread that generates has ended")
             error = Stopped(f"the thread that generates has ended: {fault!r}", hint="start again")
         finally:
+            _clear_streams()
             with self._lock:
                 self._ended = True
                 left, self._open = self._open, set()
@@ -209,3 +212,11 @@ class Scheduler:
             known = row in self._open
             self._open.discard(row)
         return known
+
+
+def _clear_streams() -> None:
+    """End MLX's own threads for the thread that calls this: left to the process's end, they abort it."""
+    try:
+        mx.synchronize()
+    finally:
+        mx.clear_streams()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -340,3 +342,16 @@ def test_what_loading_raises_is_raised_by_start() -> None:
 
     with pytest.raises(ModelError, match="no such base"):
         Scheduler(fails).start()
+
+
+def test_a_process_whose_schedulers_have_ended_ends_well(tiny_path: Path) -> None:
+    """MLX aborts a process at its end where a thread has left its streams behind, more often than not."""
+    code = (
+        "import sys; from mlx_lora.models.load import load; from mlx_lora.serve.requests import Request\n"
+        "from mlx_lora.serve.scheduler import Scheduler\n"
+        "for _ in range(3):\n"
+        "    with Scheduler(lambda: load(sys.argv[1])) as running:\n"
+        "        assert len(running.submit(Request((1, 2, 3), max_tokens=4)).tokens()) == 4\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

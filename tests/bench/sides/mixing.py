@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 RANK, LARGE_RANK = 16, 64
-PROMPT, ANSWER = 32, 32
+PROMPT, ANSWER = 32, 24
 Batch = Callable[[], float]
 
 
