@@ -57,7 +57,7 @@ class Scheduler:
         self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: set[Row] = set()  # every row that has no end yet; guarded by the lock
-        self._ended = False
+        self._started = self._closing = self._ended = False
         self._beat = time.monotonic()
         self._status = Status(alive=False, running=0, waiting=0, quiet_seconds=0.0)
 
@@ -65,6 +65,7 @@ class Scheduler:
 
     def start(self) -> Scheduler:
         """Start the thread and wait until the base is loaded and tried. Raises what loading it raises."""
+        self._started = True
         self._thread.start()
         if (error := self._ready.get()) is not None:
             self._thread.join()
@@ -77,8 +78,18 @@ class Scheduler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self, *, timeout: float | None = None) -> None:
-        """End every request as cancelled with what it has, and the thread; waits for it at most `timeout` seconds."""
+    def close(self, *, finish: float = 0.0, timeout: float | None = None) -> None:
+        """Take no more requests, let those that run finish for `finish` seconds, end the others with what they have.
+
+        Waits for the thread at most `timeout` seconds more.
+        """
+        with self._lock:
+            self._closing = True
+        if not self._started:
+            return
+        end = time.monotonic() + finish
+        while self._open and self.alive and time.monotonic() < end:
+            time.sleep(0.02)
         self._inbox.put(None)
         self._thread.join(timeout)
 
@@ -89,7 +100,7 @@ class Scheduler:
     def submit(self, request: Request, deliver: Deliver | None = None) -> Answer:
         """Queue a request; its events go to the answer's queue, or to `deliver`, which the generating thread calls.
 
-        Raises Busy when too many wait, and Stopped when the thread has ended.
+        Raises Busy when too many wait, and Stopped when the thread has ended or is about to.
         """
         row = Row(request, deliver or (lambda event: None))
         answer = Answer(request, cancel=lambda: self._cancel(row), alive=lambda: self.alive)
@@ -98,6 +109,8 @@ class Scheduler:
         with self._lock:
             if not self.alive:
                 raise Stopped("the thread that generates has ended", hint="start again")
+            if self._closing:
+                raise Stopped("no more requests are taken: it is about to end")
             if len(self._open) >= self.limits.rows + self.limits.waiting:
                 raise Busy(f"{len(self._open)} requests are being answered or wait", hint="ask again in a moment")
             self._open.add(row)

@@ -133,9 +133,11 @@ def _remove(name: str) -> int:
 def find_by_name(name: str) -> Path:
     """The home's own adapter called `name`; a path is no name."""
     paths.check_name(name)
-    if name not in names():
+    path, root = paths.room("adapters", name), paths.home() / "adapters"
+    listed = root.is_dir() and name in os.listdir(root)  # some file systems find `SQL` where there is `sql`
+    if not (listed and (path / MANIFEST).exists() and files.inside(path, root)):
         raise AdapterError(f"no adapter {name!r}{nearest(name, names()) if names() else ''}")
-    return paths.room("adapters", name)
+    return path
 
 
 def describe_base(loaded: LoadedModel) -> Base:

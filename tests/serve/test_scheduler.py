@@ -291,6 +291,20 @@ def test_closing_ends_what_runs_with_what_there_is(scheduler: Make) -> None:
         running.submit(Request(prompt(5)))
 
 
+def test_closing_may_let_what_runs_finish_and_takes_nothing_new(scheduler: Make) -> None:
+    running = scheduler()
+    answer = running.submit(Request(prompt(5), "a", max_tokens=40))
+    closing = threading.Thread(target=lambda: running.close(finish=20))
+    closing.start()
+    wait_for(lambda: running._closing)
+    with pytest.raises(Stopped, match="no more requests|has ended"):
+        running.submit(Request(prompt(5)))
+    assert len(answer.tokens()) == 40
+    closing.join(20)
+    assert not running.alive
+    Scheduler(lambda: pytest.fail("it was never started")).close()
+
+
 def test_a_dead_thread_gives_every_waiter_an_error(scheduler: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlx_lora.serve.worker import Worker
 
