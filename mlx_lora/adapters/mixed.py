@@ -72,6 +72,8 @@ class MixedLayer(AdapterLayer, abstract=True):
             raise AdapterError(
                 f"{self.path}: a forward pass without published rows; it would run on the adapter of another row"
             )
+        if not self.stacks:
+            return []
         known = current.shares.get((id(self), rows))
         if known is None:
             repeats = 1 if rows == len(current.keys) else current.tokens

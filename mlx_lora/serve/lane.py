@@ -39,7 +39,7 @@ PROMPTS = 8
 class Row:
     """A request on its way. `prompt` has the virtual tokens of its adapter, `answer` all tokens that were chosen.
 
-    `shown` of the answer's tokens have been delivered. A `suspect` was in a pass that failed: it runs by itself until
+    The answer has at most `most` tokens. `shown` of the answer's tokens have been delivered. A `suspect` was in a pass that failed: it runs by itself until
     it has made a token. While `loading` its adapter is on the way.
     """
 
@@ -49,6 +49,7 @@ class Row:
     prompt: list[int] = field(default_factory=list)
     answer: list[Token] = field(default_factory=list)
     ends: frozenset[int] = frozenset()
+    most: int = 0
     shown: int = 0
     cached: int = 0
     uid: int | None = None
@@ -132,7 +133,7 @@ class Lane:
         ends = [(end,) for end in sorted(row.ends)]
         (row.uid,) = self.generator.insert_segments(
             [[tokens[start:end] for start, end in pairwise(edges)]],
-            max_tokens=[row.request.max_tokens - len(row.answer)],
+            max_tokens=[row.most - len(row.answer)],
             caches=[[RowsEntry([row.key]), *layers]],
             all_tokens=[tokens[:cached]],
             samplers=[row.sample],

@@ -31,6 +31,7 @@ from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
 
 Identity = tuple[object, ...]
+Trial = Callable[[Mixed, Hashable, Wrappers], str | None]
 # Seconds in which a directory that was set aside has been replaced by the new one.
 REPLACING = 0.01
 
@@ -78,7 +79,8 @@ class Residence:
 
     `find` gives the directory of a name and raises AdapterError for one that isn't there; any thread may call it.
     `on_gone` is called with the key of a version that was replaced or removed, `wake` from another thread when a file
-    has been read and `load_on` can go on.
+    has been read and `load_on` can go on. `trial` says why an adapter can't share passes with others on this model,
+    or None; it is asked for the first adapter that has a module.
     """
 
     def __init__(
@@ -89,9 +91,12 @@ class Residence:
         find: Callable[[str], Path] = registry.find_by_name,
         on_gone: Callable[[Hashable], None] = lambda key: None,
         wake: Callable[[], None] = lambda: None,
+        trial: Trial = lambda mixed, key, wrappers: None,
     ):
         self.loaded, self.limit, self.find, self.on_gone, self.wake = loaded, limit, find, on_gone, wake
         self.mixed = Mixed(loaded.model)
+        self.trial = trial
+        self._sound: set[str] = set()  # modules that have passed a trial
         self.held: OrderedDict[str, Held] = OrderedDict()  # the one used last at the end
         self._given: dict[str, Held] = {}
         self._retired: set[Held] = set()
@@ -197,13 +202,24 @@ class Residence:
             self._make_room(lambda: self.mixed.growth(wrappers))
             for _ in self.mixed.adding(key, wrappers):
                 yield None
-            yield Held(name, key, None, ends=ends)
-            return
+            if (reason := self._fault(key, wrappers)) is None:
+                yield Held(name, key, None, ends=ends)
+                return
         arrays = [array for wrapper in wrappers.values() for _, array in tree_flatten(wrapper.adapter_arrays())]
         nbytes = sum(array.nbytes for array in arrays)
         self._make_room(lambda: nbytes)
         mx.eval([wrapper.state for wrapper in wrappers.values()])
         yield Held(name, key, reason, wrappers, ends, _virtual(wrappers), nbytes)
+
+    def _fault(self, key: Hashable, wrappers: Wrappers) -> str | None:
+        """Why an adapter that is in the stacks can't share passes on this model, taken out then; None where it can."""
+        if self._sound.issuperset(wrappers):
+            return None
+        if reason := self.trial(self.mixed, key, wrappers):
+            self.mixed.remove(key)
+        else:
+            self._sound |= set(wrappers)
+        return reason
 
     def _make_room(self, needed: Callable[[], int]) -> None:
         """Drop adapters that no row has, the ones used longest ago first, while `needed()` more bytes don't fit.

@@ -8,11 +8,13 @@ the first way whose log-probabilities are those of the rows by themselves:
     prompts are read together, and answers are made together
     prompts are read one by one, and answers are made together
     one row at a time
+
+Rows of different adapters share a pass where the first adapter with a module has passed a trial of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_lora.adapters.attach import Wrappers, put
+from mlx_lora.adapters.mixed import Mixed
+from mlx_lora.errors import MlxLoraError
 from mlx_lora.machine import allocation
 
 with allocation.file_limits_kept():
@@ -33,6 +38,8 @@ PROMPTS = 8
 # in other chunks, which is right too, makes a difference, so many times that is allowed, up to a limit.
 TOLERANCES, TIMES, MOST = (1e-5, 5e-3), 20, 2e-2
 CHUNK, WHOLE = 5, 64
+# The same for rows of different adapters, and their length: with two experts a token, mlx_lm sorts two such rows.
+MIXED_TOLERANCES, MIXED_TOKENS = (1e-4, 2e-2), 33
 
 
 @dataclass(frozen=True)
@@ -166,3 +173,31 @@ def _step(generator: Any, found: dict[int, list[mx.array]]) -> bool:
     for response in responses:
         found[response.uid].append(_log_probabilities(response.logprobs))
     return bool(prompts or responses)
+
+
+def mixing_fault(mixed: Mixed, key: Hashable, wrappers: Wrappers, way: Way) -> str | None:
+    """Why rows of adapters can't share a pass on this model, or None; tried with an adapter that `mixed` holds.
+
+    The row of the adapter and one of the base, together, must be what each is by itself: a model may give its layers
+    something else than rows. Leaves the bare model behind.
+    """
+    model = mixed.model
+    tokens = mx.arange(2 * MIXED_TOKENS).reshape(2, -1) * 7 % 40 + 1
+    keys, each = ([key, None], [wrappers, {}]) if way.rows == TOGETHER else ([key], [wrappers])
+    tokens = tokens[: len(keys)]
+    half = any(array.dtype in (mx.float16, mx.bfloat16) for _, array in tree_flatten(model.parameters()))
+    try:
+        mixed.install()
+        with mixed.rows(keys, MIXED_TOKENS):
+            found = _log_probabilities(model(tokens))
+            mx.eval(found)
+        for row, own in enumerate(each):
+            put(model, own)
+            away = _divergence(found[row], _log_probabilities(model(tokens[row : row + 1]))[0])
+            if not away <= MIXED_TOLERANCES[half]:
+                return f"row {row + 1} of {len(keys)} is off by a KL divergence of {away:.2g}"
+    except Exception as error:  # a model may do anything with its layers
+        return error.message if isinstance(error, MlxLoraError) else f"{type(error).__name__} is raised ({error})"
+    finally:
+        put(model, {})
+    return None

@@ -8,8 +8,11 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lora.adapters.attach import put
+from mlx_lora.adapters.attach import Wrappers, put
+from mlx_lora.adapters.mixed import Mixed
+from mlx_lora.errors import MlxLoraError
 from mlx_lora.models import token_ids
+from mlx_lora.models.context import context_length
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.serve.lane import Ended, Kept, Lane, Row
 from mlx_lora.serve.prefill import chunk_size
@@ -17,7 +20,7 @@ from mlx_lora.serve.prompt_cache import PromptCache
 from mlx_lora.serve.requests import Failed
 from mlx_lora.serve.residence import Residence
 from mlx_lora.serve.rows import RowsModel
-from mlx_lora.serve.ways import Way, find_way
+from mlx_lora.serve.ways import Way, find_way, mixing_fault
 
 # Passes of a lane before the next lane's turn: putting other wrappers into a model takes a few milliseconds.
 TURN = 8
@@ -71,9 +74,12 @@ class Worker:
         put(loaded.model, {})
         self.waiting: deque[Row] = deque()
         self.prompts = PromptCache(limits.prompt_cache_bytes)
-        self.residence = Residence(loaded, limit=limits.adapter_bytes, on_gone=self.prompts.drop, **residence)
+        self.residence = Residence(
+            loaded, limit=limits.adapter_bytes, on_gone=self.prompts.drop, trial=self._try_mixing, **residence
+        )
         self._wanted: list[tuple[str, Done]] = []
-        self.way = find_way(loaded.model, str(loaded.config.get("model_type", "this model")))
+        self._name = str(loaded.config.get("model_type", "this model"))
+        self.way = find_way(loaded.model, self._name)
         if self.way.note:
             log.info(self.way.note)
         self._chunk = min(CHUNK, chunk_size(loaded.model))
@@ -81,6 +87,14 @@ class Worker:
         self._turn = 0
         self._installed: tuple[Hashable | None, int] | None = None
         self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "passes": 0}
+
+    def _try_mixing(self, mixed: Mixed, key: Hashable, wrappers: Wrappers) -> str | None:
+        """`residence.Trial`: why an adapter has passes of its own on this model, by name."""
+        self._installed = None
+        if (fault := mixing_fault(mixed, key, wrappers, self.way)) is None:
+            return None
+        log.info("%s: an adapter is answered by itself, because in a pass with others %s", self._name, fault)
+        return f"{self._name} can't mix adapters in a pass: {fault}"
 
     def _lane(self, held: Any) -> Lane:
         model = RowsModel(self.loaded.model, self.residence.mixed.rows)
@@ -172,8 +186,18 @@ class Worker:
                 return False
         virtual = row.held.virtual if row.held else None
         row.prompt = virtual.prompt(request.tokens, request.first_answer) if virtual else list(request.tokens)
+        self._check_length(row)
         row.ends = frozenset(tokenizer.eos_token_ids) | (row.held.ends if row.held else frozenset())
         return True
+
+    def _check_length(self, row: Row) -> None:
+        """An answer ends where the model's context does; raises MlxLoraError for a prompt that is longer."""
+        row.most = row.request.max_tokens
+        if (context := context_length(self.loaded.config)) is None:
+            return
+        if len(row.prompt) > context:
+            raise MlxLoraError(f"the prompt has {len(row.prompt):,} tokens, this model's context is {context:,}")
+        row.most = min(row.most, context - len(row.prompt) + 1)  # the last token is never read
 
     def _next_lane(self) -> Lane | None:
         """The lane whose turn it is, out of those with rows; lanes of adapters that have no rows go."""

@@ -209,6 +209,9 @@ def test_a_request_that_can_t_begin_fails_by_itself(scheduler: Make) -> None:
         running.submit(Request(prompt(6), "../tiny")).tokens()
     with pytest.raises(ModelError, match="the model's embedding has"):
         running.submit(Request((5, 100_000), "a")).tokens()
+    with pytest.raises(MlxLoraError, match="the prompt has 513 tokens, this model's context is 512"):
+        running.submit(Request(prompt(513))).tokens()
+    assert len(running.submit(Request(prompt(510), max_tokens=9)).tokens()) == 3, "the context has no room for more"
     assert len(good.tokens()) == 5
     for wrong in ({"tokens": ()}, {"tokens": (1,), "max_tokens": 0}, {"tokens": (1,), "stop": ((),)}):
         with pytest.raises(MlxLoraError):
