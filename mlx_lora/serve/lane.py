@@ -39,7 +39,7 @@ PROMPTS = 8
 class Row:
     """A request on its way. `prompt` has the virtual tokens of its adapter, `answer` all tokens that were chosen.
 
-    The answer has at most `most` tokens, of which `shown` have been delivered. A `suspect` was in a pass that failed: it
+    The answer has at most `most` tokens; `shown` of them have been delivered. A `suspect` was in a pass that failed: it
     runs by itself until it has made a token. While `loading` its adapter is on the way. Where caches are `untrimmable`,
     those of the row's beginning are kept.
     """
