@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-import mlx_lora.models.gguf as importer
+import mlx_lora.models.gguf.convert as importer
 from mlx_lora.errors import ModelError, NameTaken
 from mlx_lora.models.gguf import import_gguf
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mlx_lora.models.gguf import import_gguf
-from mlx_lora.models.gguf_tokenizer import SPLITS, Vocabulary, build_tokenizer
+from mlx_lora.models.gguf.tokenizer import SPLITS, Vocabulary, build_tokenizer
 
 pytestmark = pytest.mark.real
 

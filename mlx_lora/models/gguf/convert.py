@@ -8,7 +8,7 @@ MLX's affine mode in groups of 32, with the file's own float16 numbers (Q4_0: m 
 m = -128·d). Other quantized types, such as the K-quants, have no such form and become float16.
 
 Rotary embedding rotates pairs of neighbouring values in llama.cpp, and the two halves of a head in MLX. So the rows of
-q and k are permuted in the file. The permutation is undone on whole rows, quantized or not. `gguf_tokenizer.py`
+q and k are permuted in the file. The permutation is undone on whole rows, quantized or not. `tokenizer.py`
 converts the tokenizer.
 """
 
@@ -28,7 +28,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from mlx_lora import paths
 from mlx_lora.errors import ModelError
-from mlx_lora.models.gguf_config import (
+from mlx_lora.models.gguf.config import (
     ARCHITECTURE,
     BITS,
     ROPE_FACTORS,
@@ -41,7 +41,7 @@ from mlx_lora.models.gguf_config import (
     open_gguf,
     read_config,
 )
-from mlx_lora.models.gguf_tokenizer import write_json, write_tokenizer
+from mlx_lora.models.gguf.tokenizer import write_json, write_tokenizer
 
 # All arrays that aren't quantized get one dtype, norms included. With `keep` it is float16, the dtype of the scales: on
 # a GPU, a float32 norm would make all activations after it float32. Published norms were trained in bfloat16, and

@@ -1,6 +1,6 @@
 """Check a GGUF file and read its model's configuration: metadata, architecture, settings, names and shapes of tensors.
 
-Every part is either understood or refused by name. Tensors' values are read in `gguf.py`, except the rotary factors.
+Every part is either understood or refused by name. Tensors' values are read in `convert.py`, except the rotary factors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from mlx_lora import files
 from mlx_lora.errors import ModelError
-from mlx_lora.models.gguf_header import check_header
+from mlx_lora.models.gguf.header import check_header
 
 ARCHITECTURE = "llama"
 ENDINGS = (".gguf", "")  # some programs store such files without an ending
