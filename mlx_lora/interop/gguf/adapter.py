@@ -20,13 +20,15 @@ import numpy as np
 
 from mlx_lora.data.write import files_written
 from mlx_lora.errors import AdapterError
-from mlx_lora.interop.gguf.plan import Plan, Tensor, plan_of
+from mlx_lora.interop.gguf.plan import Plan, plan_of
 from mlx_lora.interop.gguf.writing import write_header
 from mlx_lora.interop.neutral import Array, Module, Neutral, expanded
-from mlx_lora.models.gguf_config import Fields, open_gguf
+from mlx_lora.models.gguf.config import open_gguf
+from mlx_lora.models.gguf.settings import Fields
+from mlx_lora.models.gguf.tensors import Tensor
 from mlx_lora.models.open import Model, open_model
 
-EMBEDDING = "token_embd"
+ADAPTED = ("linear", "embedding", "experts")
 AS_LORA = "--as-lora RANK stores the nearest LoRA and says how far it is; --fused merges all of it"
 FUSED = "--fused merges all of it into a whole model"
 
@@ -41,10 +43,10 @@ def write_adapter(neutral: Neutral, plan: Plan, out: Path, *, about: Fields | No
     alphas = Counter(module.scale * module.rank for module in modules.values())
     alpha = alphas.most_common(1)[0][0]
     pairs: dict[str, Array] = {}
-    for tensor in plan.tensors:
-        if (module := modules.get(tensor.path)) is not None:
+    for tensor in plan:
+        if tensor.parameter == "weight" and (module := modules.get(tensor.path)) is not None:
             a, b = _to_file(tensor, module, alpha)
-            pairs |= {f"{tensor.stem}.weight.lora_a": a, f"{tensor.stem}.weight.lora_b": b}
+            pairs |= {f"{tensor.name}.weight.lora_a": a, f"{tensor.name}.weight.lora_b": b}
     fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)} | (about or {})
     with files_written([out]) as opened:
         writer = gguf.GGUFWriter(opened[out].name, plan.architecture)
@@ -64,13 +66,13 @@ def check(neutral: Neutral, plan: Plan) -> None:
             f"llama.cpp has no adapters of method {neutral.method}, only LoRA",
             hint=FUSED if neutral.method == "ia3" else AS_LORA,
         )
-    known = plan.by_path
-    faults = [f"{path}: llama.cpp has no adapter for it" for path in neutral.modules if path not in known]
+    faults = []
     for path, module in neutral.modules.items():
-        if module.kind == "embedding" and plan.tied:
+        tensor = plan.weight(path)
+        if tensor is None or tensor.kind not in ADAPTED:
+            faults.append(f"{path}: llama.cpp has no adapter for it")
+        elif module.kind == "embedding" and plan.tied:
             faults.append(f"{path}: it is the output head too, and llama.cpp can't change both ends by one adapter")
-        elif path in known and len(known[path].shape) < 2:
-            faults.append(f"{path}: llama.cpp has adapters for matrices alone")
     if faults:
         more = f"\n  … and {len(faults) - 12} more" if len(faults) > 12 else ""
         raise AdapterError("\n  ".join(faults[:12]) + more, hint=FUSED)
@@ -85,7 +87,7 @@ def _to_file(tensor: Tensor, module: Module, alpha: float) -> tuple[Array, Array
     own = module.scale * module.rank
     b = module.b if own == alpha else module.b * np.float32(own / alpha)
     a = module.a.T if module.kind == "embedding" else module.a
-    b = tensor.to_file(b, axis=-2)
+    b = tensor.rows_to_gguf(b)
     return np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
 
 
@@ -100,13 +102,13 @@ def read_adapter(file: Path, model: Model) -> Neutral:
     alpha = _alpha(file, fields, plan)
     arrays = {tensor.name: tensor for tensor in reader.tensors}
     faults, modules = [], {}
-    for tensor in plan.tensors:
-        names = [f"{tensor.stem}.weight.lora_{side}" for side in "ab"]
+    for tensor in plan:
+        names = [f"{tensor.name}.weight.lora_{side}" for side in "ab"] if tensor.kind in ADAPTED else []
         found = [_values(arrays.pop(name)) for name in names if name in arrays]
         if len(found) == 1:
-            faults.append(f"{tensor.stem}.weight has one factor and not the other")
+            faults.append(f"{tensor.name}.weight has one factor and not the other")
         elif found and (fault := _misfit(tensor, *found)):
-            faults.append(f"{tensor.stem}.weight {fault}")
+            faults.append(f"{tensor.name}.weight {fault}")
         elif found:
             modules[tensor.path] = _from_file(tensor, found[0], found[1], alpha)
     faults += [f"{name} is unknown" for name in arrays]
@@ -140,7 +142,7 @@ def _values(tensor: gguf.ReaderTensor) -> Array:
 def _misfit(tensor: Tensor, a: Array, b: Array) -> str | None:
     """What is wrong with a pair, or None."""
     *leading, rows, columns = tensor.shape
-    if tensor.stem == EMBEDDING:
+    if tensor.kind == "embedding":
         expected: tuple[tuple[int, ...], ...] = ((rows, a.shape[-1]), (columns, a.shape[-1]))
     else:
         rank = a.shape[-2] if a.ndim > 1 else 0
@@ -151,9 +153,7 @@ def _misfit(tensor: Tensor, a: Array, b: Array) -> str | None:
 
 
 def _from_file(tensor: Tensor, a: Array, b: Array, alpha: float) -> Module:
-    embedding = tensor.stem == EMBEDDING
-    kind = "embedding" if embedding else "experts" if len(tensor.shape) == 3 else "linear"
-    a = np.ascontiguousarray(a.T) if embedding else a
+    a = np.ascontiguousarray(a.T) if tensor.kind == "embedding" else a
     rank = a.shape[-2]
     # llama.cpp takes an alpha of 0 for no scaling
-    return Module(kind, a, np.ascontiguousarray(tensor.from_file(b, axis=-2)), alpha / rank if alpha else 1.0)
+    return Module(tensor.kind, a, np.ascontiguousarray(tensor.rows_to_mlx(b)), alpha / rank if alpha else 1.0)

@@ -1,10 +1,11 @@
-"""What a GGUF file of a model holds: its architecture's name, its metadata, and a tensor for every weight.
+"""What a GGUF file of a model holds: its architecture, its metadata, and a tensor for every weight.
 
-A tensor has a name, the path of the MLX module that it comes from, and the order that llama.cpp wants its rows in.
+Names, shapes and forms are those of the table in `models/gguf/names.py`, which importing reads too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,92 +13,108 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_lora.errors import ModelError
-from mlx_lora.models.gguf_config import layout_of
+from mlx_lora.models.gguf.names import architecture_of
+from mlx_lora.models.gguf.settings import metadata_of
+from mlx_lora.models.gguf.tensors import Architecture, Tensor, layout_of
+from mlx_lora.models.open import check_architecture
 
-# mlx_lm's model types whose module is its llama, and which llama.cpp runs as architecture llama.
-LLAMA = ("llama", "mistral")
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """`stem` is the tensor's name without `.weight`, `shape` is (out, in) in MLX and numpy's order.
-
-    `heads` is the number of heads whose rows llama.cpp wants in pairs, None where rows stay as they are.
-    """
-
-    stem: str
-    path: str
-    shape: tuple[int, ...]
-    heads: int | None = None
-
-    def to_file(self, array: NDArray[Any], *, axis: int = 0) -> NDArray[Any]:
-        """`array` with the rows along `axis` in llama.cpp's order."""
-        return self._reordered(array, axis, inverse=False)
-
-    def from_file(self, array: NDArray[Any], *, axis: int = 0) -> NDArray[Any]:
-        """`array` with the rows along `axis` in MLX's order."""
-        return self._reordered(array, axis, inverse=True)
-
-    def _reordered(self, array: NDArray[Any], axis: int, *, inverse: bool) -> NDArray[Any]:
-        if self.heads is None:
-            return array
-        rows = array.shape[axis]
-        # MLX rotates the halves of a head, llama.cpp neighbouring rows
-        order = np.arange(rows).reshape(self.heads, 2, rows // self.heads // 2).swapaxes(1, 2).reshape(-1)
-        return np.take(array, np.argsort(order) if inverse else order, axis=axis)
+ROPE_FACTORS = "rope_freqs.weight"
+# What mlx_lm's YaRN computes with where a config.json doesn't say.
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`fields` is the architecture's own metadata; `tied` says that the embedding is the output head too."""
+    """`tensors` are by their MLX paths, in a file's order. `fields` is the metadata of the architecture.
+
+    `extra` has tensors that stand for settings, by name. `tied` says that the embedding is the output head too.
+    """
 
     architecture: str
-    tensors: tuple[Tensor, ...]
+    tensors: dict[str, list[Tensor]]
     fields: dict[str, Any]
+    extra: dict[str, NDArray[np.float32]]
     tied: bool
 
-    @property
-    def by_path(self) -> dict[str, Tensor]:
-        return {tensor.path: tensor for tensor in self.tensors}
+    def weight(self, path: str) -> Tensor | None:
+        """The tensor of the weight of the module at `path`."""
+        return next((tensor for tensor in self.tensors.get(path, ()) if tensor.parameter == "weight"), None)
+
+    def __iter__(self) -> Any:
+        return (tensor for group in self.tensors.values() for tensor in group)
 
 
-def plan_of(config: dict[str, Any]) -> Plan:
+def plan_of(config: Mapping[str, Any]) -> Plan:
     """The plan for a config.json. Raises ModelError naming an architecture or a setting that GGUF can't say."""
-    kind = config["model_type"]
-    if kind not in LLAMA:
+    architecture = architecture_of(config.get("model_type"))
+    effective = _effective(config)
+    _check(architecture, effective)
+    layout = layout_of(architecture, effective)
+    tensors: dict[str, list[Tensor]] = {}
+    for tensor in layout.values():
+        tensors.setdefault(tensor.path, []).append(tensor)
+    scaling, extra = _rope(architecture.name, effective)
+    fields = metadata_of(architecture, effective) | scaling
+    return Plan(architecture.name, tensors, fields, extra, tied="output" not in layout)
+
+
+def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the values that mlx_lm computes with where it leaves some out."""
+    _, arguments = check_architecture(dict(config))
+    known = vars(arguments.from_dict(dict(config)))
+    return {**config, **{key: value for key, value in known.items() if value is not None}}
+
+
+def _check(architecture: Architecture, config: Mapping[str, Any]) -> None:
+    """Raise one ModelError for all settings that a file of this architecture has no place for."""
+    faults = [
+        f"{key} is {config[key]!r}, not {value!r}"
+        for key, value in architecture.fixed.items()
+        if config.get(key, value) != value
+    ]
+    if config.get("rope_traditional"):
+        faults.append("rope_traditional rotates neighbours")
+    slides = any(setting.key == "sliding_window" for setting in architecture.settings)
+    if architecture.name == "llama" and not slides and "sliding_attention" in (config.get("layer_types") or ()):
+        faults.append("layer_types has layers with sliding attention")
+    if faults:
         raise ModelError(
-            f"architecture {kind!r} has no GGUF form here; known: {', '.join(LLAMA)}",
-            hint="`mlx-lora fuse` merges it into an MLX model",
+            f"config.json: {'; '.join(faults)}: a GGUF file of {architecture.name} can't say it",
+            hint="`mlx-lora fuse` merges into an MLX model",
         )
-    heads = config["num_attention_heads"]
-    known = config | {
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", True)),
-    }
-    if known.get("rope_traditional"):
-        raise ModelError("config.json: rope_traditional has no GGUF form")
-    rotated = {"attn_q": heads, "attn_k": known["num_key_value_heads"]}
-    tensors = tuple(
-        Tensor(stem, path, shape, rotated.get(stem.rpartition(".")[2]))
-        for stem, (path, shape) in layout_of(known).items()
+
+
+def _rope(name: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
+    """Metadata and tensors for the scaling of rotary positions."""
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("type") or scaling.get("rope_type", "default")
+    if kind == "default":
+        return {}, {}
+    if kind == "linear":
+        return {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": float(scaling["factor"])}, {}
+    if kind == "llama3":
+        return {}, {ROPE_FACTORS: _llama3_divisors(config, scaling)}
+    own = {key: scaling.get(key, value) for key, value in YARN.items()}
+    if kind == "yarn" and (own["mscale"], own["mscale_all_dim"]) == (1.0, 0.0):
+        original = scaling.get("original_max_position_embeddings", 4096)
+        return {
+            f"{name}.rope.scaling.type": "yarn",
+            f"{name}.rope.scaling.factor": float(scaling["factor"]),
+            f"{name}.rope.scaling.original_context_length": int(original),
+            f"{name}.rope.scaling.yarn_beta_fast": float(own["beta_fast"]),
+            f"{name}.rope.scaling.yarn_beta_slow": float(own["beta_slow"]),
+        }, {}
+    raise ModelError(
+        f"config.json: rope_scaling {dict(scaling)} has no GGUF form here; known: linear, yarn, llama3",
+        hint="`mlx-lora fuse` merges into an MLX model",
     )
-    return Plan("llama", tensors, _fields(known), known["tie_word_embeddings"])
 
 
-def _fields(config: dict[str, Any]) -> dict[str, Any]:
-    head = config["head_dim"]
-    return {
-        "llama.block_count": config["num_hidden_layers"],
-        "llama.context_length": config.get("max_position_embeddings") or 4096,
-        "llama.embedding_length": config["hidden_size"],
-        "llama.feed_forward_length": config["intermediate_size"],
-        "llama.attention.head_count": config["num_attention_heads"],
-        "llama.attention.head_count_kv": config["num_key_value_heads"],
-        "llama.attention.key_length": head,
-        "llama.attention.value_length": head,
-        "llama.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "llama.rope.dimension_count": head,
-        "llama.rope.freq_base": float(config.get("rope_theta") or 10000.0),
-        "llama.vocab_size": config["vocab_size"],
-    }
+def _llama3_divisors(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> NDArray[np.float32]:
+    """The divisor of each frequency of a head, (head_dim / 2,): 1 for short waves, `factor` for long ones."""
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
+    original, factor = scaling.get("original_max_position_embeddings", 8192), float(scaling["factor"])
+    waves = 2 * np.pi * float(config.get("rope_theta") or 10000.0) ** (np.arange(0, head, 2) / head)
+    smooth = np.clip((original / waves - low) / (high - low), 0, 1)
+    return np.asarray(1 / ((1 - smooth) / factor + smooth), np.float32)

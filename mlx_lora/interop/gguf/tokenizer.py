@@ -15,8 +15,8 @@ from typing import Any
 from gguf import TokenType
 
 from mlx_lora.errors import ModelError
-from mlx_lora.models.gguf_config import Fields
-from mlx_lora.models.gguf_tokenizer import SPLITS, Vocabulary, build_tokenizer
+from mlx_lora.models.gguf.settings import Fields
+from mlx_lora.models.gguf.tokenizer import SPLITS, Vocabulary, build_tokenizer
 
 SPACE = "\u2581"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -80,6 +80,8 @@ def _tokens(content: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
         else:
             kind = TokenType.BYTE if fallback and BYTE.fullmatch(known[index]) else TokenType.NORMAL
         types.append(int(kind))
+        if fallback and kind == TokenType.USER_DEFINED:  # llama.cpp looks for these before it writes spaces as ▁
+            known[index] = known[index].replace(SPACE, " ")
     return [known.get(index, f"[PAD{index}]") for index in range(rows)], types
 
 
@@ -87,7 +89,7 @@ def _special(tokenizer: Any, backend: Any, answer_end: str | None) -> Fields:
     """Ids of the tokens with a role, and whether a text begins or ends with one."""
     roles = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id,
              "unknown": tokenizer.unk_token_id}  # fmt: skip
-    ends = [index for index in sorted(_ends(tokenizer)) if index != roles["eos"]]
+    ends = [index for index in _ends(tokenizer) if index != roles["eos"]]
     turn = backend.token_to_id(answer_end) if answer_end is not None else None
     ends = list(dict.fromkeys([*([turn] if turn not in (None, roles["eos"]) else []), *ends]))
     roles |= dict(zip(("eot", "eom"), ends, strict=False))
@@ -96,6 +98,12 @@ def _special(tokenizer: Any, backend: Any, answer_end: str | None) -> Fields:
     fields["tokenizer.ggml.add_bos_token"] = encoded[: -len(bare) or None][:1] == [roles["bos"]]
     fields["tokenizer.ggml.add_eos_token"] = len(encoded) > len(bare) and encoded[-1] == roles["eos"]
     return fields
+
+
+def _ends(tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: mlx_lm's tokenizers have a set of them, transformers' have one."""
+    ends = getattr(tokenizer, "eos_token_ids", None)
+    return sorted(ends) if isinstance(ends, set | frozenset | list) else []
 
 
 def _scores(content: dict[str, Any], tokens: list[str], types: list[int]) -> Fields:
