@@ -18,7 +18,6 @@ from typing import Any
 import gguf
 import numpy as np
 
-from mlx_lora.data.write import files_written
 from mlx_lora.errors import AdapterError
 from mlx_lora.interop.gguf.plan import Plan, plan_of
 from mlx_lora.interop.gguf.writing import write_header
@@ -48,14 +47,13 @@ def write_adapter(neutral: Neutral, plan: Plan, out: Path, *, about: Fields | No
             a, b = _to_file(tensor, module, alpha)
             pairs |= {f"{tensor.name}.weight.lora_a": a, f"{tensor.name}.weight.lora_b": b}
     fields = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)} | (about or {})
-    with files_written([out]) as opened:
-        writer = gguf.GGUFWriter(opened[out].name, plan.architecture)
-        for name, array in pairs.items():
-            writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
-        write_header(writer, fields)
-        for array in pairs.values():
-            writer.write_tensor_data(array)
-        writer.close()
+    writer = gguf.GGUFWriter(out, plan.architecture)
+    for name, array in pairs.items():
+        writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
+    write_header(writer, fields)
+    for array in pairs.values():
+        writer.write_tensor_data(array)
+    writer.close()
     return out
 
 

@@ -41,15 +41,15 @@ def _said(log: Any) -> str | None:
 
 
 def _open(request: dict[str, Any]) -> Any:
-    import xllamacpp
+    import xllamacpp  # type: ignore[import-untyped]
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = request["file"]
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = request["context"]
     parameters.n_parallel = 1
     parameters.warmup = False
-    # its threads wait in a spin: beside other work, a second one makes it many times slower
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+    # its threads wait in a spin: more of them than cores that are free make it many times slower
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = max(1, (os.cpu_count() or 2) // 2)
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     parameters.api_keys = [secrets.token_hex(16)]  # it listens on this machine: nobody else asks it anything
@@ -62,7 +62,7 @@ def _open(request: dict[str, Any]) -> Any:
 
 def _generated(server: Any, prompt: list[int], request: dict[str, Any]) -> list[Any]:
     asked = {"prompt": prompt, "max_tokens": request["tokens"], "temperature": 0, "logprobs": request["count"],
-             "cache_prompt": False}  # fmt: skip
+             "cache_prompt": True}  # fmt: skip
     answer = server.handle_completions(asked)
     if "error" in answer:
         raise RuntimeError(answer["error"].get("message", answer["error"]))

@@ -1,7 +1,7 @@
 """llama.cpp, by the Python package `xllamacpp`, in a process of its own.
 
-It computes in float32 as far as the file lets it, on one thread. It aborts its process on a file that it doesn't take,
-which is an error here.
+It computes in float32 as far as the file lets it. On some files that it doesn't take it ends its process, which is an
+error here.
 """
 
 from __future__ import annotations

@@ -24,10 +24,12 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 WHOLE_WORDS = "llama-bpe"
 # Composed characters alone: some tokenizers compose them first (NFC), and llama.cpp never does.
 TEXTS = (
-    "", "a", "Hello world", " Hello  world ", "   three   spaces   ", "\n", "\n\n\n", " \n \n", "the end \n", "\t\tif x:",
+    "", "a", "Hello world", " Hello  world ", "   three   spaces   ", "\n", "\n\n\n", " \n \n", "the end \n",
+    "\t\tif x:",
     "line one\nline two\n\n  indented", "12345678", "in 2024, 3.14159 and 1,000,000", "a1b22c333", "²³¼Ⅷ①٣४",
-    "don't I'M we'Ll they'RE it's 'tis 'S", "naïve café Straße ŁÓDŹ", "Привет, мир! Ἑλλάς", "日本語のテキスト。中文字符",
-    "한국어", "مرحبا بالعالم", "नमस्ते दुनिया", "emoji 🙂👩\u200d👩\u200d👧🇫🇷 end", "x = {'key': [1, 2.5e-3]} # comment!!! ???",
+    "don't I'M we'Ll they'RE it's 'tis 'S", "naïve café Straße ŁÓDŹ", "Привет, мир! Ἑλλάς", "日本語のテキスト。",
+    "中文字符", "한국어", "مرحبا بالعالم", "नमस्ते दुनिया", "emoji 🙂👩\u200d👩\u200d👧🇫🇷 end",
+    "x = {'key': [1, 2.5e-3]} # comment!!! ???",
     "https://example.com/a?b=c&d=%20#e", "CamelCaseWords andHTMLParser2go", "a/b//c\\d\n/e", "$100 + €20 = £?",
     "............", "!!!\n\n???", "snake_case __init__ --flag", "SELECT name FROM t WHERE x >= 'y';",
 )  # fmt: skip
@@ -93,7 +95,9 @@ def _special(tokenizer: Any, backend: Any, answer_end: str | None) -> Fields:
     turn = backend.token_to_id(answer_end) if answer_end is not None else None
     ends = list(dict.fromkeys([*([turn] if turn not in (None, roles["eos"]) else []), *ends]))
     roles |= dict(zip(("eot", "eom"), ends, strict=False))
-    fields: Fields = {f"tokenizer.ggml.{name}_token_id": int(index) for name, index in roles.items() if index is not None}
+    fields: Fields = {
+        f"tokenizer.ggml.{name}_token_id": int(index) for name, index in roles.items() if index is not None
+    }
     encoded, bare = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
     fields["tokenizer.ggml.add_bos_token"] = encoded[: -len(bare) or None][:1] == [roles["bos"]]
     fields["tokenizer.ggml.add_eos_token"] = len(encoded) > len(bare) and encoded[-1] == roles["eos"]
