@@ -1,234 +1,198 @@
-"""Check a GGUF file and read its model's configuration: metadata, architecture, settings, names and shapes of tensors.
+"""config.json of a GGUF file's model: architecture, settings, and a check of all names and shapes of tensors.
 
-Every part is either understood or refused by name. Tensors' values are read in `convert.py`, except the rotary factors.
+Every part is either understood or refused by name. Metadata that isn't known here is left out and named in a note.
+Tensors' values are read in `convert.py`, except the rotary factors.
 """
 
 from __future__ import annotations
 
-import math
-import mmap
-import re
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import gguf
-import numpy as np
-import numpy.typing as npt
 from gguf import GGMLQuantizationType as Kind
 
-from mlx_lora import files
 from mlx_lora.errors import ModelError
-from mlx_lora.models.gguf.header import check_header
+from mlx_lora.models.gguf import rope
+from mlx_lora.models.gguf.names import architecture_named
+from mlx_lora.models.gguf.reader import Fields, Source, Tensors
+from mlx_lora.models.gguf.settings import config_of, number
+from mlx_lora.models.gguf.tensors import Architecture, Layout
 
-ARCHITECTURE = "llama"
-ENDINGS = (".gguf", "")  # some programs store such files without an ending
-ROPE_FACTORS = "rope_freqs.weight"
-# Bits of the types that MLX's affine mode represents without loss.
-BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q8_0: 8}
-# Settings that change what a model computes and that MLX's llama doesn't have.
+# Settings that change what a model computes; an architecture that has one lists it in its own settings.
 _REFUSED = (
     "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias", "attention.sliding_window",
     "attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "residual_scale", "embedding_scale",
-    "use_parallel_residual", "rope.scaling.alpha", "rope.scaling.yarn_log_multiplier",
+    "use_parallel_residual", "rope.scaling.alpha", "rope.scaling.yarn_log_multiplier", "expert_shared_count",
+    "expert_group_count", "leading_dense_block_count", "expert_shared_feed_forward_length", "expert_gating_func",
 )  # fmt: skip
-# Required types of the metadata keys that are used here, because the format allows any type for any key.
-_TEXTS = (
-    "general.architecture", "general.type", "llama.rope.scaling.type",
-    "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template",
+_UNDERSTOOD = (
+    "attention.key_length", "attention.value_length", "rope.dimension_count", "vocab_size", "feed_forward_length",
+    "attention.causal", "expert_count", "rope.scale_linear", "rope.freq_base_swa", "attention.sliding_window_pattern",
 )  # fmt: skip
-_LISTS = {
-    "tokenizer.ggml.tokens": str, "tokenizer.ggml.merges": str,
-    "tokenizer.ggml.token_type": int, "tokenizer.ggml.scores": float,
-}  # fmt: skip
-_INTEGERS = re.compile(r"split\.count|tokenizer\.ggml\.\w+_token_id")
-_NUMBERS = re.compile(r"llama\.rope\.(scaling\.(?!type$).+|scale_linear)")
-_LIMIT = 2**31  # sizes, lengths and frequencies must be below this
-
-Fields = dict[str, Any]
-Layout = dict[str, tuple[str, tuple[int, ...]]]
-Tensors = dict[str, gguf.ReaderTensor]
-Array = npt.NDArray[Any]
+# Prefixes of keys that describe a file, or that the tokenizer's conversion reads.
+_DESCRIPTIONS = ("general.", "tokenizer.", "split.", "GGUF.")
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
+_FACTORS = (rope.FACTORS, rope.LONG, rope.SHORT)
 
 
-def open_gguf(file: Path) -> tuple[gguf.GGUFReader, Fields]:
-    """gguf's reader for the file, and its metadata; ModelError unless it is a complete GGUF file."""
-    try:
-        if fault := files.fault(file):
-            raise ModelError(f"{file}: not a GGUF file, it {fault}")
-        if file.suffix not in ENDINGS:
-            raise ModelError(f"{file}: not a GGUF file by its name", hint="give it the ending .gguf, if it is one")
-        with open(file, "rb") as handle:
-            if handle.read(4) != b"GGUF":
-                raise ModelError(f"{file}: not a GGUF file")
-            with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                check_header(data)
-        reader = gguf.GGUFReader(file)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (OSError, LookupError, ValueError, OverflowError, TypeError) as error:  # gguf's reader on a damaged file
-        raise ModelError(f"{file}: truncated or damaged GGUF file ({error})", hint="get the file again") from error
-    check_types(fields)
-    return reader, fields
-
-
-def check_types(fields: Fields) -> None:
-    """Raise one ModelError for all keys used here whose values have a wrong type."""
-    faults = []
-    for key, value in fields.items():
-        if key in _TEXTS:
-            fits = isinstance(value, str)
-        elif key in _LISTS:
-            fits = isinstance(value, list) and all(isinstance(element, _LISTS[key]) for element in value)
-        elif _INTEGERS.fullmatch(key):
-            fits = isinstance(value, int)
-        else:
-            fits = isinstance(value, int | float) and math.isfinite(value) if _NUMBERS.fullmatch(key) else True
-        faults += [] if fits else [key]
-    if faults:
-        raise ModelError(f"the file's metadata has values of the wrong type: {', '.join(faults[:5])}")
-
-
-def check_kind(fields: Fields, tensors: Tensors) -> None:
-    """Raise ModelError unless the file is one complete model of a known architecture."""
+def check_kind(source: Source) -> Architecture:
+    """The architecture of a file that is one model; ModelError for another file or settings that MLX lacks."""
+    fields = source.fields
     if (kind := fields.get("general.type", "model")) != "model":
         raise ModelError(f"the file is of type {kind!r}, not a model")
-    if (architecture := fields.get("general.architecture")) != ARCHITECTURE:
-        known = f"{ARCHITECTURE} (Llama, Mistral, SmolLM)"
-        raise ModelError(f"GGUF architecture {architecture!r} is not supported; known: {known}")
-    if (parts := fields.get("split.count", 1)) > 1:
-        raise ModelError(f"the file is one of {parts} parts", hint="join them first: llama-gguf-split --merge")
-    if not fields.get("llama.attention.causal", True):
+    architecture = architecture_named(fields.get("general.architecture"))
+    name = architecture.name
+    own = {setting.field for setting in architecture.settings} | set(architecture.ignored)
+    if not fields.get(f"{name}.attention.causal", True):
         raise ModelError("attention in both directions is not supported")
-    if fields.get("llama.expert_count") or any("_exps." in name for name in tensors):
-        raise ModelError("mixture of experts is not supported yet")
-    if refused := [name for name in _REFUSED if fields.get(f"llama.{name}")]:
-        raise ModelError(f"the model needs settings that MLX's llama lacks: {', '.join(refused)}")
+    experts = fields.get(f"{name}.expert_count") or any("_exps." in tensor for tensor in source.tensors)
+    if experts and "expert_count" not in own:
+        raise ModelError(f"mixture of experts is not supported for {name}")
+    if refused := [field for field in _REFUSED if fields.get(f"{name}.{field}") and field not in own]:
+        raise ModelError(f"the model needs settings that MLX's {name} lacks: {', '.join(refused)}")
+    if fields.get(f"{name}.expert_weights_scale", 1.0) not in (0.0, 1.0):
+        raise ModelError(f"the model needs settings that MLX's {name} lacks: expert_weights_scale")
+    if name == "granite" and not fields.get("granite.rope.scaling.finetuned", True):
+        raise ModelError("granite without rotary embedding is not supported")
+    base = fields.get(f"{name}.rope.freq_base", 10000.0)
+    if fields.get(f"{name}.rope.freq_base_swa", base) != base and "rope.freq_base_swa" not in own:
+        raise ModelError(f"the model needs settings that MLX's {name} lacks: rope.freq_base_swa")
+    return architecture
 
 
-def read_config(fields: Fields, tensors: Tensors, factors: gguf.ReaderTensor | None) -> dict[str, Any]:
-    """config.json for mlx_lm's llama, from the `llama.*` metadata and the embedding's shape."""
-    hidden, heads = _setting(fields, "embedding_length"), _setting(fields, "attention.head_count")
-    kv_heads = _setting(fields, "attention.head_count_kv", heads)
-    head_dim = _setting(fields, "attention.key_length", hidden // heads)
-    layers = _setting(fields, "block_count")
-    if layers > len(tensors) or "token_embd.weight" not in tensors:
-        raise ModelError(f"the file's {len(tensors)} tensors are too few for {layers} layers and an embedding")
-    if heads % kv_heads or head_dim % 2:
-        raise ModelError(f"{heads} heads, {kv_heads} key heads and {head_dim} values a head don't fit together")
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (size := _setting(fields, key, head_dim)) != head_dim:
-            raise ModelError(f"llama.{key} {size} differs from the head size {head_dim}, which MLX's llama lacks")
-    vocabulary = int(tensors["token_embd.weight"].shape[-1])
-    if len(fields.get("tokenizer.ggml.tokens") or []) > vocabulary:
-        raise ModelError(f"the file names more tokens than its embedding's {vocabulary} rows")
-    config: dict[str, Any] = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": hidden,
-        "intermediate_size": _setting(fields, "feed_forward_length"),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": _setting(fields, "context_length"),
-        "rms_norm_eps": _setting(fields, "attention.layer_norm_rms_epsilon", kind=float),
-        "rope_theta": _setting(fields, "rope.freq_base", 10000.0, kind=float),
-        "attention_bias": any(".attn_" in name and name.endswith(".bias") for name in tensors),
-        "mlp_bias": any(".ffn_" in name and name.endswith(".bias") for name in tensors),
-        "tie_word_embeddings": "output.weight" not in tensors,
-    }
-    if scaling := _rope_scaling(fields, config, np.ones(1) if factors is None else factors.data):
-        config["rope_scaling"] = scaling
-    return config
+def unknown_keys(architecture: Architecture, fields: Fields) -> list[str]:
+    """Metadata keys that the import leaves out, such as those of an importance matrix."""
+    own = {setting.field for setting in architecture.settings} | set(architecture.ignored) | set(_UNDERSTOOD)
+    known = {f"{architecture.name}.{field}" for field in (*own, *_REFUSED, "expert_weights_scale")}
+    prefixes = (*_DESCRIPTIONS, f"{architecture.name}.rope.scaling.")
+    return [key for key in fields if key not in known and not key.startswith(prefixes)]
 
 
-def _setting(fields: Fields, key: str, default: Any = None, *, kind: type[int] | type[float] = int) -> Any:
-    """A positive number of the architecture; lists of one number for each layer are refused."""
-    value = fields.get(f"llama.{key}", default)
-    if not isinstance(value, kind) or not 0 < value < _LIMIT:
-        raise ModelError(f"llama.{key} is {repr(value)[:40]}, not a positive {kind.__name__} that MLX can hold")
-    # The shortest decimal number with the same float32 value: 1e-05 instead of 9.999999747378752e-06.
-    return float(str(np.float32(value))) if kind is float else value
+def read_config(architecture: Architecture, source: Source) -> dict[str, Any]:
+    """config.json for mlx_lm, from the metadata and the embedding's shape.
 
-
-def _rope_scaling(fields: Fields, config: dict[str, Any], factors: Array) -> dict[str, Any] | None:
-    """The `rope_scaling` of config.json, None for no scaling; ModelError if MLX can't rotate as llama.cpp does."""
-    kind = fields.get("llama.rope.scaling.type", "linear")
-    factor = fields.get("llama.rope.scaling.factor") or fields.get("llama.rope.scale_linear") or 1.0
-    refused_unless_one = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")
-    if all(fields.get(f"llama.rope.scaling.{name}", 1.0) == 1.0 for name in refused_unless_one):
-        if kind == "none" or (kind in ("linear", "yarn") and factor == 1.0):
-            return None if np.all(factors == 1.0) else _llama3_scaling(config, factors)
-        if kind == "linear" and np.all(factors == 1.0):
-            return {"rope_type": "linear", "factor": factor}
-        if kind == "yarn" and np.all(factors == 1.0):
-            original = fields.get("llama.rope.scaling.original_context_length", config["max_position_embeddings"])
-            fast = fields.get("llama.rope.scaling.yarn_beta_fast", 32.0)
-            slow = fields.get("llama.rope.scaling.yarn_beta_slow", 1.0)
-            limits = {"original_max_position_embeddings": original, "beta_fast": fast, "beta_slow": slow}
-            return {"rope_type": "yarn", "factor": factor, **limits}
-    settings = {key.removeprefix("llama."): value for key, value in fields.items() if ".rope.scal" in key}
-    with_factors = "" if np.all(factors == 1.0) else f" with {ROPE_FACTORS}"
-    raise ModelError(f"this rope scaling is not supported: {settings}{with_factors}; known: linear, yarn, llama3")
-
-
-def _llama3_scaling(config: dict[str, Any], factors: Array) -> dict[str, Any]:
-    """Llama 3's rope settings; the file holds the divisor of each frequency in their place.
-
-    The divisor is 1 for short waves, `factor` for long ones, and between them 1 / ((1-s)/factor + s) with
-    s = (original/wave - low) / (high - low). All published models have low 1, high 4 and original 8192. Divisors of
-    other settings differ from those of these three numbers, and are refused.
+    Takes the rotary factors out of `source.tensors`. Raises ModelError for settings that are missing, out of range or
+    don't fit together.
     """
-    low, high, original, factor = 1.0, 4.0, 8192, float(factors.max())
-    if factors.shape != (config["head_dim"] // 2,) or not np.isfinite(factors).all() or factor <= 0:
-        raise ModelError(f"{ROPE_FACTORS} is not one positive divisor for each frequency")
-    exponents = np.arange(0, config["head_dim"], 2) / config["head_dim"]
-    waves = 2 * np.pi * config["rope_theta"] ** exponents
-    smooth = np.clip((original / waves - low) / (high - low), 0, 1)
-    if not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-5):
-        raise ModelError(f"{ROPE_FACTORS} is not Llama 3's rope scaling, and MLX's llama has no place for another")
-    limits = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
-    return {"rope_type": "llama3", "factor": factor, **limits}
-
-
-def layout_of(config: dict[str, Any]) -> Layout:
-    """Maps a tensor's name in the file, without `.weight`, to its path in MLX and the shape of its weight."""
-    hidden, inner, rows = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    queries = config["num_attention_heads"] * config["head_dim"]
-    keys = config["num_key_value_heads"] * config["head_dim"]
-    block: Layout = {
-        "attn_norm": ("input_layernorm", (hidden,)),
-        "attn_q": ("self_attn.q_proj", (queries, hidden)),
-        "attn_k": ("self_attn.k_proj", (keys, hidden)),
-        "attn_v": ("self_attn.v_proj", (keys, hidden)),
-        "attn_output": ("self_attn.o_proj", (hidden, queries)),
-        "ffn_norm": ("post_attention_layernorm", (hidden,)),
-        "ffn_gate": ("mlp.gate_proj", (inner, hidden)),
-        "ffn_up": ("mlp.up_proj", (inner, hidden)),
-        "ffn_down": ("mlp.down_proj", (hidden, inner)),
+    fields, tensors = source.fields, source.tensors
+    factors = {name: tensors.pop(name).data for name in _FACTORS if name in tensors}
+    flat = _without_layers(architecture, fields)
+    config: dict[str, Any] = {
+        "model_type": architecture.model_types[0],
+        "architectures": [architecture.transformers_class],
+        **config_of(architecture, flat),
+        **architecture.fixed,
     }
-    layout: Layout = {"token_embd": ("model.embed_tokens", (rows, hidden)), "output_norm": ("model.norm", (hidden,))}
-    if not config["tie_word_embeddings"]:
-        layout["output"] = ("lm_head", (rows, hidden))
-    for n in range(config["num_hidden_layers"]):
-        layout |= {f"blk.{n}.{name}": (f"model.layers.{n}.{path}", shape) for name, (path, shape) in block.items()}
-    return layout
+    if config["num_hidden_layers"] > len(tensors) or "token_embd.weight" not in tensors:
+        layers = config["num_hidden_layers"]
+        raise ModelError(f"the file's {len(tensors)} tensors are too few for {layers} layers and an embedding")
+    _check_heads(architecture, flat, config)
+    config["vocab_size"] = int(tensors["token_embd.weight"].shape[-1])
+    if len(fields.get("tokenizer.ggml.tokens") or []) > config["vocab_size"]:
+        raise ModelError(f"the file names more tokens than its embedding's {config['vocab_size']} rows")
+    if any(place.bias == "optional" for place in architecture.layer.values()):
+        biased = [name for name in tensors if name.endswith(".bias")]
+        config["attention_bias"] = any(".attn_" in name for name in biased)
+        config["mlp_bias"] = any(".ffn_" in name for name in biased)
+    tied = "output.weight" not in tensors
+    config["tie_word_embeddings"] = tied if architecture.head == "optional" else architecture.tied
+    if scaling := rope.rope_scaling(architecture, fields, config, factors):
+        config["rope_scaling"] = scaling
+    return config | _special(architecture, fields, config)
 
 
-def check_tensors(tensors: Tensors, layout: Layout) -> None:
-    """Raise one ModelError for all tensors that are missing, unknown, of a wrong shape, or quantized vectors."""
-    faults = [f"{stem}.weight is missing" for stem in layout if f"{stem}.weight" not in tensors]
+def _without_layers(architecture: Architecture, fields: Fields) -> Fields:
+    """The metadata with one number where a file has one for each layer, and that an import understands."""
+    fields, name = dict(fields), architecture.name
+    key = f"{name}.attention.head_count_kv"
+    if name == "lfm2" and isinstance(heads := fields.get(key), list):
+        numbers = {count for count in heads if count}
+        fields[key] = numbers.pop() if len(numbers) == 1 else heads
+    pattern = f"{name}.attention.sliding_window_pattern"
+    if isinstance(windows := fields.get(pattern), list):
+        period = windows.index(False) + 1 if False in windows else 0
+        alternates = [bool(window) for window in windows] == [
+            (n + 1) % max(period, 1) != 0 for n in range(len(windows))
+        ]
+        fields[pattern] = period if alternates else windows
+    return fields
+
+
+def _check_heads(architecture: Architecture, fields: Fields, config: dict[str, Any]) -> None:
+    """Add `head_dim`, and phi3's share of a head that rotates, to the config; ModelError if sizes don't fit."""
+    name = architecture.name
+    hidden, heads, keys = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
+    head = number(architecture, fields, "attention.key_length", hidden // heads)
+    if heads % keys or head % 2:
+        raise ModelError(f"{heads} heads, {keys} key heads and {head} values a head don't fit together")
+    if not architecture.own_head_dim and head * heads != hidden:
+        raise ModelError(f"{name}.attention.key_length {head} is not the hidden size {hidden} / {heads} heads")
+    if (size := number(architecture, fields, "attention.value_length", head)) != head:
+        raise ModelError(f"{name}.attention.value_length {size} differs from the head size {head}, which MLX lacks")
+    turned = number(architecture, fields, "rope.dimension_count", head)
+    if name == "phi3" and turned < head and turned % 2 == 0:
+        config["partial_rotary_factor"] = turned / head
+    elif turned != head:
+        raise ModelError(f"{name}.rope.dimension_count {turned} differs from the head size {head}, which MLX lacks")
+    config["head_dim"] = head
+
+
+def _special(architecture: Architecture, fields: Fields, config: dict[str, Any]) -> dict[str, Any]:
+    """What single architectures need beside their settings; ModelError for what MLX's own code can't do."""
+    name, layers = architecture.name, config["num_hidden_layers"]
+    if name in _LAYERS_OF_27B:  # llama.cpp scales the queries of the largest model by another size
+        largest = layers == _LAYERS_OF_27B[name]
+        shared = config["hidden_size"] // config["num_attention_heads"]
+        scale = {"query_pre_attn_scalar": shared if largest else config["head_dim"]}
+        if name == "gemma3" and layers < config["sliding_window_pattern"]:
+            pattern = config["sliding_window_pattern"]
+            raise ModelError(f"{layers} layers are fewer than the {pattern} of gemma3.attention.sliding_window_pattern")
+        return scale
+    if name == "granite" and not config["attention_multiplier"]:
+        return {"attention_multiplier": config["head_dim"] ** -0.5}
+    if name == "phi3" and "rope_scaling" in config:
+        return {"original_max_position_embeddings": config["rope_scaling"]["original_max_position_embeddings"]}
+    if name == "gpt-oss":
+        return {"layer_types": _windows(fields.get("gpt-oss.attention.sliding_window_pattern", 2), layers)}
+    if name == "lfm2":
+        heads = fields.get("lfm2.attention.head_count_kv")
+        counts = heads if isinstance(heads, list) else [heads] * layers
+        if len(counts) != layers or not any(counts):
+            raise ModelError(
+                f"lfm2.attention.head_count_kv names {len(counts)} layers, {sum(map(bool, counts))} with heads"
+            )
+        types = ["full_attention" if count else "conv" for count in counts]
+        sizes = {"block_dim": config["hidden_size"], "block_ff_dim": config["intermediate_size"]}
+        return {"layer_types": types, **sizes}
+    return {}
+
+
+def _windows(pattern: int | Sequence[bool], layers: int) -> list[str]:
+    """Which layers of gpt-oss see a window only: all but each n-th of a pattern n, or a list with one flag a layer."""
+    if isinstance(pattern, int):
+        pattern = [pattern == 0 or n % pattern < pattern - 1 for n in range(layers)]
+    if len(pattern) != layers or all(pattern) or not any(pattern):
+        raise ModelError("gpt-oss.attention.sliding_window_pattern: MLX needs layers with a window and layers without")
+    return ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
+
+
+def check_tensors(tensors: Tensors, layout: Layout, packed: Sequence[Kind]) -> None:
+    """Raise a ModelError for all tensors that are missing, unknown, of a wrong shape, or vectors in a `packed` type."""
+    faults = []
+    for name, expected in layout.items():
+        faults += [] if f"{name}.weight" in tensors else [f"{name}.weight is missing"]
+        faults += [f"{name}.bias is missing"] if expected.bias == "always" and f"{name}.bias" not in tensors else []
     for name, tensor in tensors.items():
         stem, _, part = name.rpartition(".")
         shape = tuple(int(size) for size in reversed(tensor.shape))
-        expected = layout.get(stem, ("", ()))[1]
-        if part == "bias":
-            expected = expected[:1] if stem.startswith("blk.") and len(expected) == 2 else ()
-        if not expected or part not in ("weight", "bias"):
+        known = layout.get(stem)
+        if known is None or part not in ("weight", "bias") or (part == "bias" and known.bias == "never"):
             faults.append(f"{name} is unknown")
-        elif shape != expected:
-            faults.append(f"{name} has shape {shape}, not {expected}")
-        elif len(shape) == 1 and tensor.tensor_type in BITS:
+        elif shape != (right := known.shape if part == "weight" else known.shape[:-1]):
+            faults.append(f"{name} has shape {shape}, not {right}")
+        elif known.kind not in ("linear", "embedding", "experts") and tensor.tensor_type in packed:
+            faults.append(f"{name} is a {known.kind} in {tensor.tensor_type.name}")
+        elif part == "bias" and tensor.tensor_type in packed:
             faults.append(f"{name} is a vector in {tensor.tensor_type.name}")
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""

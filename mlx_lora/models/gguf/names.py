@@ -124,8 +124,9 @@ _GRANITE_SETTINGS = (
     Setting("attention_multiplier", "attention.scale", float, 0.0),
 )
 _MOE_SETTINGS = (
-    *_COMMON,
     Setting("moe_intermediate_size", "expert_feed_forward_length"),
+    *(setting for setting in _COMMON if setting.key != "intermediate_size"),
+    Setting("intermediate_size", "feed_forward_length", default="moe_intermediate_size"),
     Setting("num_experts", "expert_count"),
     _EXPERTS_USED,
 )
@@ -157,20 +158,20 @@ _ALL = (
     ),
     Architecture(
         "qwen3moe", ("qwen3_moe",), "Qwen3MoeForCausalLM", _MODEL,
-        _NORMS | _attention() | _HEAD_NORMS | _experts("mlp.switch_mlp", "mlp.gate"), _MOE_SETTINGS,
+        _NORMS | _attention() | _HEAD_NORMS | _experts("mlp.switch_mlp", "mlp.gate"), _MOE_SETTINGS, scalings=(),
         fixed=_SILU | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
     ),
     Architecture(
         "gemma2", ("gemma2",), "Gemma2ForCausalLM", _MODEL, _GEMMA, _GEMMA2_SETTINGS,
-        head="never", norms_plus_one=True, fixed=_GELU,
+        head="never", norms_plus_one=True, scalings=(), fixed=_GELU,
     ),
     Architecture(
         "gemma3", ("gemma3_text",), "Gemma3ForCausalLM", _MODEL, _GEMMA | _HEAD_NORMS, _GEMMA3_SETTINGS,
-        norms_plus_one=True, fixed=_GELU,
+        norms_plus_one=True, scalings=("linear",), fixed=_GELU,
     ),
     Architecture(
         "phi3", ("phi3",), "Phi3ForCausalLM", _MODEL, _PHI3, _COMMON, tied=False, own_head_dim=False,
-        fixed=_SILU, ignored=("attention.sliding_window",),
+        scalings=("longrope",), fixed=_SILU, ignored=("attention.sliding_window",),
     ),
     Architecture(
         "granite", ("granite",), "GraniteForCausalLM", _MODEL, _LLAMA, _GRANITE_SETTINGS,
@@ -178,15 +179,15 @@ _ALL = (
     ),
     Architecture(
         "lfm2", ("lfm2",), "Lfm2ForCausalLM", _EMBEDDING | {"token_embd_norm": _norm("model.embedding_norm")}, _LFM2,
-        _LFM2_SETTINGS, head="never", own_head_dim=False,
+        _LFM2_SETTINGS, head="never", own_head_dim=False, scalings=(),
         fixed={
             "conv_bias": False, "block_auto_adjust_ff_dim": False, "block_multiple_of": 1,
             "block_ffn_dim_multiplier": 1.0,
         },
     ),
     Architecture(
-        "gpt-oss", ("gpt_oss",), "GptOssForCausalLM", _MODEL, _GPT_OSS, _GPT_OSS_SETTINGS, head="always",
-        fixed=_SILU | {"attention_bias": True},
+        "gpt-oss", ("gpt_oss",), "GptOssForCausalLM", _MODEL, _GPT_OSS, _GPT_OSS_SETTINGS, head="always", tied=False,
+        scalings=("linear", "yarn"), fixed=_SILU | {"attention_bias": True},
     ),
 )  # fmt: skip
 ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in _ALL}

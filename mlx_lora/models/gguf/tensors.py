@@ -104,8 +104,8 @@ class Architecture:
     names of a layer stand after "blk.N." in a file, its paths after "model.layers.N." in MLX. `head` says whether a
     file may ("optional") or must ("always") have an output matrix beside the embedding, and `tied` what a config.json
     means that doesn't say. `own_head_dim`: the head size is free; otherwise MLX computes it as hidden size / heads.
-    `fixed` are entries of config.json that every file of the architecture implies. `ignored` are metadata that neither
-    llama.cpp nor MLX uses.
+    `scalings` are the rotary embedding's that MLX's code of the architecture has. `fixed` are entries of config.json
+    that every file of the architecture implies. `ignored` are metadata that neither llama.cpp nor MLX uses.
     """
 
     name: str
@@ -119,6 +119,7 @@ class Architecture:
     own_head_dim: bool = True
     rotary_pairs: bool = False
     norms_plus_one: bool = False
+    scalings: tuple[str, ...] = ("linear", "yarn", "llama3")
     fixed: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
