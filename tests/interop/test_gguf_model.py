@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
@@ -19,13 +20,14 @@ from mlx_lora.config import Adapter
 from mlx_lora.errors import CannotFuse, MlxLoraError, ModelError, NameTaken
 from mlx_lora.interop.gguf import llama_types
 from mlx_lora.interop.gguf.model import Merged, entries_of, write_model
+from mlx_lora.interop.gguf.packed import exactly
 from mlx_lora.interop.gguf.plan import plan_of
 from mlx_lora.interop.gguf.tokenizer import tokenizer_fields
 from mlx_lora.interop.gguf.types import TYPES, encoded, form_of, kind_of
 from mlx_lora.interop.gguf.writing import written_beside
 from mlx_lora.models.gguf import import_gguf
 from mlx_lora.models.load import LoadedModel, load_stored
-from mlx_lora.quant.quantize import named_arrays
+from mlx_lora.quant.quantize import dequantize_layer, named_arrays
 from tests.interop.test_neutral import drawn
 from tests.models.tiny_gguf import OWN, tiny_config, write_tiny
 
@@ -141,6 +143,29 @@ def test_an_update_below_the_base_s_own_grid_is_seen_to_be_lost(llama: Path, tmp
     fields = tokenizer_fields(base.tokenizer, ROWS)
     merged = write_model(base, wrappers, plan_of(base.config), form_of("q4_1"), fields, tmp_path / "out.gguf")
     assert merged.kept < 0.2
+
+
+def test_packed_layers_that_nothing_is_merged_into_keep_their_bits(tmp_path: Path) -> None:
+    """From Q4_1 to MLX's 4 bits and back, rows in their order; those that an adapter is on are quantized again."""
+    file = write_tiny(tmp_path / "base.gguf", "llama", kind=lambda name: Kind.Q4_1)
+    import_gguf(file, tmp_path / "mlx")
+    written(tmp_path / "mlx", tmp_path / "out.gguf", "q4_1", targets=["v_proj"], rank=2)
+    before, after = tensors(file), tensors(tmp_path / "out.gguf")
+    for name, tensor in before.items():
+        if tensor.tensor_type == Kind.Q4_1 and "attn_v" not in name and name != "output.weight":
+            np.testing.assert_array_equal(after[name].data, tensor.data, name)
+    assert not np.array_equal(after["blk.0.attn_v.weight"].data, before["blk.0.attn_v.weight"].data)
+
+
+def test_groups_of_64_are_two_blocks_each() -> None:
+    layer = nn.QuantizedLinear.from_linear(nn.Linear(128, 8, bias=False), 64, 4)
+    layer.set_dtype(mx.float16)
+    data = exactly(layer, Kind.Q4_1)
+    assert data is not None
+    expected = np.array(dequantize_layer(layer, mx.float32))
+    np.testing.assert_allclose(gguf.quants.dequantize(data, Kind.Q4_1), expected, rtol=1e-6, atol=1e-7)
+    layer["scales"] = layer["scales"].astype(mx.float32) * 1.0001
+    assert exactly(layer, Kind.Q4_1) is None and exactly(layer, Kind.Q4_0) is None
 
 
 def test_what_has_no_place_in_the_file_is_refused_by_name(llama: Path, tmp_path: Path) -> None:

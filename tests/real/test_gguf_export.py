@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from mlx_lora.adapters.attach import Wrappers, build, put
-from mlx_lora.config import Adapter
+from mlx_lora.config import Adapter, Data
+from mlx_lora.interop.gate import mean_divergence, most_likely
 from mlx_lora.interop.gguf.adapter import write_adapter
 from mlx_lora.interop.gguf.model import write_model
 from mlx_lora.interop.gguf.plan import plan_of
@@ -22,7 +23,10 @@ from mlx_lora.interop.gguf.types import form_of
 from mlx_lora.interop.neutral import from_wrappers
 from mlx_lora.models.gguf import import_gguf
 from mlx_lora.models.load import LoadedModel, load, load_stored, ready
+from mlx_lora.models.open import load_tokenizer
+from mlx_lora.study.evaluate import questions
 from tests.models.tiny_gguf import OWN, write_tiny
+from tests.real.conftest import ROOT, Shell
 from tests.real.test_gguf_llamacpp import greedy
 
 pytestmark = pytest.mark.real
@@ -182,3 +186,66 @@ def test_an_adapter_over_smollm2_writes_in_llama_cpp_what_it_writes_here(
     steps = continuations(plain, prompts, NEXT, count=1)
     without = [loaded.tokenizer.decode([token for token, _ in own]) for own in steps]
     assert sum(one != other for one, other in zip(with_it, without, strict=True)) > len(PROMPTS) / 2
+
+
+def top_kl(ours: Any, file: Path, prompts: list[list[int]]) -> float:
+    """Mean KL over the likeliest 100 tokens from the live model to llama.cpp, in nats."""
+    theirs = top_tokens(file, prompts, 1000)
+    live = [most_likely(log_probabilities(ours, ids)[None])[0] for ids in prompts]
+    return mean_divergence(live, theirs)
+
+
+# Measured with these adapters: f16 2e-6, q8_0 2e-3, q4_1 5e-2; Gemma, with llama.cpp's GELU table, 1e-5 at f16.
+BOUNDS = {"f16": 1e-3, "q8_0": 2e-2, "q4_1": 0.3}
+
+
+def test_smollm2_merged_is_as_far_from_base_and_adapter_as_its_format_makes_it(
+    smollm2: Path, adapted: tuple[LoadedModel, Wrappers], folder: Path
+) -> None:
+    loaded = load(smollm2)
+    put(loaded.model, drawn(loaded.model, targets="attention", alpha=0.5))
+    prompts = [loaded.tokenizer.encode(prompt) for prompt in PROMPTS]
+    for form, bound in BOUNDS.items():
+        wrappers = drawn(load_stored(smollm2, lazily=True).model, targets="attention", alpha=0.5)
+        file = written(smollm2, wrappers, form, folder / f"{form}.gguf")
+        assert top_kl(loaded.model, file, prompts) < bound, form
+        if form == "f16":
+            compared(loaded.model, loaded.tokenizer.eos_token_ids, loaded.tokenizer, file)
+
+
+def test_gemma_3_merged_is_as_far_from_base_and_adapter_as_its_format_makes_it(gemma3_gguf: Path, folder: Path) -> None:
+    import_gguf(gemma3_gguf, folder / "gemma3", dtype="float32")
+    loaded = load(folder / "gemma3")
+    fields = tokenizer_fields(loaded.tokenizer, loaded.config["vocab_size"])
+    put(loaded.model, drawn(loaded.model, targets="attention", alpha=0.5))
+    prompts = [loaded.tokenizer.encode(prompt) for prompt in PROMPTS]
+    for form, bound in BOUNDS.items():
+        base = load_stored(folder / "gemma3", lazily=True)
+        wrappers = drawn(base.model, targets="attention", alpha=0.5)
+        file = folder / f"gemma3-{form}.gguf"
+        write_model(base, wrappers, plan_of(base.config), form_of(form), fields, file)
+        assert top_kl(loaded.model, file, prompts) < bound, form
+        if form == "f16":
+            compared(loaded.model, loaded.tokenizer.eos_token_ids, loaded.tokenizer, file)
+        file.unlink()
+
+
+@pytest.mark.parametrize("task", ["sql", "mail", "notes"])
+def test_merged_gguf_answers_a_task_as_often_right(shell: Shell, folder: Path, task: str) -> None:
+    """The embedded base with a quickstart adapter, in 4 bits as it was trained: exact match within 0.03."""
+    shell.json("train", ROOT / f"recipes/{task}.yaml", "--name", task)
+    data = ROOT / "data/tasks" / task
+    ours = shell.json("eval", "--adapter", task, "--model", ROOT / "data/base", "--data", data, "--exact")
+    (own,) = (result["exact_match"] for result in ours["results"] if result["adapter"] == task)
+    tokenizer = load_tokenizer(ROOT / "data/base")
+    asked = questions(str(data), Data(), tokenizer, exact=True)
+    for form in ("f16", "q8_0"):
+        file = folder / f"{task}-{form}.gguf"
+        words = ("--adapter", task, "--model", ROOT / "data/base", "--fused", "--type", form, "--out", file)
+        report = shell.json("export", "gguf", *words)
+        assert report["check"]["kept"] > 0.95 and report["check"]["kl"] < BOUNDS[form]
+        answers = continuations(file, asked.prompts, 64, count=1)
+        said = [[token for token, _ in steps if token not in tokenizer.eos_token_ids] for steps in answers]
+        pairs = zip(said, asked.answers, strict=True)
+        right = [tokenizer.decode(tokens).strip() == answer.strip() for tokens, answer in pairs]
+        assert abs(sum(right) / len(right) - own) <= 0.03, form

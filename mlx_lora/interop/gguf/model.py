@@ -24,6 +24,7 @@ from mlx_lora import paths
 from mlx_lora.adapters.attach import Wrappers
 from mlx_lora.adapters.targets import bare_modules
 from mlx_lora.errors import CannotFuse, ModelError
+from mlx_lora.interop.gguf.packed import exactly
 from mlx_lora.interop.gguf.plan import Plan
 from mlx_lora.interop.gguf.types import Form, decoded, encoded, kind_of, stored_bytes
 from mlx_lora.interop.gguf.writing import write_header
@@ -130,19 +131,26 @@ def _data(stored: LoadedModel, wrappers: Wrappers, entries: list[Entry], kept: K
         path = entry.tensor.path
         wrapper = wrappers.get(path)
         layer = modules[path] if wrapper is None else wrapper.fuse()
-        values = _values(layer, entry)
-        data = encoded(entry.name, values, entry.kind)
-        if wrapper is not None and entry.parameter == "weight":
-            base = _values(wrapper.base, entry)
-            kept.add(values - base, decoded(data, entry.shape, entry.kind) - base)
-            del base
-        del values
-        yield data
+        data = exactly(layer, entry.kind) if entry.parameter == "weight" else None
+        if data is not None:
+            yield entry.tensor.rows_to_gguf(data)
+        else:
+            yield _encoded(layer, None if wrapper is None else wrapper.base, entry, kept)
         if number + 1 == len(entries) or entries[number + 1].tensor.path != path:
             for used in {id(each): each for each in (layer, modules[path])}.values():
                 _release(used)
             wrappers.pop(path, None)
             mx.clear_cache()
+
+
+def _encoded(layer: nn.Module, base: nn.Module | None, entry: Entry, kept: Kept) -> NDArray[np.uint8]:
+    """The bytes of an array, counted into `kept` where it is a weight merged from `base`."""
+    values = _values(layer, entry)
+    data = encoded(entry.name, values, entry.kind)
+    if base is not None and entry.parameter == "weight":
+        before = _values(base, entry)
+        kept.add(values - before, decoded(data, entry.shape, entry.kind) - before)
+    return data
 
 
 def _values(layer: nn.Module, entry: Entry) -> NDArray[np.float32]:

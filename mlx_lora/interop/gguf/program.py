@@ -55,7 +55,7 @@ def continuations(
 ) -> list[list[Step]]:
     """Greedy tokens after each prompt, at most `tokens`, each with the log-probabilities of the `count` likeliest.
 
-    An end token isn't among them.
+    An end token is the last of them; where it would be the first there are none.
     """
     if not installed():
         raise ModelError(f"llama.cpp can't be run here: the package {PACKAGE} isn't installed", hint=HOW)
