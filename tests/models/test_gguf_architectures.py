@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from mlx_lora.models.gguf.names import ARCHITECTURES, architecture_named, archit
 from mlx_lora.models.gguf.packing import FORMS, pack
 from mlx_lora.models.gguf.settings import metadata_of
 from mlx_lora.models.gguf.tensors import layout_of
+from mlx_lora.models.gguf.values import Losses, unpacked
 from tests.models.test_gguf import left_in, load
-from tests.models.tiny_gguf import OWN, add, tiny_config, tiny_weights, write_tiny
+from tests.models.tiny_gguf import OWN, SIZES, add, tiny_config, tiny_weights, write_tiny
 
 
 def arrays_in(directory: Path) -> dict[str, mx.array]:
@@ -106,6 +108,21 @@ def test_infinite_powers_of_two_are_refused(byte: int) -> None:
     data[3, 17] = byte
     with pytest.raises(ModelError, match="infinite values"):
         pack("t", data, Kind.MXFP4)
+
+
+@pytest.mark.parametrize("kind", [Kind.IQ4_NL, Kind.IQ4_XS, Kind.IQ3_S, Kind.IQ2_XXS, Kind.Q6_K, Kind.TQ2_0])
+def test_other_types_are_dequantized(kind: Kind) -> None:
+    tensor = layout_of(ARCHITECTURES["qwen2"], SIZES)["blk.0.ffn_up"]
+    tensor = replace(tensor, shape=(8, 512))
+    data = blocks(kind)
+    if kind in (Kind.Q6_K, Kind.TQ2_0):
+        data.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])[:, -2:] = np.full((1, 1), 0.01, "<f2").view(np.uint8)
+    losses = Losses()
+    own = unpacked("t.weight", tensor, data, kind, mx.float16, losses)
+    expected = gguf.quants.dequantize(data, kind)
+    np.testing.assert_array_equal(np.array(own), expected.astype(np.float16))
+    error = np.sqrt(np.square(np.array(own).astype(np.float32) - expected).mean() / np.square(expected).mean())
+    assert losses.errors().get(kind.name, 0.0) == pytest.approx(error, rel=1e-3)
 
 
 def test_gpt_oss_keeps_its_experts_in_mxfp4(tmp_path: Path) -> None:
@@ -212,8 +229,11 @@ def test_incomplete_split_models_are_refused(damage: Callable[[list[Path]], Any]
 
 def test_unknown_metadata_is_left_out_by_name(tmp_path: Path) -> None:
     changed = {"quantize.imatrix.file": "x.dat", "quantize.imatrix.entries_count": 7, "qwen3.something_new": 1}
+    changed["tokenizer.chat_template.tool_use"] = "{{ messages }}"
     result = import_gguf(write_tiny(tmp_path / "tiny.gguf", "qwen3", changed=changed), tmp_path / "out")
-    names = "quantize.imatrix.file, quantize.imatrix.entries_count, qwen3.something_new"
+    names = (
+        "quantize.imatrix.file, quantize.imatrix.entries_count, qwen3.something_new, tokenizer.chat_template.tool_use"
+    )
     assert result["notes"] == [f"left out metadata that is not known: {names}"]
 
 
