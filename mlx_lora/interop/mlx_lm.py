@@ -29,8 +29,9 @@ def read(folder: Path, model: nn.Module) -> Neutral:
 def write(neutral: Neutral, out: Path, model: nn.Module, layers: int, *, force: bool = False) -> Path:
     """Write the directory `out` whole or not at all, for `mlx_lm.generate --adapter-path`.
 
-    `layers` is the model's number of layers. Raises one AdapterError for what mlx-lm can't load, before anything is
-    written. Arrays are float32 where bfloat16 would round them.
+    `layers` is the model's number of layers. Arrays are float32, as mlx-lm writes them: it multiplies an embedding's
+    factors, and those of DoRA, in the dtype of the file. Raises one AdapterError for what mlx-lm can't load, before
+    anything is written.
     """
     _check(neutral, model)
     stored = {path: arrays_of(module, neutral.method) for path, module in neutral.modules.items()}
@@ -39,16 +40,10 @@ def write(neutral: Neutral, out: Path, model: nn.Module, layers: int, *, force: 
     config = store.mlx_lm_config(neutral.method, list(neutral.modules), layers, rank=rank, scale=scale)
     with paths.written_whole(out, force=force) as folder:
         with paths.created(folder / store.WEIGHTS) as stream:
-            mx.save_safetensors(stream, {name: halved(array) for name, array in arrays.items()}, {"format": "mlx"})
+            mx.save_safetensors(stream, arrays, {"format": "mlx"})
         with paths.created(folder / store.CONFIG) as stream:
             stream.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     return out
-
-
-def halved(array: mx.array) -> mx.array:
-    """`array` in bfloat16 where that holds every value, else as it is."""
-    half = array.astype(mx.bfloat16)
-    return half if mx.array_equal(array, half.astype(array.dtype)).item() else array
 
 
 def _check(neutral: Neutral, model: nn.Module) -> None:
