@@ -40,16 +40,19 @@ SAME = frozenset({
 })  # fmt: skip
 # Of these: gate and up are the halves of one parameter of experts, gate first.
 HALVES = frozenset({
-    "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "granitemoe",
-    "granitemoehybrid", "jamba", "mellum", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+    "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "gemma4", "gemma4_text", "glm4_moe",
+    "granitemoe", "granitemoehybrid", "jamba", "mellum", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
 })  # fmt: skip
 # Here gate and up take turns: rows 0, 2, 4 … are the gate's.
 TURNS = frozenset({"gpt_oss"})
 # Here transformers 5 says `mlp` where mlx_lm and the files say `block_sparse_moe`.
 _MLP = frozenset({"mixtral", "phimoe"})
-# With transformers 5, PEFT takes these targets for parts of stacked experts in every model that has any, but for
-# architectures whose files already hold them stacked. An adapter on a shared expert would be dropped without a word.
-_STACKED_FILES = frozenset({"gpt_oss", "granitemoe", "granitemoehybrid", "jamba"})
+# In these, PEFT takes targets called gate_proj, up_proj and down_proj for parts of the experts, which were linear layers
+# before transformers 5. An adapter on a shared expert or a dense MLP would be dropped without a word.
+TAKEN = frozenset({
+    "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "mellum", "mixtral",
+    "olmoe", "qwen3_moe", "qwen3_next",
+})  # fmt: skip
 
 # Beginnings of a path: as transformers or an older file has it, and what mlx_lm may call it.
 _BEGINNINGS = (
@@ -99,7 +102,7 @@ class Names:
         if self._routes(path):
             raise AdapterError(f"{path}: transformers keeps the weight that chooses experts outside of a linear layer")
         name = path.rpartition(".")[2]
-        if name in PARTS and self._has_experts() and self.kind not in _STACKED_FILES:
+        if name in PARTS and self.kind in TAKEN:
             raise AdapterError(
                 f"{path}: PEFT takes a target called {name} for a part of the experts in a {self.kind} model, "
                 "and would drop this module",
@@ -113,7 +116,7 @@ class Names:
         block, _, part = path.rpartition(".")
         if self.kind not in HALVES | TURNS or part not in PARTS:
             raise AdapterError(f"{path}: how transformers stacks the experts of a {self.kind} model isn't known here")
-        block = self._outer(re.sub(r"\.(switch_mlp|experts)$", ".experts", block))
+        block = self._outer(re.sub(r"\.(switch_mlp|experts|experts\.switch_glu)$", ".experts", block))
         return block.replace(".block_sparse_moe.", ".mlp.") if self.kind in _MLP else block, part
 
     def check_known(self) -> None:
@@ -155,9 +158,6 @@ class Names:
     def _routes(self, path: str) -> bool:
         prefix = next((prefix for prefix in self._layers if path.startswith(prefix)), None)
         return prefix is not None and routes(path, prefix, self._all)
-
-    def _has_experts(self) -> bool:
-        return any(isinstance(module, EXPERTS) for module in self.modules.values())
 
 
 def theirs_of(path: str) -> Iterator[str]:
