@@ -13,13 +13,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_lora.config import Quantize
 from mlx_lora.errors import AdapterError, MlxLoraError, NameTaken
 from mlx_lora.interop.peft.config import read_settings
 from mlx_lora.interop.peft.write import alpha_of
+from mlx_lora.models.load import load_stored
+from mlx_lora.models.save import save as save_model
 from mlx_lora.store import adapter as store
 from mlx_lora.tasks.export_adapter import export_adapter
 from mlx_lora.tasks.import_adapter import import_adapter
-from tests.interop.conftest import change_config, change_tensors, logits
+from tests.interop.conftest import change_config, change_tensors, logits, wrappers_of
 
 Make = Callable[..., Path]
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -252,6 +255,55 @@ FILES_REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_files_are_refused(case: str, exported: Path, tiny_path: Path, home: Path) -> None:
     damage, message = FILES_REFUSED[case]
     refused(exported, tiny_path, home, message, damage)
+
+
+def test_a_copy_of_the_bases_embedding_is_no_adapter(exported: Path, tiny_path: Path, home: Path) -> None:
+    weights: Any = mx.load(str(tiny_path / "model.safetensors"))
+    copy = {"base_model.model.model.embed_tokens.weight": weights["model.embed_tokens.weight"]}
+
+    def damage(folder: Path) -> None:
+        change_tensors(folder, lambda arrays: (arrays.clear(), arrays.update(copy)))
+        change_config(folder, target_modules=None)
+
+    refused(exported, tiny_path, home, "the file has no tensors of an adapter", damage)
+
+
+def test_a_copy_of_the_bases_embedding_beside_an_adapter_is_left_out(
+    exported: Path, tiny_path: Path, home: Path
+) -> None:
+    folder = home / "peft"
+    shutil.copytree(exported, folder)
+    weights: Any = mx.load(str(tiny_path / "model.safetensors"))
+    copy = weights["model.embed_tokens.weight"].astype(mx.bfloat16)
+    change_tensors(folder, lambda arrays: arrays.update({"base_model.model.model.embed_tokens.weight": copy}))
+    assert import_adapter(folder, "back", str(tiny_path)).modules == 12
+
+
+def test_qalora_over_other_groups_is_stored_as_the_lora_that_it_equals(
+    make: Make, untied_path: Path, home: Path, tmp_path: Path
+) -> None:
+    make(untied_path, **OTHERS["qalora"])  # groups of 32 inputs
+    export_adapter("mine", "peft", home / "peft", model=str(untied_path))
+    loaded = load_stored(untied_path, quantization=Quantize(bits=8, group_size=64))
+    save_model(loaded, tmp_path / "packed")
+    back = import_adapter(home / "peft", "back", str(tmp_path / "packed"))
+    assert back.method == "lora"
+    mine = wrappers_of(untied_path, home / "adapters" / "mine")
+    for path, wrapper in wrappers_of(tmp_path / "packed", back.path).items():
+        np.testing.assert_allclose(wrapper.delta(), mine[path].delta(), rtol=1e-4, atol=1e-6)
+
+
+def test_regrouping_keeps_the_update(make: Make, untied_path: Path, home: Path, tmp_path: Path) -> None:
+    """A base in smaller groups than PEFT's: still QA-LoRA, each of whose groups is a part of one of PEFT's."""
+    loaded = load_stored(untied_path, quantization=Quantize(bits=8, group_size=64))
+    save_model(loaded, tmp_path / "packed")
+    make(tmp_path / "packed", **OTHERS["qalora"])
+    export_adapter("mine", "peft", home / "peft", model=str(tmp_path / "packed"))
+    back = import_adapter(home / "peft", "back", str(untied_path))
+    assert back.method == "qalora"
+    mine = wrappers_of(tmp_path / "packed", home / "adapters" / "mine")
+    for path, wrapper in wrappers_of(untied_path, back.path).items():
+        np.testing.assert_allclose(wrapper.delta(), mine[path].delta(), rtol=1e-4, atol=1e-6)
 
 
 EXPORTS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -41,14 +41,15 @@ SAME = frozenset({
 # Of these: gate and up are the halves of one parameter of experts, gate first.
 HALVES = frozenset({
     "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "gemma4", "gemma4_text", "glm4_moe",
-    "granitemoe", "granitemoehybrid", "jamba", "mellum", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+    "granitemoe", "granitemoehybrid", "jamba", "mellum", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+    "qwen3_next",
 })  # fmt: skip
 # Here gate and up take turns: rows 0, 2, 4 … are the gate's.
 TURNS = frozenset({"gpt_oss"})
 # Here transformers 5 says `mlp` where mlx_lm and the files say `block_sparse_moe`.
 _MLP = frozenset({"mixtral", "phimoe"})
-# In these, PEFT takes targets called gate_proj, up_proj and down_proj for parts of the experts, which were linear layers
-# before transformers 5. An adapter on a shared expert or a dense MLP would be dropped without a word.
+# In these, PEFT takes targets called gate_proj, up_proj and down_proj for parts of the experts, which were linear
+# layers before transformers 5. An adapter on a shared expert or a dense MLP would be dropped without a word.
 TAKEN = frozenset({
     "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "mellum", "mixtral",
     "olmoe", "qwen3_moe", "qwen3_next",

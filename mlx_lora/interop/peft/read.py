@@ -75,6 +75,7 @@ def read(folder: Path, model: nn.Module, config: dict[str, Any]) -> Neutral:
         with _kept(faults):
             modules |= single_experts(settings, names, block, part, numbered)
     faults += [] if faults else _untouched(settings, names, modules)
+    faults += [] if faults or modules else ["the file has no tensors of an adapter"]
     if settings.method == "vera" and not faults:
         faults += _misfits(shared, settings, [names.shape(path) for path in modules])
     if faults:
