@@ -18,6 +18,9 @@ from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
 from mlx_lora.store.base import base_for
+from mlx_lora.store.manifest import CHAT_TEMPLATE
+
+README = "README.md"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,10 @@ def export_adapter(
     if to == "peft":
         base = stored.manifest.base.name if stored.manifest.base else registry.base_name(loaded.path)
         names = Names(loaded.model, loaded.config)
-        peft.write(neutral, out, names, base=base, card=card(stored, neutral, base, error), force=force)
+        texts = {README: card(stored, neutral, base, error)}
+        if stored.chat_template is not None:
+            texts[CHAT_TEMPLATE] = stored.chat_template
+        peft.write(neutral, out, names, base=base, texts=texts, force=force)
     else:
         mlx_lm.write(neutral, out, loaded.model, len(layers_of(loaded.model)), force=force)
     largest = max(module.rank for module in neutral.modules.values())

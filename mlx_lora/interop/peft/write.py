@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from mlx_lora.interop.peft.names import TURNS, Names
 from mlx_lora.interop.peft.read import regrouped
 from mlx_lora.store.fitting import listed
 
-README = "README.md"
 PREFIX = "base_model.model."
 
 
@@ -40,29 +39,32 @@ class Entry:
 
 
 def write(
-    neutral: Neutral, out: Path, names: Names, *, base: str | None, card: str | None = None, force: bool = False
-) -> Path:
-    """Write the directory `out` whole or not at all: configuration, tensors, and `card` as README.md.
+    neutral: Neutral, out: Path, names: Names, *, base: str | None, texts: Mapping[str, str] | None = None,
+    force: bool = False,
+) -> Path:  # fmt: skip
+    """Write the directory `out` whole or not at all: configuration, tensors, and `texts` by the names of their files.
 
     `base` is what the configuration names as the base. Raises one AdapterError for all that PEFT has no form for,
     before anything is written.
     """
     settings, tensors = encode(neutral, names)
     settings = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True, **settings}
-    exact = all(
-        mx.array_equal(array, array.astype(mx.bfloat16).astype(mx.float32)).item() for array in tensors.values()
-    )
-    dtype = mx.bfloat16 if exact else mx.float32
+    exact = all(_is_half(array) for array in tensors.values())
+    stored = {name: array.astype(mx.bfloat16 if exact else mx.float32) for name, array in tensors.items()}
     with paths.written_whole(out, force=force) as folder:
         with paths.created(folder / WEIGHTS) as stream:
-            stored = {name: array.astype(dtype) for name, array in tensors.items()}
             mx.save_safetensors(stream, stored, metadata={"format": "pt"})
         with paths.created(folder / CONFIG) as stream:
             stream.write((json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
-        if card is not None:
-            with paths.created(folder / README) as stream:
-                stream.write(card.encode())
+        for name, text in (texts or {}).items():
+            with paths.created(folder / name) as stream:
+                stream.write(text.encode())
     return out
+
+
+def _is_half(array: mx.array) -> bool:
+    """Whether bfloat16 holds every value of a float32 array."""
+    return bool(mx.array_equal(array, array.astype(mx.bfloat16).astype(mx.float32)).item())
 
 
 def encode(neutral: Neutral, names: Names) -> tuple[dict[str, Any], dict[str, mx.array]]:
