@@ -16,6 +16,7 @@ from mlx_lora.methods import MODES
 
 Mode = StrEnum("Mode", {mode: mode for mode in MODES})  # type: ignore[misc]
 Dtype = StrEnum("Dtype", ["keep", "float16", "float32"])
+PACK = "Quantize again in 2, 3, 4, 5, 6 or 8 bits what MLX can't hold as it is, such as Q6_K; otherwise it is float16."
 Bits = StrEnum("Bits", {"mixed": "mixed", "keep": "keep", "eight": "8", "sixteen": "16"})
 
 
@@ -37,14 +38,18 @@ def pull(
 
 
 def import_gguf(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file of architecture llama.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file, or any part of a split one.")],
     out: Out = None,
     name: NewModel = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="keep is lossless where the format allows.")] = Dtype.keep,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="keep leaves packed what MLX can hold.")] = Dtype.keep,
+    pack: Annotated[int | None, typer.Option("--pack", metavar="BITS", help=PACK)] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Make a model directory from a GGUF file on disk."""
+    """Make a model directory from a GGUF file on disk.
+
+    Architectures: llama (Mistral and SmolLM too), qwen2, qwen3, qwen3moe, gemma2, gemma3, phi3, granite, lfm2, gpt-oss.
+    """
     from mlx_lora.models.gguf import import_gguf as convert
 
     out = new_model(out, name)
@@ -57,10 +62,13 @@ def import_gguf(
             advance = advance or bars("importing", total)
             advance()
 
-        report = convert(file, out, dtype=str(dtype), force=force, on_progress=count)
+        report = convert(file, out, dtype=str(dtype), pack_bits=pack, force=force, on_progress=count)
     if json:
         ui.as_json(report)
     else:
+        changed = ", ".join(f"{kind} {error:.1e}" for kind, error in report["errors"].items())
+        for note in [*([f"relative error by type of tensor: {changed}"] if changed else []), *report["notes"]]:
+            ui.note(note)
         ui.result(f"{out}: {report['architecture']}, {ui.size(report['bytes'])}")
 
 
