@@ -23,6 +23,7 @@ from mlx_lora.cli import (
     bench,
     chat,
     data,
+    export,
     init,
     machine,
     plan,
@@ -43,6 +44,7 @@ app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_ma
 for room in (quickstart, machine, base, init, data, settings, plan, train, chat, bench):
     room.register(app)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(export.app, name="export")
 app.add_typer(runs.app, name="runs")
 app.add_typer(study.app, name="study")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mlx_lora.models.layers import dequantize_model, half, release, set_modules
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.multimodal import Extras
 from mlx_lora.models.save import save
+from mlx_lora.models.shards import Named
 from mlx_lora.quant.quantize import dequantize_layer, layer_settings, pack_lazily, packed_layer
 from mlx_lora.store.adapter import StoredAdapter, wrappers_for
 
@@ -71,6 +73,7 @@ def fuse(
     bits: str | None = None,
     zero_points: str | None = None,
     force: bool = False,
+    renamed: Callable[[nn.Module, Named], Named] = lambda model, arrays: arrays,
     on_module: Callable[[], None] = lambda: None,
 ) -> Fused:
     """Merge `adapter` into its base and write the result to `out`.
@@ -80,8 +83,9 @@ def fuse(
     `mixed` (touched layers at 8 bits, or plain where 8 bits lose most of their update), or `8` or `16` (the whole
     model, `16` in half precision); the default is mixed over a quantized base and keep over a plain one. With
     `zero_points` = `float32` the layers of a QA-LoRA adapter get zero-points and scales in float32, at bits=keep: for
-    adapters that were trained without rounding them. Raises CannotFuse under 0.5 survival without `force`, and for
-    `zero_points` where they would change nothing; then nothing is written.
+    adapters that were trained without rounding them. `renamed` gives the model's arrays another program's names. Raises
+    CannotFuse under 0.5 survival without `force`, and for `zero_points` where they would change nothing; then nothing
+    is written.
     """
     stored = open_stored()
     bits = bits or ("mixed" if "quantization" in stored.config and zero_points is None else "keep")
@@ -95,7 +99,7 @@ def fuse(
     set_modules(stored.model, merged)
     _convert(stored, list(merged), bits)
     del wrappers, merged
-    saved = save(stored, out, force=force, free=True, on_module=on_module)
+    saved = save(stored, out, force=force, free=True, renamed=partial(renamed, stored.model), on_module=on_module)
     return Fused(out, bits, survived, saved.bytes, saved.extras, wider)
 
 
