@@ -17,6 +17,7 @@ from mlx_lora.methods import MODES
 Mode = StrEnum("Mode", {mode: mode for mode in MODES})  # type: ignore[misc]
 Dtype = StrEnum("Dtype", ["keep", "float16", "float32"])
 PACK = "Quantize again in 2, 3, 4, 5, 6 or 8 bits what MLX can't hold as it is, such as Q6_K; otherwise it is float16."
+ZeroPoints = StrEnum("ZeroPoints", ["float32"])
 Bits = StrEnum("Bits", {"mixed": "mixed", "keep": "keep", "eight": "8", "sixteen": "16"})
 
 
@@ -123,6 +124,10 @@ def fuse(
     out: Annotated[Path, typer.Option("--out", help="The directory to write.")],
     model: Model = None,
     bits: Annotated[Bits | None, typer.Option("--bits", help="mixed: touched layers at 8 bits or more.")] = None,
+    zero_points: Annotated[
+        ZeroPoints | None,
+        typer.Option("--zero-points", help="For a QA-LoRA adapter that was trained without rounding."),
+    ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Measure on these rows instead of generated text.")] = None,
     force: Force = False,
     json: Json = False,
@@ -131,15 +136,23 @@ def fuse(
     from mlx_lora.tasks.fuse import fuse_adapter
 
     with ExitStack() as stack:
-        chosen = None if bits is None else str(bits)
+        settings = {
+            "bits": None if bits is None else str(bits),
+            "zero_points": None if zero_points is None else str(zero_points),
+        }
         bars = progress(stack)
-        report = fuse_adapter(model, adapter, out, bits=chosen, data=data, force=force, progress=bars).as_dict()
+        report = fuse_adapter(model, adapter, out, **settings, data=data, force=force, progress=bars).as_dict()
     if json:
         ui.as_json(report)
         return
     ui.result(f"{report['out']}: {report['bits']}, {ui.size(report['bytes'])}")
     for line in _carried(report["carried"]):
         ui.result(line)
+    if report["zero_points_bytes"]:
+        ui.result(
+            f"zero-points and scales in float32 take {ui.size(report['zero_points_bytes'])} more; mlx_lm computes in "
+            "float32 from the first of these layers on, so activations and the cache take twice half precision's memory"
+        )
     ui.result(
         f"{report['delta_survival']:.1%} of the update survived; against base and adapter: "
         f"KL {report['kl']:.4f} nats, same top token {report['top1_agreement']:.1%}"
