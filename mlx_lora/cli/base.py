@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_lora import ui
+from mlx_lora.cli.models import show_models
 from mlx_lora.cli.options import Force, Json, Model, NewModel, Out, new_model, progress
 from mlx_lora.methods import MODES
 
@@ -37,17 +38,28 @@ def pull(
 
 
 def import_gguf(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file of architecture llama.")],
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE", help="A GGUF file of architecture llama, or a name of --list.")
+    ] = None,
     out: Out = None,
     name: NewModel = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="keep is lossless where the format allows.")] = Dtype.keep,
+    listed: Annotated[bool, typer.Option("--list", help="Show the GGUF files that other programs keep here.")] = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Make a model directory from a GGUF file on disk."""
+    from mlx_lora.places import found, listing
+
+    if listed:
+        return show_models(kind=found.GGUF, json=json)
+    if file is None:
+        raise typer.BadParameter("name a GGUF file, or --list those that are on this disk")
+    out = new_model(out, name)
+    source = listing.gguf_file(file)
+
     from mlx_lora.models.gguf import import_gguf as convert
 
-    out = new_model(out, name)
     with ExitStack() as stack:
         bars = progress(stack)
         advance = None
@@ -57,7 +69,7 @@ def import_gguf(
             advance = advance or bars("importing", total)
             advance()
 
-        report = convert(file, out, dtype=str(dtype), force=force, on_progress=count)
+        report = convert(source, out, dtype=str(dtype), force=force, on_progress=count)
     if json:
         ui.as_json(report)
     else:
