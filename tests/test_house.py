@@ -134,7 +134,10 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-QUICK = {"--help": ("pydantic", "yaml"), "train --help": ("yaml",), "adapters list": (), "models list": (), "--version": ("pydantic",)}
+QUICK = {
+    "--help": ("pydantic", "yaml"), "train --help": ("yaml",), "adapters list": (), "models list": (),
+    "--version": ("pydantic",),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("words", QUICK)

@@ -16,7 +16,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 # A word with a separator, or that begins with . or ~, is a path; any other is a name in the home first (`paths.find`).
 Model = Annotated[
     str | None,
-    typer.Option("--model", help="A name of `models list`, else a directory (./x always is); an adapter knows its own."),
+    typer.Option("--model", help="A name of `models list`, else a directory (as ./x); an adapter knows its own."),
 ]
 Adapter = Annotated[str | None, typer.Option("--adapter", help="A name in the home, or a directory like ./mine.")]
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="A name, or a directory; repeatable.")]
