@@ -23,6 +23,7 @@ from mlx_lora.cli import (
     bench,
     chat,
     data,
+    export,
     init,
     machine,
     models,
@@ -45,6 +46,7 @@ for room in (quickstart, machine, base, init, data, settings, plan, train, chat,
     room.register(app)
 app.add_typer(models.app, name="models")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(export.app, name="export")
 app.add_typer(runs.app, name="runs")
 app.add_typer(study.app, name="study")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mlx_lora.models.layers import dequantize_model, half, release, set_modules
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.multimodal import Extras
 from mlx_lora.models.save import save
+from mlx_lora.models.shards import Named
 from mlx_lora.quant.quantize import dequantize_layer, layer_settings, pack_lazily, packed_layer
 from mlx_lora.store.adapter import StoredAdapter, wrappers_for
 
@@ -64,6 +66,7 @@ def fuse(
     *,
     bits: str | None = None,
     force: bool = False,
+    renamed: Callable[[nn.Module, Named], Named] = lambda model, arrays: arrays,
     on_module: Callable[[], None] = lambda: None,
 ) -> Fused:
     """Merge `adapter` into its base and write the result to `out`.
@@ -71,8 +74,9 @@ def fuse(
     `open_stored` opens the base with its tensors as on disk and unread; it is called twice, because every layer is
     freed once it was measured, and again once it was written. `bits` is `keep` (each layer its base's own format),
     `mixed` (touched layers at 8 bits, or plain where 8 bits lose most of their update), or `8` or `16` (the whole
-    model, `16` in half precision); the default is mixed over a quantized base and keep over a plain one. Raises
-    CannotFuse under 0.5 survival without `force`, and then nothing is written.
+    model, `16` in half precision); the default is mixed over a quantized base and keep over a plain one. `renamed`
+    gives the model's arrays another program's names. Raises CannotFuse under 0.5 survival without `force`, and then
+    nothing is written.
     """
     stored = open_stored()
     bits = bits or ("mixed" if "quantization" in stored.config else "keep")
@@ -89,7 +93,7 @@ def fuse(
     set_modules(stored.model, merged)
     _convert(stored, list(merged), bits)
     del wrappers, merged
-    saved = save(stored, out, force=force, free=True, on_module=on_module)
+    saved = save(stored, out, force=force, free=True, renamed=partial(renamed, stored.model), on_module=on_module)
     return Fused(out, bits, survived, saved.bytes, saved.extras)
 
 

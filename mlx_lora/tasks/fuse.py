@@ -62,7 +62,7 @@ def fuse_adapter(
     opened = base_for(model, [stored_adapter])
     if out.resolve() == opened.path.resolve():
         raise NameTaken(f"{out} is the model itself", hint="choose another directory")
-    rows = None if data is None else _rows(data, stored_adapter, opened.tokenizer, progress)
+    rows = None if data is None else rows_of(data, stored_adapter, opened.tokenizer, progress)
 
     def open_stored() -> LoadedModel:
         return registry.open_stored(opened, [stored_adapter], lazily=True)
@@ -88,7 +88,8 @@ def agreement_with(before: Predictions, out: Path, rows: Sequence[Row], *, progr
     return compare(before, after, rows)
 
 
-def _rows(data: str, adapter: StoredAdapter, tokenizer: Any, progress: OnFile) -> Sequence[Row]:
+def rows_of(data: str, adapter: StoredAdapter, tokenizer: Any, progress: OnFile) -> Sequence[Row]:
+    """At most MOST_ROWS rows of the user's data, as the adapter was trained to be asked."""
     settings = Data.model_validate((adapter.manifest.recipe or {}).get("data", {}))
     chats = trained(adapter).format(tokenizer) if adapter.chat_template is not None else None
     asked = questions(data, settings, tokenizer, exact=False, format=chats, prefer=VALID_FIRST, progress=progress)

@@ -1,0 +1,11 @@
+"""export: base and adapter, as files that other programs load."""
+
+from __future__ import annotations
+
+import typer
+
+from mlx_lora.cli import export_hf
+
+app = typer.Typer(help="Export for other programs.", no_args_is_help=True, rich_markup_mode=None)
+for command in (export_hf,):
+    command.register(app)
