@@ -27,7 +27,7 @@ _KEPT = "\n\t\r"
 
 @dataclass(frozen=True)
 class Modelfile:
-    """What a Modelfile says. `model` and `adapter` are files beside it; `template` None leaves Ollama to its own."""
+    """What a Modelfile says. `model` is a file or a name of Ollama's; `template` None leaves Ollama to its own."""
 
     model: str
     adapter: str | None = None
@@ -40,9 +40,9 @@ class Modelfile:
     def text(self) -> str:
         """The file's text. Raises AdapterError for a text that a Modelfile can't hold."""
         lines = [f"# {' '.join(comment.split())}" for comment in self.comments]
-        lines.append(f"FROM ./{self.model}")
+        lines.append(f"FROM {self.model}")
         if self.adapter is not None:
-            lines.append(f"ADAPTER ./{self.adapter}")
+            lines.append(f"ADAPTER {self.adapter}")
         if self.template is not None:
             lines.append(f"TEMPLATE {quoted(self.template, 'the template')}")
         if self.system:

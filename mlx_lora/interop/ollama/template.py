@@ -38,7 +38,11 @@ def go_template(turns: Turns) -> str:
     lines += ["{{- range $i, $_ := .Messages }}", _LAST]
     if alone and turns.system == "turn":
         lines.append(f'{{{{- if and (eq $i 0) (ne .Role "system") }}}}{alone}{{{{ end }}}}')
-    lines += [_branches(turns), f'{{{{- if and $last (ne .Role "assistant") }}}}{_prompt(turns)}{{{{ end }}}}', "{{- end }}"]
+    lines += [
+        _branches(turns),
+        f'{{{{- if and $last (ne .Role "assistant") }}}}{_prompt(turns)}{{{{ end }}}}',
+        "{{- end }}",
+    ]
     return "\n".join(lines)
 
 

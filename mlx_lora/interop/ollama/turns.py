@@ -8,8 +8,8 @@ none. So no template is recognised by its name, and one that nobody has seen is 
     no_system  user_open U user_close  assistant_open A assistant_close  user_open U user_close  prompt
 
 `system` says where the system message goes: "turn" (a turn of its own, wherever it stands), "top" (all of them at the
-start), "first" or "last" (inside the first or the last user turn), or "none" (the template leaves it out). Behind "turn"
-and "top" a system message takes the place of `no_system`, which may be a default system message.
+start), "first" or "last" (inside the first or the last user turn), or "none" (the template leaves it out). With "turn"
+and "top", a system message takes the place of `no_system`, which may be a default system message.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Thinking:
 
 @dataclass(frozen=True)
 class Turns:
-    """The texts around messages. `prompt` is what an answer follows; `bos` in front of everything isn't part of them."""
+    """The texts around messages. `prompt` is what an answer follows. The start token isn't part of them."""
 
     user_open: str
     user_close: str
@@ -133,6 +133,10 @@ class _Probe:
         except ValueError:
             return None
 
+    def ends(self, text: str) -> tuple[str, str]:
+        """The end of a rendering without a prompt, and without the end token that some templates add there."""
+        return text, text.removesuffix(str(self.chats.tokenizer.eos_token))
+
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
@@ -155,9 +159,8 @@ def _user_and_assistant(probe: _Probe) -> Turns:
     _, closing, opening, end = _between(probe([question, answer, second]), _Q1, _A1, _Q2)
     if end != behind:
         raise ValueError("it writes the second question in another way than the first")
-    _, alone = _between(probe([question], prompt=False), _Q1)
-    if not (behind.startswith(alone) and closing.startswith(alone)):
-        alone = ""  # its end without a prompt is another one, then the prompt takes the closing text along
+    _, end = _between(probe([question], prompt=False), _Q1)
+    alone = next((one for one in probe.ends(end) if behind.startswith(one) and closing.startswith(one)), "")
     assistant_close = _closing(probe, opening, alone, [question, answer, second])
     user_open = opening[len(assistant_close) :]
     if not head.endswith(user_open):
@@ -178,8 +181,9 @@ def _closing(probe: _Probe, opening: str, user_close: str, messages: Messages) -
     whole = probe.optional([question, answer], prompt=False)
     if whole is not None:
         *_, alone = _between(whole, _Q1, _A1)
-        if opening.startswith(alone):
-            return alone
+        for end in probe.ends(alone):
+            if opening.startswith(end):
+                return end
     doubled = probe.optional([question, second])
     if doubled is not None:
         _, between, _ = _between(doubled, _Q1, _Q2)
@@ -196,9 +200,9 @@ def _with_system(probe: _Probe, turns: Turns) -> Turns:
         return turns
     before, between, _ = _between(short, _S1, _Q1)
     if _A1 in long.partition(_S1)[0]:
-        return replace(turns, system="last", **_inside(turns, before, between))
+        return _inside("last", turns, before, between)
     if not between.endswith(turns.user_open):
-        return replace(turns, system="first", **_inside(turns, before, between))
+        return _inside("first", turns, before, between)
     close = between[: len(between) - len(turns.user_open)]
     own = replace(turns, system="turn", system_open=before, system_close=close)
     later = [question, _message("assistant", _A1), system, _message("user", _Q2)]
@@ -206,12 +210,12 @@ def _with_system(probe: _Probe, turns: Turns) -> Turns:
     return top if probe.optional(later) == top.render(later) else own
 
 
-def _inside(turns: Turns, before: str, between: str) -> dict[str, str]:
-    """The texts around a system message inside a user turn."""
+def _inside(place: str, turns: Turns, before: str, between: str) -> Turns:
+    """The turns with the texts around a system message inside a user turn."""
     outside = turns.no_system + turns.user_open
     if not before.startswith(outside):
         raise ValueError("it writes the question behind a system message in another way")
-    return {"system_open": before[len(outside) :], "system_close": between}
+    return replace(turns, system=place, system_open=before[len(outside) :], system_close=between)
 
 
 def _conversation(*contents: str, system: str | None = None) -> Messages:
