@@ -33,12 +33,14 @@ def hf(
         ui.as_json(report)
         return
     ui.result(f"{report['out']}: {ui.size(report['bytes'])}")
-    show_check(report["check"])
+    show_check(report)
 
 
-def show_check(check: dict[str, Any] | None) -> None:
-    """Say what the artefact's own program said of it."""
+def show_check(report: dict[str, Any]) -> None:
+    """Say what the artefact's own program said of it, or why it wasn't asked."""
+    check = report["check"]
     if check is None:
+        ui.warning(f"what was written was not checked: {report['unchecked']}")
         return
     ui.result(
         f"{check['program']}, at {check['positions']} positions: {check['kept']:.0%} of the adapter's effect is in it, "

@@ -13,6 +13,7 @@ from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.errors import NameTaken
 from mlx_lora.interop import gate, hf
 from mlx_lora.interop.fuse import Fused, fuse
+from mlx_lora.machine import limits
 from mlx_lora.models import chat_templates
 from mlx_lora.models.load import LoadedModel, load
 from mlx_lora.models.open import OpenModel
@@ -58,16 +59,28 @@ def export_hf(
         hf.as_one_of_several(folder)
         if stored.chat_template is not None:
             chat_templates.give(folder, stored.chat_template, stored.manifest.answer_end)
-        checked = _check(folder, before, progress)
-        if not force:
+        unchecked = limits.too_large(fused.bytes)
+        checked = None if unchecked else _check(folder, before, progress)
+        if checked is not None and not force:
             gate.refuse_lost(checked)
-        return _recorded(folder, out, opened, stored, fused, checked)
+        return _recorded(folder, out, opened, stored, fused, checked, unchecked)
 
 
 def _recorded(
-    folder: Path, out: Path, opened: OpenModel, stored: StoredAdapter, fused: Fused, checked: gate.Checked
+    folder: Path,
+    out: Path,
+    opened: OpenModel,
+    stored: StoredAdapter,
+    fused: Fused,
+    checked: gate.Checked | None,
+    unchecked: str | None,
 ) -> dict[str, Any]:
-    more = {"bytes": fused.bytes, "delta_survival": fused.delta_survival, "carried": fused.extras.as_dict()}
+    more = {
+        "unchecked": unchecked,
+        "bytes": fused.bytes,
+        "delta_survival": fused.delta_survival,
+        "carried": fused.extras.as_dict(),
+    }
     return {"out": str(out)} | record(folder / RECORD, "hf", opened, stored, checked, **more)
 
 
