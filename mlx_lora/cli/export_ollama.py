@@ -50,5 +50,6 @@ def ollama(
     show_check(report["check"])
     for note in report["notes"]:
         ui.note(note)
-    ui.result(f"template: {report['template']}; stop words: {' '.join(report['stops']) or 'none'}")
+    stops = " ".join(ui.one_line(stop) for stop in report["stops"])
+    ui.result(f"template: {report['template']}; stop words: {stops or 'none'}")
     ui.result(report["command"])

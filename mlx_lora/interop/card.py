@@ -61,6 +61,19 @@ def card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def said_of(check: Mapping[str, Any] | None) -> list[str]:
+    """What a gate found, the keys of `gate.Checked`, as lines of a card; none where nothing was run."""
+    if check is None:
+        return []
+    lines = [
+        f"{check['program']}, at {check['positions']} positions: {check['kept']:.0%} of the adapter's effect is in it, "
+        f"KL to base and adapter {check['kl']:.4f} nats, same top token {check['top1_agreement']:.1%}"
+    ]
+    if check.get("quantization_kl") is not None:
+        lines.append(f"the number format alone changes the base by {check['quantization_kl']:.4f} nats")
+    return lines
+
+
 def licence_of(base: Path) -> str:
     """What a model directory's own files say of its licence: its card's front matter, else a licence file's name."""
     try:

@@ -7,7 +7,8 @@ no template is written, and the reason is a note.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +16,12 @@ from typing import Any, Protocol
 from mlx_lora import files, paths
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.errors import ModelError
-from mlx_lora.interop.card import CARD, card
+from mlx_lora.interop.card import CARD, card, said_of
 from mlx_lora.interop.ollama import modelfile
 from mlx_lora.interop.ollama.modelfile import Modelfile
 from mlx_lora.interop.ollama.template import PLAIN, go_template
-from mlx_lora.interop.ollama.turns import learn
+from mlx_lora.interop.ollama.turns import Turns, learn
+from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.context import context_length
 from mlx_lora.models.open import OpenModel
 from mlx_lora.serve.conversation import Trained, trained
@@ -126,10 +128,22 @@ def asking_of(opened: OpenModel, asked: Trained) -> Asking:
         note = f"no TEMPLATE: {reason}. Ollama looks for one of its own that is like the tokenizer's, or uses none"
         return Asking("the tokenizer's", None, [], [f"the chat template isn't one of plain turns, {note}"])
     special = [token for token, _ in sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])]
-    notes = []
-    if turns.system == "none" and asked.system:
-        notes.append("the chat template leaves system messages out, and so does Ollama's")
+    notes = [*_left_out(chats, turns, asked)]
     return Asking(turns.family, go_template(turns), modelfile.stop_words(turns, special), notes)
+
+
+def _left_out(chats: ChatFormat, turns: Turns, asked: Trained) -> Iterator[str]:
+    """What people should know of a template that holds turns alone."""
+    if turns.system == "none" and asked.system:
+        yield "the chat template leaves system messages out, and so does Ollama's"
+    if asked.single_questions:
+        yield "it was trained on single questions: earlier turns, which Ollama sends along, are new to it"
+    question = [{"role": "user", "content": "?"}]
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+    view = chats.view(1, prompt=True, thinking=asked.thinking)
+    with suppress(ValueError):
+        if chats.texts(question, [tool], [view]) != chats.texts(question, (), [view]):
+            yield "the chat template shows tools, and Ollama's doesn't: Ollama refuses requests with tools"
 
 
 def ollama_name(name: str) -> str:
@@ -172,13 +186,9 @@ def _card(
     type_name: str,
     notes: Sequence[str],
 ) -> str:
-    check, name = report.get("check"), ollama_name(stored.name)
-    said = (
-        [f"{check['program']}, at {check['positions']} positions: KL to base and adapter {check['kl']:.4f} nats, same "
-         f"top token {check['top1_agreement']:.1%}"]
-        if check
-        else []
-    )  # fmt: skip
+    name = ollama_name(stored.name)
     form = f"GGUF model, merged, {type_name}" if over is None else "GGUF adapter, for a base that Ollama has"
     use = [f"`ollama create {name} -f Modelfile`, then `ollama run {name}`", *notes]
-    return card(stored.manifest, name=stored.name, form=form, base=opened.path, checked=said, use=use)
+    return card(
+        stored.manifest, name=stored.name, form=form, base=opened.path, checked=said_of(report.get("check")), use=use
+    )

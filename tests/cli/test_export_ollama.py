@@ -19,7 +19,9 @@ from tests.interop.ollama.golang import execute
 from tests.interop.ollama.reader import read_modelfile
 
 Run = Callable[..., Ran]
-CHECK = {"program": "llama.cpp", "positions": 8, "kl": 0.0125, "top1_agreement": 0.975}
+CHECK = {
+    "program": "llama.cpp", "positions": 8, "kl": 0.0125, "top1_agreement": 0.975, "kept": 0.98, "quantization_kl": 0.5,
+}  # fmt: skip
 
 
 class Writer:
@@ -66,7 +68,10 @@ def test_a_directory_for_ollama(mine: str, tiny_path: Path, tmp_path: Path) -> N
     own = load_tokenizer(tiny_path).apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert prompt == own
     card = (out / "README.md").read_text()
-    assert "llama.cpp, at 8 positions: KL to base and adapter 0.0125 nats" in card and "ollama create mine" in card
+    assert (
+        "llama.cpp, at 8 positions: 98% of the adapter's effect is in it, KL to base and adapter 0.0125" in card
+        and "ollama create mine" in card
+    )
     assert report["command"] == f"ollama create mine -f {out / 'Modelfile'}" and report["check"] == CHECK
     assert str(tmp_path) not in card + (out / "Modelfile").read_text()
 
@@ -125,6 +130,10 @@ def test_how_an_adapter_is_asked(tiny_path: Path, tmp_path: Path) -> None:
     assert odd.template is None and "no TEMPLATE" in odd.notes[0] and not odd.stops
     deaf = "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}</>{% endif %}{% endfor %}"
     assert "leaves system" in asking_of(opened, Trained(chat_template=deaf, system="x")).notes[0]
+    assert any("single questions" in note for note in asking_of(opened, Trained(single_questions=True)).notes)
+    tools = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if tools %}{{ tools }}{% endif %}"
+    assert any("refuses requests with tools" in note for note in asking_of(opened, Trained(chat_template=tools)).notes)
+    assert asking_of(opened, Trained()).notes == []
     bare = shutil.copytree(tiny_path, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     assert asking_of(OpenModel(bare), Trained()).family == "none"

@@ -84,6 +84,8 @@ def test_no_command_but_pull_tries_to_connect(
         ("chat", *base, "--adapter", "a"),
         ("fuse", *base, "--adapter", "a", "--out", tmp_path / "f"),
         ("export", "hf", *base, "--adapter", "a", "--out", tmp_path / "hf"),
+        ("export", "lmstudio", *base, "--adapter", "a", "--out", tmp_path / "l"),
+        ("export", "ollama", *base, "--adapter", "a", "--out", tmp_path / "o"),
         ("adapters", "list"),
         ("adapters", "show", "a"),
         ("adapters", "path", "a"),

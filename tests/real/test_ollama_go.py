@@ -15,17 +15,15 @@ from typing import Any
 
 import pytest
 
-from mlx_lora.interop.ollama.modelfile import Modelfile
 from mlx_lora.interop.ollama.template import PLAIN, go_template
 from mlx_lora.interop.ollama.turns import learn
 from mlx_lora.models import chat_templates
 from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.open import load_tokenizer
 from mlx_lora.tasks.export_ollama import _bos
-from tests.interop.ollama.conversations import SHAPES, TEN, expected, tokenizer_with, written
+from tests.interop.ollama.conversations import SHAPES, TEN, any_turns, expected, tokenizer_with, written
 from tests.interop.ollama.golang import collated, execute
-from tests.interop.ollama.reader import read_modelfile
-from tests.interop.ollama.test_ollama_template import SPECIAL, THINKING
+from tests.interop.ollama.test_ollama_template import SPECIAL, THINKING, as_read
 from tests.real.test_real_templates import NAMES, real_tokenizers  # noqa: F401
 
 pytestmark = pytest.mark.real
@@ -110,8 +108,7 @@ def go(go_program: str, cache: Path, tmp_path_factory: pytest.TempPathFactory) -
 def asked(chats: ChatFormat, *, thinking: bool | None = None, bos: str = "") -> list[tuple[Any, ...]]:
     """(template as Ollama reads it, messages, the request's think, what the chat template writes)."""
     turns = learn(chats, thinking=thinking, bos=bos)
-    text = Modelfile("./x.gguf", template=go_template(turns)).text()
-    template = dict(read_modelfile(text))["template"]
+    template = as_read(go_template(turns))
     requests = [(None, thinking), *([(True, True), (False, False)] if turns.thinking else [])]
     return [
         (template, messages, request, expected(chats, messages, thinking=means, bos=bos))
@@ -135,6 +132,17 @@ def test_go_renders_every_shape_as_the_chat_template_does(go: Any, tmp_path: Pat
         cases += asked(ChatFormat(tokenizer, THINKING), thinking=thinking)
     check(go, cases)
     assert go([(PLAIN, TEN[3], None)]) == [execute(PLAIN, TEN[3])]
+
+
+def test_go_renders_any_texts_around_turns(go: Any) -> None:
+    check(
+        go,
+        [
+            (as_read(go_template(turns)), messages, None, turns.render(collated(messages)[1]))
+            for turns in any_turns(300)
+            for messages in (TEN[0], TEN[3], TEN[8])
+        ],
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

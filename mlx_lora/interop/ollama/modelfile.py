@@ -78,7 +78,8 @@ def stop_words(turns: Turns, special: Sequence[str]) -> list[str]:
              if len(token.strip()) > 1 and any(token in text for text in around)}  # fmt: skip
     markers = [token for token in found if not any(token != other and token in other for other in found)]
     line = turns.user_open.strip()
-    plain = [line] if line and not any(marker in line for marker in markers) else []
+    begins = "\n" if turns.assistant_close.endswith("\n") else ""
+    plain = [begins + line] if line and not any(marker in line for marker in markers) else []
     return [*sorted(markers, key=special.index), *plain]
 
 

@@ -12,8 +12,9 @@ import re
 
 from mlx_lora.interop.ollama.turns import Thinking, Turns
 
-# What Go's lexer or Ollama's Modelfile would take for something else: an action's start, the end of a quotation.
-_SPECIAL = re.compile(r'\{\{|"{3,}')
+# What Go or Ollama's Modelfile may take for something else: braces, since two of them begin an action, also where one
+# ends a text and the other begins the action behind it; and the end of a quotation.
+_SPECIAL = re.compile(r'\{+|"{3,}')
 _KEPT = "\n\t\r"
 _LAST = "{{- $last := eq (len (slice $.Messages $i)) 1 }}"
 # For an adapter that learned without a chat template: the last question alone, behind the system text.

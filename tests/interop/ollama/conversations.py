@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlx_lora.interop.ollama.turns import Turns
 from mlx_lora.models import chat_templates
 from mlx_lora.models.chat_format import ChatFormat
 from tests.interop.ollama.golang import collated
@@ -70,6 +73,16 @@ def written(name: str, folder: Path) -> ChatFormat:
     tokenizer = tokenizer_with(folder, *markers, end)
     text, own_end = chat_templates.find(name, tokenizer)
     return ChatFormat(tokenizer, text, own_end=own_end)
+
+
+def any_turns(count: int) -> Iterator[Turns]:
+    """Turns of texts that a template language or a Modelfile could take for something else."""
+    draw = random.Random(0)
+    pieces = ['"', '""', " ", "\n", "{{", "}}", "{", "{{-", "-}}", "/*", "`", "\\", "\u00a0", "🙂", "\U000e0001", "|"]
+    for _ in range(count):
+        words = ["".join(draw.choices(pieces, k=draw.randint(0, 5))) for _ in range(8)]
+        place = draw.choice(["turn", "top", "first", "last", "none"])
+        yield Turns(*words[:5], no_system=words[5], system=place, system_open=words[6], system_close=words[7])
 
 
 # Shapes of well-known templates, in as few words as show them.

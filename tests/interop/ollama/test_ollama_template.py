@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mlx_lora.interop.ollama.turns import Turns, learn
 from mlx_lora.models import chat_templates
 from mlx_lora.models.chat_format import ChatFormat
 from tests.conftest import TEMPLATE
-from tests.interop.ollama.conversations import SHAPES, TEN, expected, talk, tokenizer_with, written
+from tests.interop.ollama.conversations import SHAPES, TEN, any_turns, expected, talk, tokenizer_with, written
 from tests.interop.ollama.golang import collated, execute
 from tests.interop.ollama.reader import read_modelfile
 
@@ -129,7 +130,7 @@ def test_without_a_template_the_last_question_stands_alone() -> None:
         ("llama3", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
         ("gemma", ["<start_of_turn>", "<end_of_turn>"]),
         ("mistral", ["</s>", "[INST]"]),
-        ("alpaca", ["</s>", "### Instruction:"]),
+        ("alpaca", ["</s>", "\n### Instruction:"]),
     ],
 )
 def test_stop_words_are_the_markers_of_turns(name: str, stops: list[str], tmp_path: Path) -> None:
@@ -162,6 +163,24 @@ def test_a_modelfile_is_read_as_it_was_meant() -> None:
             ("parameter", 'stop "'),
             ("parameter", "stop \n### Q:"),
         ]
+
+
+def test_any_text_comes_back_from_a_modelfile() -> None:
+    draw = random.Random(0)
+    pieces = ['"', '""', " ", "\n", "\t", "\\", "#", "FROM x", "{{", "}}", "'", "é", "a", "PARAMETER stop y", "\r\n"]
+    for _ in range(3000):
+        text = "".join(draw.choices(pieces, k=draw.randint(1, 9)))
+        if '"""' in text:
+            continue
+        found = read_modelfile(Modelfile("./x.gguf", system=text, template=text, stops=[text]).text())
+        assert [value for _, value in found[1:]] == [text, text, f"stop {text}"], repr(text)
+
+
+def test_any_text_comes_back_from_a_template() -> None:
+    for turns in any_turns(500):
+        template = as_read(go_template(turns))
+        for messages in (TEN[0], TEN[3], TEN[8]):
+            assert execute(template, messages) == turns.render(collated(messages)[1]), (turns, template)
 
 
 def test_what_a_modelfile_cant_say_is_refused_or_named() -> None:
