@@ -38,9 +38,7 @@ def pull(
 
 
 def import_gguf(
-    file: Annotated[
-        str | None, typer.Argument(metavar="FILE", help="A GGUF file of architecture llama, or a name of --list.")
-    ] = None,
+    file: Annotated[str | None, typer.Argument(metavar="FILE", help="A GGUF file, or a name of --list.")] = None,
     out: Out = None,
     name: NewModel = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="keep is lossless where the format allows.")] = Dtype.keep,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mlx_lora.models.gguf import import_gguf
-from mlx_lora.models.gguf_tokenizer import SPLITS, Vocabulary, build_tokenizer
+from mlx_lora.models.gguf.tokenizer import SPLITS, Vocabulary, build_tokenizer
 
 pytestmark = pytest.mark.real
 
@@ -110,6 +110,18 @@ class LlamaCpp:
         )
         steps = answer["choices"][0]["logprobs"]["content"]
         return [(step["id"], {top["id"]: top["logprob"] for top in step["top_logprobs"]}) for step in steps]
+
+    def next_token(self, prompt: list[int], count: int, *, chosen: int) -> dict[int, float]:
+        """Log-probabilities of the `count` likeliest next tokens.
+
+        A server reports none for a token that is half a character, so it is made to choose the token `chosen`, which
+        must be whole characters. The log-probabilities are those before that choice.
+        """
+        answer = self.server.handle_completions(
+            {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": count, "cache_prompt": False,
+             "logit_bias": [[chosen, 1000.0]]}
+        )  # fmt: skip
+        return {top["id"]: top["logprob"] for top in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
 
 
 @pytest.fixture

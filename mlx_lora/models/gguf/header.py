@@ -2,7 +2,7 @@
 
 The reader checks no number: it slices past the file's end without an error, lets products of dimensions overflow, and
 creates several objects for each element that an array claims to have. So all numbers are limited here, by the file's
-size or by a limit above that of any real model. `gguf_config.py` interprets the metadata.
+size or by a limit above that of any real model. `config.py` interprets the metadata.
 """
 
 from __future__ import annotations
