@@ -51,6 +51,4 @@ def gguf(
     ui.result(f"{report['out']}: {what}, {ui.size(report['bytes'])}")
     if as_lora is not None:
         ui.result(f"the nearest LoRA of rank {as_lora} is {report['relative_error']:.2%} away from the update")
-    show_check(report["check"])
-    if report["unchecked"]:
-        ui.result(f"not checked: {report['unchecked']}")
+    show_check(report)

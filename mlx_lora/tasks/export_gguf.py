@@ -24,6 +24,7 @@ from mlx_lora.interop.gguf.tokenizer import tokenizer_fields
 from mlx_lora.interop.gguf.types import Form, form_of
 from mlx_lora.interop.gguf.writing import check_file, written_beside
 from mlx_lora.interop.neutral import Neutral, as_lora, from_wrappers
+from mlx_lora.machine import limits
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.open import OpenModel
 from mlx_lora.store import registry
@@ -32,7 +33,8 @@ from mlx_lora.store.base import base_for
 from mlx_lora.tasks.export_check import Reference, record, reference
 
 LEAST_KEPT = 0.5
-UNCHECKED = f"llama.cpp didn't run it, because xllamacpp isn't installed ({program.HOW})"
+BASE = "base.gguf"  # a temporary file
+UNCHECKED = f"llama.cpp isn't there to run it ({program.HOW})"
 # What a base is written as for llama.cpp to run an adapter over, by what its files hold.
 BASE_TYPES = {mx.float32: "f32", mx.bfloat16: "bf16"}
 
@@ -111,15 +113,16 @@ def _export_model(
                 "model would not have learned what the adapter did",
                 hint="--type q8_0 or f16 keeps more of it; --force writes the file anyway",
             )
-        checked = None
-        if before is not None:
+        size = (folder / out.name).stat().st_size
+        checked, unchecked = None, UNCHECKED if before is None else limits.too_large(size)
+        if before is not None and not unchecked:
             found = _run(before, folder / out.name, None, progress)
             plain = _without(subject, form, fields, folder, before, progress)
             checked = gate.check("llama.cpp", before.live, before.base, found, plain=plain)
             _refuse(checked, force)
-        more = {"type": form.name, "bytes": (folder / out.name).stat().st_size, "weights_kept": merged.kept}
+        more = {"unchecked": unchecked, "type": form.name, "bytes": size, "weights_kept": merged.kept}
         kept = folder / record_of(out).name
-        return _report(out, before) | record(kept, "gguf", subject.opened, subject.adapter, checked, **more)
+        return {"out": str(out)} | record(kept, "gguf", subject.opened, subject.adapter, checked, **more)
 
 
 def _export_adapter(
@@ -129,26 +132,24 @@ def _export_adapter(
     wrappers = wrappers_for(base.model, subject.adapter)
     neutral, error = _neutral(wrappers, rank, progress)
     codec.check(neutral, subject.plan)
-    type_name = BASE_TYPES.get(base.stored, "f16")
+    form = form_of(BASE_TYPES.get(base.stored, "f16"))
     del base, wrappers
     before = _reference(subject, data, progress)
     with written_beside(out, force=force) as folder:
         codec.write_adapter(neutral, subject.plan, folder / out.name, about=subject.about)
-        checked, unchecked = None, None
+        checked: gate.Checked | None = None
+        unchecked: str | None = UNCHECKED
         if before is not None:
-            try:
-                found = _over_base(subject, form_of(type_name), folder, folder / out.name, before, progress)
-                checked = gate.check("llama.cpp", before.live, before.base, found)
-            except MlxLoraError as fault:  # the base's own: the adapter itself is written already
-                if "llama.cpp" in fault.message:
-                    raise
-                unchecked = f"llama.cpp didn't run it: {fault.message}"
-        if checked is not None:
+            unchecked = _base_written(subject, form, folder / BASE, progress)
+        if before is not None and not unchecked:
+            found = _run(before, folder / BASE, folder / out.name, progress)
+            checked = gate.check("llama.cpp", before.live, before.base, found)
             _refuse(checked, force)
-        more = {"bytes": (folder / out.name).stat().st_size, "relative_error": error, "modules": len(neutral.modules)}
+        (folder / BASE).unlink(missing_ok=True)
+        size = (folder / out.name).stat().st_size
+        more = {"unchecked": unchecked, "bytes": size, "relative_error": error, "modules": len(neutral.modules)}
         kept = folder / record_of(out).name
-        written = record(kept, "gguf-adapter", subject.opened, subject.adapter, checked, **more)
-    return _report(out, before) | ({"unchecked": unchecked} if unchecked else {}) | written
+        return {"out": str(out)} | record(kept, "gguf-adapter", subject.opened, subject.adapter, checked, **more)
 
 
 def _neutral(wrappers: Wrappers, rank: int | None, progress: OnFile) -> tuple[Neutral, float]:
@@ -206,22 +207,20 @@ def _without(
     """What the base alone says in a quantized format; None for f32, f16 and bf16, which change nothing to speak of."""
     if form.name in ("f32", "f16", "bf16"):
         return None
-    file = folder / "base.gguf"
+    file = folder / BASE
     _written(subject, subject.open_stored(), {}, form, fields, file, progress)
     found = _run(before, file, None, progress)
     file.unlink()
     return found
 
 
-def _over_base(
-    subject: Subject, form: Form, folder: Path, adapter: Path, before: Reference, progress: OnFile
-) -> gate.TopTokens:
-    """What llama.cpp says with the adapter, over its base as a temporary GGUF file."""
-    file = folder / "base.gguf"
-    _written(subject, subject.open_stored(), {}, form, _fields(subject), file, progress)
-    found = _run(before, file, adapter, progress)
-    file.unlink()
-    return found
+def _base_written(subject: Subject, form: Form, file: Path, progress: OnFile) -> str | None:
+    """Write the base for llama.cpp to run the adapter over; why that can't be done, or None."""
+    try:
+        _written(subject, subject.open_stored(), {}, form, _fields(subject), file, progress)
+    except MlxLoraError as fault:  # the adapter has none of what is at fault here, such as a tokenizer
+        return f"its base can't be written as GGUF: {fault.message}"
+    return limits.too_large(file.stat().st_size)
 
 
 def _run(before: Reference, file: Path, adapter: Path | None, progress: OnFile) -> gate.TopTokens:
@@ -232,7 +231,3 @@ def _run(before: Reference, file: Path, adapter: Path | None, progress: OnFile) 
 def _refuse(checked: gate.Checked, force: bool) -> None:
     if not force:
         gate.refuse_lost(checked)
-
-
-def _report(out: Path, before: Reference | None) -> dict[str, Any]:
-    return {"out": str(out), "unchecked": UNCHECKED if before is None else None}

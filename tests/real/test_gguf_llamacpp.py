@@ -63,8 +63,10 @@ def smollm2_f32_gguf(smollm2: gguf.GGUFReader, smollm2_fields: dict[str, Any], c
     return target
 
 
-def write_f32(target: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    writer = gguf.GGUFWriter(target.with_suffix(".part"), "llama")
+def write_f32(
+    target: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray], architecture: str = "llama"
+) -> None:
+    writer = gguf.GGUFWriter(target.with_suffix(".part"), architecture)
     adders = {
         int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool,
         list: writer.add_array,

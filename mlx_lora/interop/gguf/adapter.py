@@ -22,8 +22,7 @@ from mlx_lora.errors import AdapterError
 from mlx_lora.interop.gguf.plan import Plan, plan_of
 from mlx_lora.interop.gguf.writing import write_header
 from mlx_lora.interop.neutral import Array, Module, Neutral, expanded
-from mlx_lora.models.gguf.config import open_gguf
-from mlx_lora.models.gguf.settings import Fields
+from mlx_lora.models.gguf.reader import Fields, open_gguf
 from mlx_lora.models.gguf.tensors import Tensor
 from mlx_lora.models.open import Model, open_model
 
@@ -96,9 +95,9 @@ def read_adapter(file: Path, model: Model) -> Neutral:
     a wrong shape; ModelError for a damaged file and for an architecture that isn't known here.
     """
     plan = plan_of(open_model(model).config)
-    reader, fields = open_gguf(Path(file))
-    alpha = _alpha(file, fields, plan)
-    arrays = {tensor.name: tensor for tensor in reader.tensors}
+    source = open_gguf(Path(file))
+    alpha = _alpha(file, source.fields, plan)
+    arrays = dict(source.tensors)
     faults, modules = [], {}
     for tensor in plan:
         names = [f"{tensor.name}.weight.lora_{side}" for side in "ab"] if tensor.kind in ADAPTED else []

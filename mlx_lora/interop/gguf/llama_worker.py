@@ -14,6 +14,7 @@ import secrets
 import sys
 from typing import Any
 
+MOST_TRIED = 64
 TIME = re.compile(r"^[\d.]+ [A-Z] ")
 
 
@@ -61,12 +62,28 @@ def _open(request: dict[str, Any]) -> Any:
 
 
 def _generated(server: Any, prompt: list[int], request: dict[str, Any]) -> list[Any]:
+    """The steps after a prompt. What the next token may be is always known; a longer answer may be empty.
+
+    A server says nothing of a token that ends the answer or is half a character. Where that is the next one it is made
+    to choose another, which changes no log-probability: first those of the prompt, which are mostly whole words.
+    """
+    steps = _steps(server, prompt, request, {})
+    if not steps and request["tokens"] == 1:
+        others = list(dict.fromkeys([*reversed(prompt), *range(MOST_TRIED)]))[:MOST_TRIED]
+        found = (_steps(server, prompt, request, {"logit_bias": [[token, 1000.0]]}) for token in others)
+        steps = next(filter(None, found), [])
+    if not steps and request["tokens"] == 1:
+        raise RuntimeError("it says nothing of the next token")
+    return steps
+
+
+def _steps(server: Any, prompt: list[int], request: dict[str, Any], more: dict[str, Any]) -> list[Any]:
     asked = {"prompt": prompt, "max_tokens": request["tokens"], "temperature": 0, "logprobs": request["count"],
-             "cache_prompt": True}  # fmt: skip
+             "cache_prompt": True, **more}  # fmt: skip
     answer = server.handle_completions(asked)
     if "error" in answer:
         raise RuntimeError(answer["error"].get("message", answer["error"]))
-    steps = answer["choices"][0]["logprobs"]["content"]
+    steps = (answer["choices"][0]["logprobs"] or {}).get("content") or []
     return [[step["id"], [[top["id"], top["logprob"]] for top in step["top_logprobs"]]] for step in steps]
 
 

@@ -5,6 +5,7 @@ Names, shapes and forms are those of the table in `models/gguf/names.py`, which 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,11 @@ from numpy.typing import NDArray
 
 from mlx_lora.errors import ModelError
 from mlx_lora.models.gguf.names import architecture_of
+from mlx_lora.models.gguf.rope import FACTORS, LONG, SHORT
 from mlx_lora.models.gguf.settings import metadata_of
 from mlx_lora.models.gguf.tensors import Architecture, Tensor, layout_of
 from mlx_lora.models.open import check_architecture
 
-ROPE_FACTORS = "rope_freqs.weight"
 # What mlx_lm's YaRN computes with where a config.json doesn't say.
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
 
@@ -53,7 +54,7 @@ def plan_of(config: Mapping[str, Any]) -> Plan:
     tensors: dict[str, list[Tensor]] = {}
     for tensor in layout.values():
         tensors.setdefault(tensor.path, []).append(tensor)
-    scaling, extra = _rope(architecture.name, effective)
+    scaling, extra = _rope(architecture, effective)
     fields = metadata_of(architecture, effective) | scaling
     return Plan(architecture.name, tensors, fields, extra, tied="output" not in layout)
 
@@ -84,16 +85,20 @@ def _check(architecture: Architecture, config: Mapping[str, Any]) -> None:
         )
 
 
-def _rope(name: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
+def _rope(
+    architecture: Architecture, config: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
     """Metadata and tensors for the scaling of rotary positions."""
-    scaling = config.get("rope_scaling") or {}
+    name, scaling = architecture.name, config.get("rope_scaling") or {}
     kind = scaling.get("type") or scaling.get("rope_type", "default")
-    if kind == "default":
+    if kind == "default" or not architecture.scalings:  # MLX's code of the others has no scaling
         return {}, {}
+    if kind == "longrope" and kind in architecture.scalings:
+        return _longrope(name, config, scaling)
     if kind == "linear":
         return {f"{name}.rope.scaling.type": "linear", f"{name}.rope.scaling.factor": float(scaling["factor"])}, {}
     if kind == "llama3":
-        return {}, {ROPE_FACTORS: _llama3_divisors(config, scaling)}
+        return {}, {FACTORS: _llama3_divisors(config, scaling)}
     own = {key: scaling.get(key, value) for key, value in YARN.items()}
     if kind == "yarn" and (own["mscale"], own["mscale_all_dim"]) == (1.0, 0.0):
         original = scaling.get("original_max_position_embeddings", 4096)
@@ -105,9 +110,22 @@ def _rope(name: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
             f"{name}.rope.scaling.yarn_beta_slow": float(own["beta_slow"]),
         }, {}
     raise ModelError(
-        f"config.json: rope_scaling {dict(scaling)} has no GGUF form here; known: linear, yarn, llama3",
+        f"config.json: rope_scaling {dict(scaling)} has no GGUF form here; known: {', '.join(architecture.scalings)}",
         hint="`mlx-lora fuse` merges into an MLX model",
     )
+
+
+def _longrope(
+    name: str, config: Mapping[str, Any], scaling: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
+    """Phi-3's divisors. MLX takes those for long texts always, so they are written for short ones too."""
+    original, positions = scaling["original_max_position_embeddings"], config["max_position_embeddings"]
+    divisors = np.asarray(scaling["long_factor"], np.float32)
+    fields = {
+        f"{name}.rope.scaling.original_context_length": int(original),
+        f"{name}.rope.scaling.attn_factor": math.sqrt(1 + math.log(positions / original) / math.log(original)),
+    }
+    return fields, {LONG: divisors, SHORT: divisors}
 
 
 def _llama3_divisors(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from mlx_lora.models.gguf.tokenizer import SPLITS, Vocabulary, build_tokenizer
 SPACE = "\u2581"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # Rules whose words that are tokens aren't merged from parts.
-WHOLE_WORDS = "llama-bpe"
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 # Composed characters alone: some tokenizers compose them first (NFC), and llama.cpp never does.
 TEXTS = (
     "", "a", "Hello world", " Hello  world ", "   three   spaces   ", "\n", "\n\n\n", " \n \n", "the end \n",
@@ -149,8 +149,7 @@ def _rule(content: dict[str, Any]) -> str:
             raise ModelError(f"the tokenizer cuts text by {part['type']}, which llama.cpp has no name for")
     whole = bool(content["model"].get("ignore_merges"))
     named = [name for name, known in SPLITS.items() if _alike(known) == _alike(expressions)]
-    if whole:
-        named = [name for name in named if name == WHOLE_WORDS or name == "tekken"]
+    named = [name for name in named if (name in WHOLE_WORDS) == whole]
     if not named:
         raise ModelError(f"llama.cpp has no name for how the tokenizer cuts text into words: {expressions}")
     return named[0]

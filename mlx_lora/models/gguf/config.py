@@ -13,8 +13,9 @@ from gguf import GGMLQuantizationType as Kind
 
 from mlx_lora.errors import ModelError
 from mlx_lora.models.gguf import rope
+from mlx_lora.models.gguf.header import Fields
 from mlx_lora.models.gguf.names import architecture_named
-from mlx_lora.models.gguf.reader import Fields, Source, Tensors
+from mlx_lora.models.gguf.reader import Source, Tensors
 from mlx_lora.models.gguf.settings import config_of, number
 from mlx_lora.models.gguf.tensors import Architecture, Layout
 
@@ -87,7 +88,7 @@ def read_config(architecture: Architecture, source: Source) -> dict[str, Any]:
         layers = config["num_hidden_layers"]
         raise ModelError(f"the file's {len(tensors)} tensors are too few for {layers} layers and an embedding")
     _check_heads(architecture, flat, config)
-    config["vocab_size"] = int(tensors["token_embd.weight"].shape[-1])
+    config["vocab_size"] = tensors["token_embd.weight"].shape[0]
     if len(fields.get("tokenizer.ggml.tokens") or []) > config["vocab_size"]:
         raise ModelError(f"the file names more tokens than its embedding's {config['vocab_size']} rows")
     if any(place.bias == "optional" for place in architecture.layer.values()):
@@ -184,16 +185,15 @@ def check_tensors(tensors: Tensors, layout: Layout, packed: Sequence[Kind]) -> N
         faults += [f"{name}.bias is missing"] if expected.bias == "always" and f"{name}.bias" not in tensors else []
     for name, tensor in tensors.items():
         stem, _, part = name.rpartition(".")
-        shape = tuple(int(size) for size in reversed(tensor.shape))
         known = layout.get(stem)
         if known is None or part not in ("weight", "bias") or (part == "bias" and known.bias == "never"):
             faults.append(f"{name} is unknown")
-        elif shape != (right := known.shape if part == "weight" else known.shape[:-1]):
-            faults.append(f"{name} has shape {shape}, not {right}")
-        elif known.kind not in ("linear", "embedding", "experts") and tensor.tensor_type in packed:
-            faults.append(f"{name} is a {known.kind} in {tensor.tensor_type.name}")
-        elif part == "bias" and tensor.tensor_type in packed:
-            faults.append(f"{name} is a vector in {tensor.tensor_type.name}")
+        elif tensor.shape != (right := known.shape if part == "weight" else known.shape[:-1]):
+            faults.append(f"{name} has shape {tensor.shape}, not {right}")
+        elif known.kind not in ("linear", "embedding", "experts") and tensor.kind in packed:
+            faults.append(f"{name} is a {known.kind} in {tensor.kind.name}")
+        elif part == "bias" and tensor.kind in packed:
+            faults.append(f"{name} is a vector in {tensor.kind.name}")
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ModelError(f"the file's tensors are not those of its architecture: {'; '.join(faults[:5])}{more}")

@@ -70,13 +70,12 @@ def import_gguf(
     """
     half = _dtype_of(dtype, pack_bits)
     source = open_gguf(Path(file))
-    kinds = dict(Counter(tensor.tensor_type.name for tensor in source.tensors.values()))
+    kinds = dict(Counter(tensor.kind.name for tensor in source.tensors.values()))
     architecture = check_kind(source)
     config = read_config(architecture, source)
     layout = layout_of(architecture, config)
     check_tensors(source.tensors, layout, [kind for kind in Kind if kind not in _PLAIN])
-    forms = _forms(source.tensors, layout, pack_bits) if dtype == "keep" else {}
-    model = _Model(source.tensors, layout, forms, half, Losses())
+    model = _Model(source.tensors, layout, _forms(source.tensors, layout, dtype, pack_bits), half, Losses())
     quantization = _write(model, source.fields, config, Path(out), force, on_progress or (lambda done, total: None))
     return {
         "out": str(out),
@@ -119,11 +118,11 @@ def _dtype_of(name: str, pack_bits: int | None) -> mx.Dtype:
     return DTYPES[name]
 
 
-def _forms(tensors: Tensors, layout: Layout, pack_bits: int | None) -> dict[str, Form]:
+def _forms(tensors: Tensors, layout: Layout, dtype: str, pack_bits: int | None) -> dict[str, Form]:
     """MLX's form of each matrix that stays packed, or is packed again with `pack_bits`, by its name in the file."""
-    forms = {}
-    for name, tensor in layout.items():
-        kind = tensors[f"{name}.weight"].tensor_type
+    forms: dict[str, Form] = {}
+    for name, tensor in layout.items() if dtype == "keep" else ():
+        kind = tensors[f"{name}.weight"].kind
         if tensor.kind not in ("linear", "embedding", "experts") or kind in _PLAIN:
             continue
         if kind in FORMS:
@@ -154,7 +153,7 @@ def _notes(architecture: Architecture, fields: dict[str, Any], config: dict[str,
     if unknown := unknown_keys(architecture, fields):
         notes.append(f"left out metadata that is not known: {', '.join(unknown)}")
     wide = Counter(
-        model.tensors[f"{name}.weight"].tensor_type.name
+        model.tensors[f"{name}.weight"].kind.name
         for name, tensor in model.layout.items()
         if tensor.kind in ("linear", "embedding", "experts") and name not in model.forms
     )
@@ -178,7 +177,7 @@ def _arrays(
     for done, (name, stored) in enumerate(model.tensors.items(), start=1):
         stem, _, part = name.rpartition(".")
         tensor = model.layout[stem]
-        data, kind = stored.data, stored.tensor_type
+        data, kind = stored.data, stored.kind
         if stem in model.forms and part == "weight":
             arrays = packed(name, tensor, data, kind, model.forms[stem], model.losses)
             yield {f"{tensor.path}.{key}": array for key, array in arrays.items()}

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import mmap
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import gguf
 
 from mlx_lora import files
 from mlx_lora.errors import ModelError
-from mlx_lora.models.gguf.header import check_header
+from mlx_lora.models.gguf.header import Fields, Stored, read_header
 
 ENDINGS = (".gguf", "")  # some programs store such files without an ending
 # Required types of the metadata keys that are used here, because the format allows any type for any key.
@@ -28,8 +24,7 @@ _INTEGERS = re.compile(r"split\.(count|no|tensors\.count)|tokenizer\.ggml\.\w+_t
 _NUMBERS = re.compile(r"[\w-]+\.rope\.(scaling\.(?!type$|finetuned$).+|scale_linear)")
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
-Fields = dict[str, Any]
-Tensors = dict[str, gguf.ReaderTensor]
+Tensors = dict[str, Stored]
 
 
 @dataclass(frozen=True)
@@ -45,21 +40,20 @@ def open_gguf(file: Path) -> Source:
 
     The parts of a split model are named "…-00001-of-00003.gguf" and stand side by side. The first has the metadata.
     """
-    reader, fields = _open(file)
+    fields, stored = _open(file)
     parts = fields.get("split.count", 1)
     if parts <= 1:
-        return Source(fields, {tensor.name: tensor for tensor in reader.tensors})
-    fields = {}
-    tensors: Tensors = {}
+        return Source(fields, {tensor.name: tensor for tensor in stored})
+    fields, tensors = {}, Tensors()
     paths = _parts(file, parts)
     for number, path in enumerate(paths):
-        reader, own = _open(path)
+        own, stored = _open(path)
         if own.get("split.no") != number or own.get("split.count") != parts:
             raise ModelError(f"{path}: not part {number + 1} of {parts}, though its name says so")
         fields = fields or own
-        if twice := [tensor.name for tensor in reader.tensors if tensor.name in tensors]:
+        if twice := [tensor.name for tensor in stored if tensor.name in tensors]:
             raise ModelError(f"{path}: has tensors that another part has too: {', '.join(twice[:5])}")
-        tensors |= {tensor.name: tensor for tensor in reader.tensors}
+        tensors |= {tensor.name: tensor for tensor in stored}
     if (expected := fields.get("split.tensors.count", len(tensors))) != len(tensors):
         raise ModelError(f"the {parts} parts of {paths[0]} have {len(tensors)} tensors together, not {expected}")
     return Source(fields, tensors)
@@ -79,8 +73,8 @@ def _parts(file: Path, count: int) -> list[Path]:
     return paths
 
 
-def _open(file: Path) -> tuple[gguf.GGUFReader, Fields]:
-    """gguf's reader for one file, and its metadata; ModelError unless it is a complete GGUF file."""
+def _open(file: Path) -> tuple[Fields, list[Stored]]:
+    """The metadata and the tensors of one file; ModelError unless it is a complete GGUF file."""
     try:
         if fault := files.fault(file):
             raise ModelError(f"{file}: not a GGUF file, it {fault}")
@@ -89,14 +83,11 @@ def _open(file: Path) -> tuple[gguf.GGUFReader, Fields]:
         with open(file, "rb") as handle:
             if handle.read(4) != b"GGUF":
                 raise ModelError(f"{file}: not a GGUF file")
-            with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                check_header(data)
-        reader = gguf.GGUFReader(file)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (OSError, LookupError, ValueError, OverflowError, TypeError) as error:  # gguf's reader on a damaged file
+        fields, tensors = read_header(file)
+    except (OSError, LookupError, ValueError, OverflowError) as error:
         raise ModelError(f"{file}: truncated or damaged GGUF file ({error})", hint="get the file again") from error
     _check_types(fields)
-    return reader, fields
+    return fields, tensors
 
 
 def _check_types(fields: Fields) -> None:

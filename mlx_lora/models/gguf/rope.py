@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.errors import ModelError
-from mlx_lora.models.gguf.settings import Fields
+from mlx_lora.models.gguf.header import Fields
 from mlx_lora.models.gguf.tensors import Architecture, Array
 
 FACTORS = "rope_freqs.weight"

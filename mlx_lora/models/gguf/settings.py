@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.errors import ModelError
+from mlx_lora.models.gguf.header import Fields
 from mlx_lora.models.gguf.tensors import Architecture, Setting, attends, sizes_of
 
-Fields = dict[str, Any]
 _LIMIT = 2**31  # sizes, lengths and frequencies must be below this
 
 
