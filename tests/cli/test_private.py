@@ -92,6 +92,8 @@ def test_no_command_but_pull_tries_to_connect(
         ("adapters", "path", "a"),
         ("adapters", "verify", "a", *base),
         ("adapters", "merge", "a:0.5", "a:-0.2", "--name", "c", "--method", "cat"),
+        ("adapters", "export", "a", "--to", "peft", "--out", tmp_path / "peft", *base),
+        ("adapters", "import", tmp_path / "peft", "--name", "d", *base),
         ("study", "subspace", "a", "c"),
         ("study", "compare", recipe, "--name", "compared"),
         ("adapters", "rename", "a", "b"),
