@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_lora import ui
+from mlx_lora.cli.models import show_models
 from mlx_lora.cli.options import Force, Json, Model, NewModel, Out, new_model, progress
 from mlx_lora.methods import MODES
 
@@ -39,11 +40,14 @@ def pull(
 
 
 def import_gguf(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file, or any part of a split one.")],
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE", help="A GGUF file, any part of a split one, or a name of --list.")
+    ] = None,
     out: Out = None,
     name: NewModel = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="keep leaves packed what MLX can hold.")] = Dtype.keep,
     pack: Annotated[int | None, typer.Option("--pack", metavar="BITS", help=PACK)] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Show the GGUF files that other programs keep here.")] = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -51,9 +55,17 @@ def import_gguf(
 
     Architectures: llama (Mistral and SmolLM too), qwen2, qwen3, qwen3moe, gemma2, gemma3, phi3, granite, lfm2, gpt-oss.
     """
+    from mlx_lora.places import found, listing
+
+    if listed:
+        return show_models(kind=found.GGUF, json=json)
+    if file is None:
+        raise typer.BadParameter("name a GGUF file, or --list those that are on this disk")
+    out = new_model(out, name)
+    source = listing.gguf_file(file)
+
     from mlx_lora.models.gguf import import_gguf as convert
 
-    out = new_model(out, name)
     with ExitStack() as stack:
         bars = progress(stack)
         advance = None
@@ -63,7 +75,7 @@ def import_gguf(
             advance = advance or bars("importing", total)
             advance()
 
-        report = convert(file, out, dtype=str(dtype), pack_bits=pack, force=force, on_progress=count)
+        report = convert(source, out, dtype=str(dtype), pack_bits=pack, force=force, on_progress=count)
     if json:
         ui.as_json(report)
     else:
