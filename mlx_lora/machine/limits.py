@@ -39,6 +39,14 @@ def limit_bytes(*, memory_gb: float | None = None, setting: float | None = None)
     return int(mx.get_active_memory() + min(FOR_ARRAYS * available, available - LEAST_FREE))
 
 
+def too_large(size: int) -> str | None:
+    """Why another program shouldn't load `size` bytes of weights now, or None: the machine would swap."""
+    free = int(psutil.virtual_memory().available)
+    if size > FOR_ARRAYS * free:
+        return f"its weights take {ui.size(size)}, and {ui.size(free)} of this machine's memory are free"
+    return None
+
+
 def exceeded(limit: int | None, *, beside: int = 0) -> str | None:
     """Why training should stop and save, or None, from the highest use so far and what the machine has left.
 

@@ -16,7 +16,7 @@ from mlx_lora.models import multimodal
 from mlx_lora.models.layers import release
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.open import read_config, weight_files
-from mlx_lora.models.shards import write_shards
+from mlx_lora.models.shards import Named, write_shards
 from mlx_lora.quant.quantize import named_arrays
 
 with allocation.file_limits_kept():
@@ -45,13 +45,15 @@ def save(
     force: bool = False,
     free: bool = False,
     computed_with: Mapping[str, mx.array] | None = None,
+    renamed: Callable[[Named], Named] = lambda arrays: arrays,
     on_module: Callable[[], None] = lambda: None,
 ) -> Saved:
     """Write a model directory that mlx_lm loads as it is, unless in nf4. Appears whole, or not.
 
     What the model's own directory holds beside the text model (vision, audio, processors) goes along unchanged. With
     `free` the model's arrays are computed, written and freed a module at a time, and the model can't run afterwards;
-    `computed_with` has arrays by module path that are evaluated together with that module's own.
+    `computed_with` has arrays by module path that are evaluated together with that module's own. `renamed` gives the
+    model's arrays the names that another program has for them.
     """
     extras = multimodal.extras(loaded.path, weight_files(loaded.path), loaded.model)
     config = dict(loaded.config)
@@ -59,7 +61,7 @@ def save(
         config["quantization"] = packed
     if config.get("vision_config") and not extras.tensors:
         log.info("%s: its vision part is not known here, what is written is the text model alone", loaded.path)
-    arrays = named_arrays(loaded.model)
+    arrays = renamed(named_arrays(loaded.model))
     needs = sum(array.nbytes for _, array in arrays) + extras.bytes
     parameters = mlx_lm_utils.get_total_parameters(loaded.model)
     with paths.written_whole(out, force=force, needs=needs) as folder:

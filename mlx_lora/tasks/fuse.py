@@ -48,6 +48,7 @@ def fuse_adapter(
     out: Path,
     *,
     bits: str | None = None,
+    zero_points: str | None = None,
     data: str | None = None,
     force: bool = False,
     progress: OnFile = silent,
@@ -62,12 +63,12 @@ def fuse_adapter(
     opened = base_for(model, [stored_adapter])
     if out.resolve() == opened.path.resolve():
         raise NameTaken(f"{out} is the model itself", hint="choose another directory")
-    rows = None if data is None else _rows(data, stored_adapter, opened.tokenizer, progress)
+    rows = None if data is None else rows_of(data, stored_adapter, opened.tokenizer, progress)
 
     def open_stored() -> LoadedModel:
         return registry.open_stored(opened, [stored_adapter], lazily=True)
 
-    fused = fuse(open_stored, stored_adapter, out, bits=bits, force=force)
+    fused = fuse(open_stored, stored_adapter, out, bits=bits, zero_points=zero_points, force=force)
     if stored_adapter.chat_template is not None:
         chat_templates.give(out, stored_adapter.chat_template, stored_adapter.manifest.answer_end)
     reference = registry.open_base(opened, [stored_adapter])
@@ -88,7 +89,8 @@ def agreement_with(before: Predictions, out: Path, rows: Sequence[Row], *, progr
     return compare(before, after, rows)
 
 
-def _rows(data: str, adapter: StoredAdapter, tokenizer: Any, progress: OnFile) -> Sequence[Row]:
+def rows_of(data: str, adapter: StoredAdapter, tokenizer: Any, progress: OnFile) -> Sequence[Row]:
+    """At most MOST_ROWS rows of the user's data, as the adapter was trained to be asked."""
     settings = Data.model_validate((adapter.manifest.recipe or {}).get("data", {}))
     chats = trained(adapter).format(tokenizer) if adapter.chat_template is not None else None
     asked = questions(data, settings, tokenizer, exact=False, format=chats, prefer=VALID_FIRST, progress=progress)

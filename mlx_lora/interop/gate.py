@@ -1,0 +1,176 @@
+"""What an exported model says beside the live base and adapter, and whether the adapter is still in it.
+
+Other programs tell only the most likely tokens, so that is what is compared: the live model's `COUNT` most likely
+tokens at stated positions, and all others together as one. Whether an artefact has kept the adapter is not seen in how
+far it is from the live model, since quantizing the base moves it as well. It is seen in how far it moved along the way
+that the adapter moves the base: with the adapter's effect d = log p(live) − log p(base) and the artefact's
+e = log p(artefact) − log p(base), `kept` is the slope Σ p·d·e / Σ p·d·d, each centred at its position. Noise that has
+nothing to do with the adapter leaves it near 1; an artefact that is the base again has 0.
+
+Knows no file and no program: what an artefact says comes from its caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_lora.data.rows import Row
+from mlx_lora.errors import CannotFuse
+
+COUNT = 100
+MOST_POSITIONS = 64
+LEAST_KEPT = 0.5
+# Below this much of a change, in nats at a position, rounding in half precision hides what is left of it.
+LEAST_EFFECT = 1e-6
+
+# Log-probabilities of the next token's most likely values by token id, at each position.
+TopTokens = list[dict[int, float]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A row of tokens, and the positions whose next token is asked for: after `tokens[:position]`."""
+
+    tokens: list[int]
+    positions: list[int]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a program says of an artefact, at `positions` places. KL is in nats, live model first.
+
+    `adapter_kl` is how far the adapter moves the base, `quantization_kl` how far the artefact's number format does
+    without an adapter (None where it has none). `kept` is the share of the adapter's effect that is in the artefact.
+    """
+
+    program: str
+    positions: int
+    kl: float
+    top1_agreement: float
+    adapter_kl: float
+    kept: float
+    quantization_kl: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the artefact says what the base says, and not what the adapter made of it."""
+        return self.adapter_kl > LEAST_EFFECT and self.kept < LEAST_KEPT
+
+
+def questions(rows: Sequence[Row], *, most: int = MOST_POSITIONS) -> list[Asked]:
+    """Positions spread evenly over the tokens with loss of some rows, at most `most` in all."""
+    places = [(number, at) for number, row in enumerate(rows) for at in np.flatnonzero(row.weights) if at > 0]
+    chosen = [places[round(index)] for index in np.linspace(0, len(places) - 1, min(most, len(places)))]
+    return [
+        Asked([int(token) for token in row.tokens], positions)
+        for number, row in enumerate(rows)
+        if (positions := sorted({int(at) for own, at in chosen if own == number}))
+    ]
+
+
+def prompts(asked: Sequence[Asked]) -> list[list[int]]:
+    """The tokens before each position, in order, for programs that take prompts."""
+    return [each.tokens[:position] for each in asked for position in each.positions]
+
+
+def top_tokens(model: nn.Module, asked: Sequence[Asked], *, count: int = COUNT) -> TopTokens:
+    """What an MLX model says there: its `count` most likely next tokens."""
+    found: TopTokens = []
+    for each in asked:
+        length = max(each.positions)
+        logits = model(mx.array([each.tokens[:length]]))[0][mx.array([at - 1 for at in each.positions])]
+        found += most_likely(np.array(logits.astype(mx.float32)), count=count)
+    return found
+
+
+def most_likely(logits: np.ndarray, *, count: int = COUNT) -> TopTokens:
+    """The `count` most likely tokens of logits (positions, vocabulary), with their log-probabilities."""
+    found: TopTokens = []
+    for row in logits.astype(np.float64):
+        highest = row.max()
+        row = row - highest - np.log(np.exp(row - highest).sum())
+        tokens = np.argpartition(-row, min(count, len(row)) - 1)[:count]
+        found.append({int(token): float(row[token]) for token in tokens})
+    return found
+
+
+def check(
+    program: str,
+    live: TopTokens,
+    base: TopTokens,
+    artefact: TopTokens,
+    *,
+    plain: TopTokens | None = None,
+) -> Checked:
+    """Compare an artefact with the live model and its base; `plain` is the same artefact made without an adapter.
+
+    All four speak of the same positions. `base`, `plain` and `artefact` should list more tokens than `live`.
+    """
+    pairs = list(zip(live, base, artefact, strict=True))
+    effects = np.array([_effects(*three) for three in pairs]).sum(axis=0)
+    return Checked(
+        program=program,
+        positions=len(pairs),
+        kl=float(np.mean([divergence(ours, theirs) for ours, _, theirs in pairs])),
+        top1_agreement=float(np.mean([_first(ours) == _first(theirs) for ours, _, theirs in pairs])),
+        adapter_kl=float(np.mean([divergence(ours, before) for ours, before, _ in pairs])),
+        kept=float(effects[0] / effects[1]) if effects[1] else 1.0,
+        quantization_kl=None if plain is None else mean_divergence(base, plain),
+    )
+
+
+def refuse_lost(checked: Checked) -> None:
+    """Raise CannotFuse where the adapter isn't in the artefact."""
+    if checked.lost:
+        raise CannotFuse(
+            f"{checked.program} says that only {max(checked.kept, 0):.0%} of the adapter's effect is in the exported "
+            f"model (KL to base and adapter {checked.kl:.4f} nats, the adapter's own {checked.adapter_kl:.4f})",
+            hint="export with more bits, or --force to write it anyway",
+        )
+
+
+def mean_divergence(one: TopTokens, other: TopTokens) -> float:
+    """The mean over positions of `divergence`."""
+    return float(np.mean([divergence(*pair) for pair in zip(one, other, strict=True)]))
+
+
+def divergence(one: dict[int, float], other: dict[int, float]) -> float:
+    """KL(one ‖ other) in nats over the tokens that `one` lists, and all other tokens taken as one.
+
+    A token that `other` doesn't list is at most as likely as the least that it does: that is what it counts as.
+    """
+    tokens = list(one)
+    p = np.exp([one[token] for token in tokens])
+    q = np.exp(_at(other, tokens))
+    rest_p, rest_q = max(1 - p.sum(), 0.0), max(1 - q.sum(), 1e-12)
+    rest = rest_p * np.log(rest_p / rest_q) if rest_p > 1e-9 else 0.0
+    return max(float((p * np.log(p / q)).sum() + rest), 0.0)
+
+
+def _effects(live: dict[int, float], base: dict[int, float], artefact: dict[int, float]) -> tuple[float, float]:
+    """Σ p·d·e and Σ p·d·d over the live model's tokens, d and e centred under p."""
+    tokens = list(live)
+    p = np.exp([live[token] for token in tokens])
+    p /= p.sum()
+    before = np.array(_at(base, tokens))
+    moved, found = np.array([live[token] for token in tokens]) - before, np.array(_at(artefact, tokens)) - before
+    moved, found = moved - (p * moved).sum(), found - (p * found).sum()
+    return float((p * moved * found).sum()), float((p * moved * moved).sum())
+
+
+def _at(listed: dict[int, float], tokens: list[int]) -> list[float]:
+    least = min(listed.values())
+    return [listed.get(token, least) for token in tokens]
+
+
+def _first(listed: dict[int, float]) -> int:
+    return max(listed, key=lambda token: listed[token])

@@ -1,0 +1,76 @@
+"""export: what is written, what is kept about it, and when nothing is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_lora.interop import hf
+from mlx_lora.machine import limits
+from mlx_lora.tasks import export_hf
+from tests.cli.conftest import Ran
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def adapter(run: Run, tiny_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An adapter that changes what the tiny base says. Torch loads for seconds: transformers is for the real tests."""
+    monkeypatch.setattr(hf, "transformers_here", lambda: False)
+    done = run("train", "--model", tiny_path, "--data", data, "--name", "a", "train.iters=8", "train.learning_rate=0.1")
+    assert done.code == 0, done.err
+    return "a"
+
+
+def test_what_was_exported_and_how_it_was_checked_lies_beside_it(run: Run, adapter: str, tmp_path: Path) -> None:
+    ran = run("export", "hf", "--adapter", adapter, "--out", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    report, kept = json.loads(ran.out.splitlines()[-1]), json.loads((tmp_path / "out" / "export.json").read_text())
+    assert report == {"out": str(tmp_path / "out")} | kept
+    assert kept["check"]["program"] == "mlx_lm" and kept["check"]["kept"] == pytest.approx(1, abs=0.1)
+    assert 0 <= kept["check"]["kl"] < kept["check"]["adapter_kl"]
+    assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "model").exists()
+
+
+def test_an_artefact_that_lost_the_adapter_is_not_written_unless_forced(
+    run: Run, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_hf, "_check", _of_the_base(export_hf._check))
+    ran = run("export", "hf", "--adapter", adapter, "--out", tmp_path / "out")
+    assert ran.code == 1 and "only 0% of the adapter's effect" in ran.err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
+    assert run("export", "hf", "--adapter", adapter, "--out", tmp_path / "out", "--force").code == 0
+
+
+def _of_the_base(check: Any) -> Any:
+    """The check as it would be if the written model were the base."""
+
+    def checked(folder: Path, before: Any, progress: Any) -> Any:
+        return export_hf.gate.check("mlx_lm", before.live, before.base, before.base)
+
+    return checked
+
+
+def test_a_model_too_large_to_run_is_written_and_said_to_be_unchecked(
+    run: Run, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "too_large", lambda size: "its weights take 13 GB, and 8 are free")
+    ran = run("export", "hf", "--adapter", adapter, "--out", tmp_path / "out")
+    assert ran.code == 0 and "not checked: its weights take 13 GB" in ran.err
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["unchecked"]
+
+
+@pytest.mark.parametrize("words", [("--out", "{taken}"), ("--adapter", "nobody"), ("--model", "nowhere")])
+def test_nothing_is_written_where_something_is_wrong(
+    run: Run, adapter: str, tmp_path: Path, words: tuple[str, str]
+) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    chosen = {"--adapter": adapter, "--out": str(tmp_path / "out")} | {words[0]: words[1].format(taken=taken)}
+    ran = run("export", "hf", *(word for pair in chosen.items() for word in pair))
+    assert ran.code == 1 and "error:" in ran.err
+    assert not (tmp_path / "out").exists() and not list(taken.iterdir())
