@@ -229,7 +229,7 @@ def to_store(
     can't hold exactly stay float32, so nothing is rounded. Raises AdapterError naming the modules of another shape.
     """
     _check_shapes(neutral, shapes)
-    stored = {path: _stored(module, neutral.method) for path, module in neutral.modules.items()}
+    stored = {path: arrays_of(module, neutral.method) for path, module in neutral.modules.items()}
     scales = {path: module.scale for path, module in neutral.modules.items()}
     first = next(iter(scales.values()))
     precise = {
@@ -246,7 +246,7 @@ def to_store(
             "scales": scales,
         }
     )
-    return store.write(out, stored, scales, manifest, layers, precise=precise, force=force)
+    return store.write(out, stored, scales, manifest, layers, precise=precise, shared=neutral.shared, force=force)
 
 
 def settings_of(neutral: Neutral) -> Adapter:
@@ -290,7 +290,7 @@ def shapes_of(modules: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {path: layer_shape(m) for path, m in modules.items() if isinstance(m, (*LINEARS, *EMBEDDINGS, *EXPERTS))}
 
 
-def _stored(module: Module, method: str) -> dict[str, mx.array]:
+def arrays_of(module: Module, method: str) -> dict[str, mx.array]:
     """A module's arrays by their names in our files."""
     if method in ("vera", "ia3"):
         return {name: mx.array(array) for name, array in module.extras.items()}

@@ -311,6 +311,20 @@ def test_sentencepiece_vocabulary_cuts_as_llama_cpp(
     assert differing == []
 
 
+def test_special_tokens_of_phi3_take_the_space_after_them_as_in_llama_cpp(
+    tmp_path: Path, llama_cpp: Callable[..., LlamaCpp]
+) -> None:
+    fields = sentencepiece_fields(tmp_path) | {"general.name": "Phi-3 mini", "tokenizer.ggml.add_space_prefix": False}
+    fields["tokenizer.ggml.tokens"][-1], fields["tokenizer.ggml.token_type"][-1] = "<|endoftext|>", 3
+    write_f32(tmp_path / "tiny.gguf", fields, tiny_tensors(600))
+    peer = llama_cpp(tmp_path / "tiny.gguf")
+    tokenizer = build_tokenizer(Vocabulary.read(fields))
+    texts = ("<|im_start|>user\n Hi<|im_end|>\n\n<|im_start|>assistant\n", "</s> \t x", "<s>  x", "<unk> x<|im_end|> ")
+    for text in (*texts, *TEXTS):
+        assert tokenizer.encode(text).ids == peer.tokenize(text, add_special=True), text
+    assert tokenizer.encode("<|im_end|> x").ids == tokenizer.encode("<|im_end|>x").ids
+
+
 SCALINGS: dict[str, dict[str, Any]] = {
     "none": {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
     "linear": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},

@@ -66,7 +66,8 @@ def unknown_keys(architecture: Architecture, fields: Fields) -> list[str]:
     own = {setting.field for setting in architecture.settings} | set(architecture.ignored) | set(_UNDERSTOOD)
     known = {f"{architecture.name}.{field}" for field in (*own, *_REFUSED, "expert_weights_scale")}
     prefixes = (*_DESCRIPTIONS, f"{architecture.name}.rope.scaling.")
-    return [key for key in fields if key not in known and not key.startswith(prefixes)]
+    templates = [key for key in fields if key.startswith("tokenizer.chat_template.")]  # beside the default one
+    return [key for key in fields if key not in known and not key.startswith(prefixes)] + templates
 
 
 def read_config(architecture: Architecture, source: Source) -> dict[str, Any]:
