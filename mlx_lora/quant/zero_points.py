@@ -2,7 +2,7 @@
 
 A zero-point in half precision holds about three digits, and the update of a short training is often smaller than the
 distance to the next one. Rounding each to the nearest would then keep all of them as they were. So each element rounds
-at a threshold t of its own in (0, 1): where the sum lies the fraction f of the way between two numbers of the dtype,
+at a threshold t of its own in [0, 1): where the sum lies the fraction f of the way between two numbers of the dtype,
 it becomes the one farther from zero if f + t ≥ 1, else the nearer one. The thresholds are spread evenly along rows and
 columns (the additive sequence R2 of the plastic number), so the share of elements that move is f: on the mean over
 some elements the update is there, whatever its size. This is dithering as in images, with fixed thresholds. The same
