@@ -16,7 +16,7 @@ from mlx_lora.interop.neutral import Neutral, settings_of, shapes_of, to_store
 from mlx_lora.interop.peft import read as peft
 from mlx_lora.interop.peft.config import CONFIG, WEIGHTS
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.open import open_model
+from mlx_lora.models.open import Model, open_model
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.store import fingerprint, registry
 from mlx_lora.store.fitting import listed
@@ -51,7 +51,7 @@ class Imported:
         }
 
 
-def import_adapter(source: Path, name: str, model: str, *, force: bool = False) -> Imported:
+def import_adapter(source: Path, name: str, model: Model, *, force: bool = False) -> Imported:
     """Store the adapter at `source`, a directory or a GGUF file, as `name`, for the base that `model` names.
 
     Raises before anything is read where the name is taken, and AdapterError for all that isn't understood or doesn't
