@@ -80,6 +80,7 @@ def test_no_command_but_pull_tries_to_connect(
         ("generate", *base, "--adapter", "a", "--prompt", "x", "--max-tokens", 2),
         ("chat", *base, "--adapter", "a"),
         ("fuse", *base, "--adapter", "a", "--out", tmp_path / "f"),
+        ("export", "gguf", *base, "--adapter", "a", "--out", tmp_path / "a.gguf"),
         ("export", "hf", *base, "--adapter", "a", "--out", tmp_path / "hf"),
         ("adapters", "list"),
         ("adapters", "show", "a"),

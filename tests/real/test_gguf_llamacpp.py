@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mlx_lora.models.gguf import import_gguf
-from mlx_lora.models.gguf_tokenizer import SPLITS, Vocabulary, build_tokenizer
+from mlx_lora.models.gguf.tokenizer import SPLITS, Vocabulary, build_tokenizer
 
 pytestmark = pytest.mark.real
 
@@ -63,8 +63,10 @@ def smollm2_f32_gguf(smollm2: gguf.GGUFReader, smollm2_fields: dict[str, Any], c
     return target
 
 
-def write_f32(target: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    writer = gguf.GGUFWriter(target.with_suffix(".part"), "llama")
+def write_f32(
+    target: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray], architecture: str = "llama"
+) -> None:
+    writer = gguf.GGUFWriter(target.with_suffix(".part"), architecture)
     adders = {
         int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool,
         list: writer.add_array,
@@ -110,6 +112,18 @@ class LlamaCpp:
         )
         steps = answer["choices"][0]["logprobs"]["content"]
         return [(step["id"], {top["id"]: top["logprob"] for top in step["top_logprobs"]}) for step in steps]
+
+    def next_token(self, prompt: list[int], count: int, *, chosen: int) -> dict[int, float]:
+        """Log-probabilities of the `count` likeliest next tokens.
+
+        A server reports none for a token that is half a character, so it is made to choose the token `chosen`, which
+        must be whole characters. The log-probabilities are those before that choice.
+        """
+        answer = self.server.handle_completions(
+            {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": count, "cache_prompt": False,
+             "logit_bias": [[chosen, 1000.0]]}
+        )  # fmt: skip
+        return {top["id"]: top["logprob"] for top in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
 
 
 @pytest.fixture
