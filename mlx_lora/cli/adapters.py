@@ -155,7 +155,11 @@ def import_adapter(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Bring an adapter of PEFT, mlx-lm or llama.cpp into the home, checked against its base."""
+    """Bring an adapter of another tool into the home.
+
+    PEFT's and mlx-lm's are directories, llama.cpp's a .gguf file. Everything in it must be understood and fit the base,
+    else it is refused by name and nothing is written.
+    """
     from mlx_lora.tasks.import_adapter import import_adapter
 
     with ui.working("reading the adapter and its base"):
@@ -183,10 +187,11 @@ def export_adapter(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Write an adapter for PEFT (transformers, vLLM) or mlx-lm; --model names its base where it isn't found.
+    """Write an adapter for PEFT or mlx-lm.
 
-    What the other tool can't say is refused by name. --as-lora writes the LoRA nearest to any method that changes
-    weights, and prints how near it is.
+    PEFT's is for transformers, vLLM and others. What the other tool can't say is refused by name. --as-lora writes the
+    LoRA nearest to any method that changes weights, and prints how near it is. --model names the base where it isn't
+    found by itself.
     """
     from mlx_lora.tasks.export_adapter import export_adapter
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mlx_lora.store.base import base_for
 from mlx_lora.store.manifest import CHAT_TEMPLATE
 
 README = "README.md"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ def export_adapter(
     loaded = registry.open_stored(opened, [stored], lazily=True)
     wrappers = wrappers_for(loaded.model, stored)
     neutral, error = _neutral(wrappers, rank, progress)
+    if to == "peft" and (packed := loaded.config.get("quantization")):
+        said = "%s was trained over packed weights (%s bits); over the original ones it answers a little differently"
+        log.info(said, stored.name, packed.get("bits"))
     if to == "peft":
         base = stored.manifest.base.name if stored.manifest.base else registry.base_name(loaded.path)
         names = Names(loaded.model, loaded.config)

@@ -12,18 +12,17 @@ from mlx_lora.adapters.placement import serving
 from mlx_lora.adapters.targets import bare_modules
 from mlx_lora.errors import AdapterError, NameTaken
 from mlx_lora.interop import mlx_lm
+from mlx_lora.interop.gguf.adapter import read_adapter
 from mlx_lora.interop.neutral import Neutral, settings_of, shapes_of, to_store
 from mlx_lora.interop.peft import read as peft
 from mlx_lora.interop.peft.config import CONFIG, WEIGHTS
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.models.open import open_model
+from mlx_lora.models.open import Model, OpenModel, open_model
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.store import fingerprint, registry
 from mlx_lora.store.fitting import listed
 from mlx_lora.store.lock import locked
 from mlx_lora.store.manifest import MANIFEST, Manifest
-
-FORMATS = ("peft", "mlx-lm", "gguf")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Imported:
         }
 
 
-def import_adapter(source: Path, name: str, model: str, *, force: bool = False) -> Imported:
+def import_adapter(source: Path, name: str, model: Model, *, force: bool = False) -> Imported:
     """Store the adapter at `source`, a directory or a GGUF file, as `name`, for the base that `model` names.
 
     Raises before anything is read where the name is taken, and AdapterError for all that isn't understood or doesn't
@@ -63,8 +62,9 @@ def import_adapter(source: Path, name: str, model: str, *, force: bool = False) 
         raise NameTaken(f"{what} exists", hint="choose another --name, or --force to replace it")
     paths.check_target(target, force=force)
     kind = format_of(source)
-    loaded = registry.open_stored(open_model(model), lazily=True)
-    neutral = _read(source, kind, loaded)
+    opened = open_model(model)
+    loaded = registry.open_stored(opened, lazily=True)
+    neutral = _read(source, kind, opened, loaded)
     check_served(neutral, loaded)
     base = registry.describe_base(loaded)
     known = Manifest(
@@ -86,7 +86,7 @@ def import_adapter(source: Path, name: str, model: str, *, force: bool = False) 
 
 
 def format_of(source: Path) -> str:
-    """One of FORMATS, by what the directory holds. Raises AdapterError for anything else."""
+    """`peft`, `mlx-lm` or `gguf`, by what is there. Raises AdapterError for anything else."""
     if source.is_file() and source.suffix == ".gguf":
         return "gguf"
     if not source.is_dir():
@@ -110,12 +110,10 @@ def format_of(source: Path) -> str:
     raise AdapterError(f"{source / CONFIG}: has no peft_type and no lora_parameters, so it isn't {looks} configuration")
 
 
-def _read(source: Path, kind: str, loaded: LoadedModel) -> Neutral:
+def _read(source: Path, kind: str, opened: OpenModel, loaded: LoadedModel) -> Neutral:
     if kind == "peft":
         return peft.read(source, loaded.model, loaded.config)
-    if kind == "mlx-lm":
-        return mlx_lm.read(source, loaded.model)
-    raise AdapterError(f"{source}: adapters in GGUF can't be imported yet", hint="adapters of PEFT and mlx-lm can")
+    return mlx_lm.read(source, loaded.model) if kind == "mlx-lm" else read_adapter(source, opened)
 
 
 def check_served(neutral: Neutral, loaded: LoadedModel) -> None:

@@ -293,6 +293,17 @@ def test_qalora_over_other_groups_is_stored_as_the_lora_that_it_equals(
         np.testing.assert_allclose(wrapper.delta(), mine[path].delta(), rtol=1e-4, atol=1e-6)
 
 
+def test_an_export_says_that_the_base_was_packed(
+    make: Make, untied_path: Path, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model(load_stored(untied_path, quantization=Quantize(bits=8, group_size=64)), tmp_path / "packed")
+    make(tmp_path / "packed", rank=4)
+    with caplog.at_level("INFO"):
+        export_adapter("mine", "peft", home / "peft", model=str(tmp_path / "packed"))
+    assert "trained over packed weights (8 bits)" in caplog.text
+    assert "a base of 8 bits" in (home / "peft" / "README.md").read_text()
+
+
 def test_regrouping_keeps_the_update(make: Make, untied_path: Path, home: Path, tmp_path: Path) -> None:
     """A base in smaller groups than PEFT's: still QA-LoRA, each of whose groups is a part of one of PEFT's."""
     loaded = load_stored(untied_path, quantization=Quantize(bits=8, group_size=64))

@@ -6,7 +6,6 @@ SmolLM2 in float32; embeddings, which it ties, are on a tiny Llama, and experts 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import warnings
@@ -23,6 +22,7 @@ import pytest
 from mlx_lora.adapters.attach import attach, put
 from mlx_lora.config import Adapter
 from mlx_lora.models.load import load
+from mlx_lora.models.open import open_model
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
@@ -61,8 +61,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"rank": 3, "alpha": 5, "layers": [0, 2], "targets": ["q_proj", "up_proj"]},
     ),
     "dora": (
-        "LoraConfig", {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": LINEAR},
-        {"method": "dora", "rank": 4, "alpha": 8, "targets": "all-linear"},
+        "LoraConfig",
+        {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": LINEAR, "layers_to_transform": [0, 7, 29]},
+        {"method": "dora", "rank": 4, "alpha": 8, "targets": "all-linear", "layers": [0, 7, 29]},
     ),
     "vera": (
         "VeraConfig", {"r": 16, "target_modules": ["q_proj", "o_proj", "down_proj"]},
@@ -96,17 +97,15 @@ def quiet() -> Any:
 
 @dataclass
 class Both:
-    """One base in both programs, loaded once. `model` of theirs is copied before PEFT changes it."""
+    """One base in both programs, loaded once. What PEFT has wrapped is unwrapped again before it is used anew."""
 
     peers: SimpleNamespace
     path: Path
     theirs: Any
 
     def __post_init__(self) -> None:
-        self.ours = load(self.path)
-
-    def their_model(self) -> Any:
-        return copy.deepcopy(self.theirs)
+        self.opened = open_model(self.path)
+        self.ours = load(self.opened)
 
     def their_logits(self, model: Any) -> np.ndarray:
         with self.peers.torch.no_grad():
@@ -124,14 +123,23 @@ class Both:
         torch = self.peers.torch
         torch.manual_seed(1)
         config = getattr(self.peers.peft, kind)(task_type="CAUSAL_LM", **settings)
-        model = self.peers.peft.get_peft_model(self.their_model(), config).eval()
+        model = self.peers.peft.get_peft_model(self.theirs, config).eval()
         with torch.no_grad():
             for name, array in model.named_parameters():
                 if array.requires_grad:
                     amount = 0.3 if "vera" in name or "ia3" in name else 0.05
                     array += amount * torch.randn(array.shape) * (array.abs().mean() if "magnitude" in name else 1)
         model.save_pretrained(out)
-        return self.their_logits(model)
+        logits = self.their_logits(model)
+        self.theirs = model.unload()
+        return logits
+
+    def loaded_by_peft(self, folder: Path) -> np.ndarray:
+        """The logits of an adapter that PEFT reads from `folder`."""
+        model = self.peers.peft.PeftModel.from_pretrained(self.theirs, folder).eval()
+        logits = self.their_logits(model)
+        self.theirs = model.unload()
+        return logits
 
     def made_by_us(self, out: Path, settings: dict[str, Any]) -> np.ndarray:
         """An adapter of ours with random values, stored at `out`; its logits, as it is stored."""
@@ -162,7 +170,7 @@ def check_both_ways(both: Both, home: Path, kind: str, theirs: dict[str, Any], s
     base = both.our_logits(None)
     assert np.abs(base - both.their_logits(both.theirs)).max() < TOLERANCE, "the bases differ"
     expected = both.made_by_peft(home / "peft", kind, theirs)
-    imported = import_adapter(home / "peft", "imported", str(both.path))
+    imported = import_adapter(home / "peft", "imported", both.opened)
     assert np.abs(expected - base).max() > 0.1, "PEFT's adapter is too small to show anything"
     assert np.abs(both.our_logits(imported.path) - expected).max() < TOLERANCE, "imported"
 
@@ -170,9 +178,8 @@ def check_both_ways(both: Both, home: Path, kind: str, theirs: dict[str, Any], s
     expected = both.made_by_us(mine, settings)
     assert np.abs(expected - base).max() > 0.1, "our adapter is too small to show anything"
     export_adapter("mine", "peft", home / "exported", model=str(both.path))
-    model = both.peers.peft.PeftModel.from_pretrained(both.their_model(), home / "exported").eval()
-    assert np.abs(both.their_logits(model) - expected).max() < TOLERANCE, "exported"
-    again = import_adapter(home / "exported", "again", str(both.path))
+    assert np.abs(both.loaded_by_peft(home / "exported") - expected).max() < TOLERANCE, "exported"
+    again = import_adapter(home / "exported", "again", both.opened)
     check_same(mine, again.path, exact=settings.get("method", "lora") == "lora")
 
 
@@ -290,9 +297,8 @@ def test_adapters_with_a_pair_for_each_expert_are_read_as_peft_reads_them(
     mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays, {"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 6, "target_modules": list(parts)}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    imported = import_adapter(folder, "older", str(both.path))
-    model = peers.peft.PeftModel.from_pretrained(both.their_model(), folder).eval()
-    expected = both.their_logits(model)
+    imported = import_adapter(folder, "older", both.opened)
+    expected = both.loaded_by_peft(folder)
     assert np.abs(expected - both.our_logits(None)).max() > 0.1
     assert np.abs(both.our_logits(imported.path) - expected).max() < TOLERANCE
 
