@@ -53,6 +53,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "rslora": ("lora", "dora", "qalora", "adalora"),
     "dropout": ("lora", "dora", "qalora", "vera", "adalora"),
     "init": ("lora", "dora", "qalora", "glora", "adalora"),
+    "zero_points": ("qalora",),
     "glora": ("glora",),
     "projection_seed": ("vera",),
     "virtual_tokens": ("prefix", "prompt"),

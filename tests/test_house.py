@@ -36,6 +36,7 @@ OPTIONS = "a command's options are its parameters, each with its help"
 DERIVATIVE = "a custom function and its derivative share what is defined around both"
 LONGER = {
     ("cli/adapters.py", "merge"): OPTIONS,
+    ("cli/base.py", "import_gguf"): OPTIONS,
     ("cli/base.py", "quantize"): OPTIONS,
     ("cli/compare.py", "compare"): OPTIONS,
     ("adapters/glora.py", "multiply_hadamard"): DERIVATIVE,

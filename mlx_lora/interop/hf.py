@@ -117,7 +117,9 @@ def top_tokens(path: Path, prompts: Sequence[Sequence[int]], *, count: int = COU
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(str(path), local_files_only=True, dtype="auto").eval()
     except Exception as error:  # whatever it raises: this directory isn't one that transformers loads

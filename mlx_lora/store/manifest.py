@@ -74,7 +74,7 @@ def read_manifest(path: Path) -> Manifest:
     if isinstance(version := values.get("schema_version"), int) and version > SCHEMA:
         raise AdapterError(f"{file}: schema version {version} is newer than this mlx-lora", hint="upgrade mlx-lora")
     try:
-        manifest = Manifest.model_validate(values)
+        manifest = _complete(Manifest.model_validate(values))
         settings = Adapter.model_validate(manifest.adapter)
     except ValidationError as error:
         first = error.errors()[0]
@@ -83,6 +83,13 @@ def read_manifest(path: Path) -> Manifest:
     if not manifest.modules or not manifest.scales.keys() >= set(manifest.modules):
         raise AdapterError(f"{file}: modules: not one or more modules, each with its scale")
     return manifest.model_copy(update={"adapter": settings.model_dump()})
+
+
+def _complete(manifest: Manifest) -> Manifest:
+    """With what older versions didn't write: they had nothing but zero-points in float32."""
+    if "qalora" not in manifest.method:
+        return manifest
+    return manifest.model_copy(update={"adapter": {"zero_points": "float32"} | manifest.adapter})
 
 
 def _manifest_of_mlx_lm(path: Path, config: dict[str, Any]) -> Manifest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,17 @@ from mlx_lora import paths
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.errors import NameTaken
 from mlx_lora.interop import gate, hf
+from mlx_lora.interop.card import CARD, card, said_of
 from mlx_lora.interop.fuse import Fused, fuse
 from mlx_lora.machine import limits
 from mlx_lora.models import chat_templates
 from mlx_lora.models.load import LoadedModel, load
-from mlx_lora.models.open import OpenModel
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read
 from mlx_lora.store.base import base_for
 from mlx_lora.tasks.export_check import RECORD, Reference, record, reference
+
+FORM = "Half-precision model for transformers, fused"
 
 
 def export_hf(
@@ -49,39 +51,35 @@ def export_hf(
     hf.check(open_stored().model)
     before = reference(opened, stored, data, progress=progress)
     with paths.written_whole(out, force=force) as folder:
-        advance = progress("writing layers", None)
-        fused = fuse(
-            open_stored, stored, folder / "model", bits="16", force=force, renamed=hf.renamed, on_module=advance
-        )
-        for file in (folder / "model").iterdir():
-            file.rename(folder / file.name)
-        shutil.rmtree(folder / "model")
-        hf.as_one_of_several(folder)
-        if stored.chat_template is not None:
-            chat_templates.give(folder, stored.chat_template, stored.manifest.answer_end)
+        fused = _written(folder, open_stored, stored, force, progress)
         unchecked = limits.too_large(fused.bytes)
         checked = None if unchecked else _check(folder, before, progress)
         if checked is not None and not force:
             gate.refuse_lost(checked)
-        return _recorded(folder, out, opened, stored, fused, checked, unchecked)
+        more = {"unchecked": unchecked, "bytes": fused.bytes, "delta_survival": fused.delta_survival}
+        carried = {"carried": fused.extras.as_dict()}
+        report = record(folder / RECORD, "hf", opened, stored, checked, **more, **carried)
+        with paths.created(folder / CARD) as stream:
+            said = card(
+                stored.manifest, name=stored.name, form=FORM, base=opened.path, checked=said_of(report["check"])
+            )
+            stream.write(said.encode())
+    return {"out": str(out)} | report
 
 
-def _recorded(
-    folder: Path,
-    out: Path,
-    opened: OpenModel,
-    stored: StoredAdapter,
-    fused: Fused,
-    checked: gate.Checked | None,
-    unchecked: str | None,
-) -> dict[str, Any]:
-    more = {
-        "unchecked": unchecked,
-        "bytes": fused.bytes,
-        "delta_survival": fused.delta_survival,
-        "carried": fused.extras.as_dict(),
-    }
-    return {"out": str(out)} | record(folder / RECORD, "hf", opened, stored, checked, **more)
+def _written(
+    folder: Path, open_stored: Callable[[], LoadedModel], stored: StoredAdapter, force: bool, progress: OnFile
+) -> Fused:
+    """Write the fused model's files into `folder`, as transformers names them."""
+    advance = progress("writing layers", None)
+    fused = fuse(open_stored, stored, folder / "model", bits="16", force=force, renamed=hf.renamed, on_module=advance)
+    for file in (folder / "model").iterdir():
+        file.rename(folder / file.name)
+    (folder / "model").rmdir()
+    hf.as_one_of_several(folder)
+    if stored.chat_template is not None:
+        chat_templates.give(folder, stored.chat_template, stored.manifest.answer_end)
+    return fused
 
 
 def _check(folder: Path, before: Reference, progress: OnFile) -> gate.Checked:

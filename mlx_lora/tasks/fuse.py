@@ -48,6 +48,7 @@ def fuse_adapter(
     out: Path,
     *,
     bits: str | None = None,
+    zero_points: str | None = None,
     data: str | None = None,
     force: bool = False,
     progress: OnFile = silent,
@@ -67,7 +68,7 @@ def fuse_adapter(
     def open_stored() -> LoadedModel:
         return registry.open_stored(opened, [stored_adapter], lazily=True)
 
-    fused = fuse(open_stored, stored_adapter, out, bits=bits, force=force)
+    fused = fuse(open_stored, stored_adapter, out, bits=bits, zero_points=zero_points, force=force)
     if stored_adapter.chat_template is not None:
         chat_templates.give(out, stored_adapter.chat_template, stored_adapter.manifest.answer_end)
     reference = registry.open_base(opened, [stored_adapter])

@@ -22,7 +22,8 @@ from mlx_lora.errors import AdapterError
 from mlx_lora.interop.gguf.plan import Plan, plan_of
 from mlx_lora.interop.gguf.writing import write_header
 from mlx_lora.interop.neutral import Array, Module, Neutral, expanded
-from mlx_lora.models.gguf.reader import Fields, open_gguf
+from mlx_lora.models.gguf.header import Fields, Stored
+from mlx_lora.models.gguf.reader import open_gguf
 from mlx_lora.models.gguf.tensors import Tensor
 from mlx_lora.models.open import Model, open_model
 
@@ -131,8 +132,8 @@ def _alpha(file: Path, fields: Fields, plan: Plan) -> float:
     return float(alpha)
 
 
-def _values(tensor: gguf.ReaderTensor) -> Array:
-    values: Any = gguf.quants.dequantize(np.array(tensor.data), tensor.tensor_type)
+def _values(tensor: Stored) -> Array:
+    values: Any = gguf.quants.dequantize(np.array(tensor.data), tensor.kind)
     return np.asarray(values, np.float32)
 
 

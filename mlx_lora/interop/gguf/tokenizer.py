@@ -15,13 +15,11 @@ from typing import Any
 from gguf import TokenType
 
 from mlx_lora.errors import ModelError
-from mlx_lora.models.gguf.settings import Fields
-from mlx_lora.models.gguf.tokenizer import SPLITS, Vocabulary, build_tokenizer
+from mlx_lora.models.gguf.header import Fields
+from mlx_lora.models.gguf.tokenizer import SPLITS, WHOLE_WORDS, Vocabulary, build_tokenizer
 
 SPACE = "\u2581"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-# Rules whose words that are tokens aren't merged from parts.
-WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 # Composed characters alone: some tokenizers compose them first (NFC), and llama.cpp never does.
 TEXTS = (
     "", "a", "Hello world", " Hello  world ", "   three   spaces   ", "\n", "\n\n\n", " \n \n", "the end \n",

@@ -52,7 +52,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 }
 # With these rules, a word that is itself a token isn't merged from parts, and text begins with the BOS token unless the
 # file says otherwise.
-_WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "pixtral", "tekken"}
+WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "pixtral", "tekken"}
 # Tokens that end a turn in common chat templates. They are used in addition to the file's end-of-text token.
 _ENDS_TURN = {
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|return|>", "<|call|>",
@@ -173,14 +173,14 @@ def _byte_level(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
         models.BPE(
             vocab={token: i for i, token in enumerate(vocabulary.tokens)},
             merges=merges,
-            ignore_merges=rule in _WHOLE_WORDS,
+            ignore_merges=rule in WHOLE_WORDS,
         )
     )
     splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in SPLITS[rule]]
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, rule in _WHOLE_WORDS
+    return tokenizer, rule in WHOLE_WORDS
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
