@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,9 @@ def ollama(
     over: Annotated[
         str | None, typer.Option("--from", help="With --as-adapter: the base in Ollama, or its GGUF file.")
     ] = None,
+    as_lora: Annotated[
+        int | None, typer.Option("--as-lora", min=1, help="With --as-adapter: the nearest LoRA of this rank.")
+    ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Check on these rows instead of generated text.")] = None,
     force: Force = False,
     json: Json = False,
@@ -38,16 +41,22 @@ def ollama(
 
     if as_adapter != (over is not None):
         raise typer.BadParameter("--as-adapter and --from go together: the base that Ollama has, like llama3.2:1b")
+    if as_lora is not None and not as_adapter:
+        raise typer.BadParameter("--as-lora is about an adapter: a merged model holds all of any method")
     with ExitStack() as stack:
         report = export_ollama(
-            model, adapter, out, write=export_gguf, type_name=type_name, over=over, data=data, force=force,
-            progress=progress(stack),
+            model, adapter, out, write=export_gguf, type_name=type_name, over=over, rank=as_lora, data=data,
+            force=force, progress=progress(stack),
         )  # fmt: skip
     if json:
         ui.as_json(report)
         return
+    _show(report)
+
+
+def _show(report: dict[str, Any]) -> None:
     ui.result(f"{report['out']}: {report['type'] or 'an adapter'}, {ui.size(report['bytes'])}")
-    show_check(report["check"])
+    show_check(report)
     for note in report["notes"]:
         ui.note(note)
     stops = " ".join(ui.one_line(stop) for stop in report["stops"])

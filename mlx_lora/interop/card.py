@@ -61,15 +61,16 @@ def card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def said_of(check: Mapping[str, Any] | None) -> list[str]:
-    """What a gate found, the keys of `gate.Checked`, as lines of a card; none where nothing was run."""
+def said_of(report: Mapping[str, Any]) -> list[str]:
+    """Lines on how an artefact was checked, from the keys of its export.json: `check`, or why there is none."""
+    check = report.get("check")
     if check is None:
-        return []
+        return [f"what was written was not checked: {report.get('unchecked') or 'nothing was run'}"]
     lines = [
         f"{check['program']}, at {check['positions']} positions: {check['kept']:.0%} of the adapter's effect is in it, "
         f"KL to base and adapter {check['kl']:.4f} nats, same top token {check['top1_agreement']:.1%}"
     ]
-    if check.get("quantization_kl") is not None:
+    if check["quantization_kl"] is not None:
         lines.append(f"the number format alone changes the base by {check['quantization_kl']:.4f} nats")
     return lines
 

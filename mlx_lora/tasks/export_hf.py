@@ -60,9 +60,7 @@ def export_hf(
         carried = {"carried": fused.extras.as_dict()}
         report = record(folder / RECORD, "hf", opened, stored, checked, **more, **carried)
         with paths.created(folder / CARD) as stream:
-            said = card(
-                stored.manifest, name=stored.name, form=FORM, base=opened.path, checked=said_of(report["check"])
-            )
+            said = card(stored.manifest, name=stored.name, form=FORM, base=opened.path, checked=said_of(report))
             stream.write(said.encode())
     return {"out": str(out)} | report
 

@@ -13,7 +13,11 @@ from mlx_lora.serve.conversation import trained
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import read
 from mlx_lora.store.base import base_for
+from mlx_lora.tasks.export_check import RECORD, record
 from mlx_lora.tasks.fuse import fuse_adapter
+
+# What `fuse` measured, as export.json keeps it.
+KEPT = ("bits", "bytes", "delta_survival", "kl", "top1_agreement")
 
 
 def export_lmstudio(
@@ -40,14 +44,16 @@ def export_lmstudio(
         f"mlx_lm loaded it: {report['delta_survival']:.1%} of the update survived, KL to base and adapter "
         f"{report['kl']:.4f} nats, same top token {report['top1_agreement']:.1%}"
     )
+    opened = base_for(model, [stored])
     name = f"{out.resolve().parent.name}/{out.name}"
     use = [f"LM Studio lists it as {name}", *(notes := _notes(trained(stored).system))]
     text = card(
-        stored.manifest, name=out.name, form="MLX model, fused", base=base_for(model, [stored]).path,
+        stored.manifest, name=out.name, form="MLX model, fused", base=opened.path,
         checked=[check], use=use,
     )  # fmt: skip
     with paths.created(out / CARD) as stream:
         stream.write(text.encode())
+    record(out / RECORD, "mlx", opened, stored, None, **{key: report[key] for key in KEPT})
     return report | {"name": name, "notes": notes}
 
 

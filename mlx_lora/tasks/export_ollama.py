@@ -45,6 +45,7 @@ class WriteGguf(Protocol):
         *,
         fused: bool = ...,
         type_name: str = ...,
+        rank: int | None = ...,
         data: str | None = ...,
         force: bool = ...,
         progress: OnFile = ...,
@@ -69,6 +70,7 @@ def export_ollama(
     write: WriteGguf,
     type_name: str = "q8_0",
     over: str | None = None,
+    rank: int | None = None,
     data: str | None = None,
     force: bool = False,
     progress: OnFile = silent,
@@ -76,42 +78,55 @@ def export_ollama(
     """Write the directory `out`, whole or not at all, and return what was written.
 
     `over` names the base as Ollama has it, a model's name or a GGUF file: then the adapter is written beside it and not
-    merged. `write` writes the GGUF. Raises before anything is written where `out` exists or the Modelfile can't say
-    what it must; and whatever `write` raises, leaving nothing.
+    merged, as the nearest LoRA of `rank` where that is given. `write` writes the GGUF. Raises before anything is
+    written where `out` exists or the Modelfile can't say what it must; and whatever `write` raises, leaving nothing.
     """
     paths.check_target(out, force=force)
     stored = read(registry.find(adapter))
     opened, asked = base_for(model, [stored]), trained(stored)
     asking = asking_of(opened, asked)
-    notes = [*asking.notes, *([] if over is None else [REFUSES_ADAPTERS])]
-    if lost := modelfile.dropped(asked.system or ""):
-        notes.append(f"Ollama drops these characters of the system message when it reads it: {', '.join(lost)}")
+    notes, text = _notes(asking, asked, over), _modelfile(opened, stored, asked, asking, over)
     file = MODEL if over is None else ADAPTER
-    described = Modelfile(
-        f"./{MODEL}" if over is None else _base(over), None if over is None else f"./{ADAPTER}",
-        asking.template, asked.system, asking.stops, _parameters(opened, stored),
-        [f"{stored.name}: made by mlx-lora", f"ollama create {ollama_name(stored.name)} -f Modelfile"],
-    )  # fmt: skip
-    text = described.text()
     with paths.written_whole(out, force=force) as folder:
-        report = write(
-            model, adapter, folder / file, fused=over is None, type_name=type_name, data=data, force=force,
-            progress=progress,
-        )  # fmt: skip
-        for name, content in ((modelfile.NAME, text), (CARD, _card(opened, stored, report, over, type_name, notes))):
-            with paths.created(folder / name) as stream:
-                stream.write(content.encode())
+        chosen: dict[str, Any] = {"fused": over is None, "type_name": type_name, "rank": rank, "data": data}
+        report = write(model, adapter, folder / file, **chosen, force=force, progress=progress)
+        _write_text(folder / modelfile.NAME, text)
+        _write_text(folder / CARD, _card(opened, stored, report, over, type_name, notes))
     return {
         "out": str(out),
-        "model": None if over is None else over,
+        "model": over,
         "type": type_name if over is None else None,
         "template": asking.family,
         "stops": list(asking.stops),
         "bytes": paths.directory_bytes(out),
-        "check": report.get("check"),
         "notes": notes,
         "command": f"ollama create {ollama_name(stored.name)} -f {out / modelfile.NAME}",
-    }
+    } | {key: report.get(key) for key in ("check", "unchecked")}
+
+
+def _write_text(file: Path, text: str) -> None:
+    with paths.created(file) as stream:
+        stream.write(text.encode())
+
+
+def _notes(asking: Asking, asked: Trained, over: str | None) -> list[str]:
+    notes = [*asking.notes, *([] if over is None else [REFUSES_ADAPTERS])]
+    if lost := modelfile.dropped(asked.system or ""):
+        notes.append(f"Ollama drops these characters of the system message when it reads it: {', '.join(lost)}")
+    return notes
+
+
+def _modelfile(opened: OpenModel, stored: StoredAdapter, asked: Trained, asking: Asking, over: str | None) -> str:
+    """The Modelfile's text. Raises AdapterError for what it can't say, ModelError for a base that isn't there."""
+    return Modelfile(
+        f"./{MODEL}" if over is None else _base(over),
+        None if over is None else f"./{ADAPTER}",
+        asking.template,
+        asked.system,
+        asking.stops,
+        _parameters(opened, stored),
+        [f"{stored.name}: made by mlx-lora", f"ollama create {ollama_name(stored.name)} -f Modelfile"],
+    ).text()
 
 
 def asking_of(opened: OpenModel, asked: Trained) -> Asking:
@@ -189,6 +204,4 @@ def _card(
     name = ollama_name(stored.name)
     form = f"GGUF model, merged, {type_name}" if over is None else "GGUF adapter, for a base that Ollama has"
     use = [f"`ollama create {name} -f Modelfile`, then `ollama run {name}`", *notes]
-    return card(
-        stored.manifest, name=stored.name, form=form, base=opened.path, checked=said_of(report.get("check")), use=use
-    )
+    return card(stored.manifest, name=stored.name, form=form, base=opened.path, checked=said_of(report), use=use)

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from mlx_lora.errors import AdapterError, CannotFuse, MlxLoraError, NameTaken
-from mlx_lora.models.open import load_tokenizer
+from mlx_lora.interop.gguf import program
+from mlx_lora.models.gguf import import_gguf
+from mlx_lora.models.open import OpenModel, load_tokenizer
 from mlx_lora.serve.conversation import Trained
 from mlx_lora.tasks.export_ollama import asking_of, export_ollama, ollama_name
 from tests.cli.conftest import Ran
 from tests.interop.ollama.golang import execute
 from tests.interop.ollama.reader import read_modelfile
+from tests.models.tiny_gguf import write_tiny
 
 Run = Callable[..., Ran]
 CHECK = {
@@ -78,8 +81,8 @@ def test_a_directory_for_ollama(mine: str, tiny_path: Path, tmp_path: Path) -> N
 
 def test_an_adapter_over_a_base_of_ollamas_own(mine: str, tmp_path: Path) -> None:
     write, out = Writer(), tmp_path / "out"
-    report = export_ollama(None, mine, out, write=write, over="llama3.2:1b")
-    assert not write.asked["fused"] and write.asked["file"] == "adapter.gguf"
+    report = export_ollama(None, mine, out, write=write, over="llama3.2:1b", rank=3)
+    assert write.asked["rank"] == 3 and not write.asked["fused"] and write.asked["file"] == "adapter.gguf"
     assert commands(out)[:2] == [("from", "llama3.2:1b"), ("adapter", "./adapter.gguf")]
     assert any("0.34.1" in note for note in report["notes"])
     (tmp_path / "base.gguf").touch()
@@ -121,8 +124,6 @@ def test_what_exists_is_replaced_when_asked(mine: str, tmp_path: Path) -> None:
 
 
 def test_how_an_adapter_is_asked(tiny_path: Path, tmp_path: Path) -> None:
-    from mlx_lora.models.open import OpenModel
-
     opened = OpenModel(tiny_path)
     plain = asking_of(opened, Trained("none"))
     assert plain.family == "none" and plain.stops == ["<|end|>"] and "alone" in plain.notes[0]
@@ -137,6 +138,31 @@ def test_how_an_adapter_is_asked(tiny_path: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(tiny_path, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     assert asking_of(OpenModel(bare), Trained()).family == "none"
+
+
+def test_the_command_writes_what_llama_cpp_loads(
+    run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Running it in llama.cpp is the real tests' business."""
+    monkeypatch.setattr(program, "installed", lambda: False)
+    import_gguf(write_tiny(tmp_path / "base.gguf", "llama"), base := tmp_path / "base", dtype="float32")
+    trained = run(
+        "train", "--model", base, "--data", data, "--name", "mine", "train.iters=2", "data.template=chatml",
+        "train.learning_rate=0.01",
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    out, mine = tmp_path / "out", "mine"
+    made = run("export", "ollama", "--adapter", mine, "--out", out, "--type", "f32")
+    assert made.code == 0, made.err
+    assert (out / "model.gguf").read_bytes()[:4] == b"GGUF" and (out / "model.export.json").is_file()
+    assert f"ollama create mine -f {out / 'Modelfile'}" in made.out and "template: chatml" in made.out
+    for words in (("--as-adapter",), ("--from", "llama3.2"), ("--as-lora", 2)):
+        assert run("export", "ollama", "--adapter", mine, "--out", tmp_path / "x", *words).code == 2
+    kept = run("export", "ollama", "--adapter", mine, "--out", tmp_path / "a", "--as-adapter", "--from", "base")
+    assert kept.code == 0 and "0.34.1" in kept.err and "not checked" in kept.err, kept.err
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
+        "Modelfile", "README.md", "adapter.export.json", "adapter.gguf",
+    ]  # fmt: skip
 
 
 def test_names_that_ollama_takes() -> None:
@@ -164,6 +190,8 @@ def test_lm_studio_finds_a_fused_model(run: Run, mine: str, tmp_path: Path, monk
     assert [(model["name"], model["place"], model["use"]) for model in listed] == [
         ("mlx-lora/mine", "LM Studio", "--model")
     ]
+    kept = json.loads((out / "export.json").read_text())
+    assert kept["adapter"] == "mine" and kept["kl"] == made.json["kl"] and kept["format"] == "mlx"
     words = ("--prompt", "x", "--raw", "--max-tokens", 1)
     assert run("generate", "--model", "mlx-lora/mine", *words).code == 0
     assert run("export", "lmstudio", "--adapter", mine).code == 1, "it exists"
