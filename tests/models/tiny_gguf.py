@@ -35,7 +35,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "phi3": {"tie_word_embeddings": False},
     "granite": {
-        "logits_scaling": 8.0, "residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.1,
+        "logits_scaling": 2.0, "residual_multiplier": 0.6, "embedding_multiplier": 3.0, "attention_multiplier": 0.3,
     },
     "lfm2": {
         "num_hidden_layers": 4, "norm_eps": 1e-5, "conv_L_cache": 3,

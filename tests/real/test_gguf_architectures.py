@@ -35,6 +35,8 @@ def difference(peer: LlamaCpp, directory: Path, ids: list[int]) -> float:
     return max(abs(own[token] - value) for token, value in probable.items())
 
 
+# llama.cpp looks GELU up in a table of half-precision numbers.
+TOLERANCE = {"gemma2": 1e-2, "gemma3": 1e-2}
 IDS = np.random.default_rng(1).integers(3, 260, 24).tolist()
 
 
@@ -45,7 +47,7 @@ def test_log_probabilities_equal_llama_cpp(
     """24 tokens reach beyond the window of 8 that gemma3 and gpt-oss have here."""
     file = write_tiny(tmp_path / "tiny.gguf", architecture)
     import_gguf(file, tmp_path / "out", dtype="float32")
-    assert difference(llama_cpp(file), tmp_path / "out", IDS) < 1e-2
+    assert difference(llama_cpp(file), tmp_path / "out", IDS) < TOLERANCE.get(architecture, 1e-4)
 
 
 def factors(count: int) -> dict[str, np.ndarray]:
@@ -79,7 +81,7 @@ def test_rope_scaling_equals_llama_cpp(scaling: str, tmp_path: Path, llama_cpp: 
     file = write_tiny(tmp_path / "tiny.gguf", architecture, changed=changed, weights=weights)
     import_gguf(file, tmp_path / "out", dtype="float32")
     ids = np.random.default_rng(2).integers(3, 260, 400).tolist()
-    assert difference(llama_cpp(file), tmp_path / "out", ids) < 1e-2
+    assert difference(llama_cpp(file), tmp_path / "out", ids) < TOLERANCE.get(architecture, 1e-3)
 
 
 def test_mxfp4_experts_equal_llama_cpp(tmp_path: Path, llama_cpp: Callable[..., LlamaCpp]) -> None:
