@@ -86,7 +86,7 @@ def test_no_command_but_pull_tries_to_connect(
         ("export", "gguf", *base, "--adapter", "a", "--out", tmp_path / "a.gguf"),
         ("export", "hf", *base, "--adapter", "a", "--out", tmp_path / "hf"),
         ("export", "lmstudio", *base, "--adapter", "a", "--out", tmp_path / "l"),
-        ("export", "ollama", *base, "--adapter", "a", "--out", tmp_path / "o"),
+        ("export", "ollama", *base, "--adapter", "a", "--out", tmp_path / "o", "--as-adapter", "--from", "x"),
         ("adapters", "list"),
         ("adapters", "show", "a"),
         ("adapters", "path", "a"),
