@@ -26,8 +26,10 @@ from mlx_lora.errors import CannotFuse
 COUNT = 100
 MOST_POSITIONS = 64
 LEAST_KEPT = 0.5
-# Below this much of a change, in nats at a position, rounding in half precision hides what is left of it.
-LEAST_EFFECT = 1e-6
+# Below this much of a change, in nats at a position, the noise of a number format hides whether it is there.
+LEAST_EFFECT = 1e-4
+# Probability of nothing, after rounding.
+TINY = 1e-9
 
 # Log-probabilities of the next token's most likely values by token id, at each position.
 TopTokens = list[dict[int, float]]
@@ -143,17 +145,19 @@ def mean_divergence(one: TopTokens, other: TopTokens) -> float:
     return float(np.mean([divergence(*pair) for pair in zip(one, other, strict=True)]))
 
 
-def divergence(one: dict[int, float], other: dict[int, float]) -> float:
-    """KL(one ‖ other) in nats over the tokens that `one` lists, and all other tokens taken as one.
+def divergence(one: dict[int, float], other: dict[int, float], *, most: int = COUNT) -> float:
+    """KL(one ‖ other) in nats over the `most` most likely tokens of `one`, and all the rest taken as one token.
 
-    A token that `other` doesn't list is at most as likely as the least that it does: that is what it counts as.
+    A token that `other` doesn't list is at most as likely as the least that it lists. It counts as just that where
+    `one` finds it likelier, and as part of the rest where not: taking tokens together never makes KL larger.
     """
-    tokens = list(one)
+    least = min(other.values())
+    ordered = sorted(one, key=lambda token: -one[token])[:most]
+    tokens = [token for token in ordered if token in other or one[token] > least]
     p = np.exp([one[token] for token in tokens])
-    q = np.exp(_at(other, tokens))
-    rest_p, rest_q = max(1 - p.sum(), 0.0), max(1 - q.sum(), 1e-12)
-    rest = rest_p * np.log(rest_p / rest_q) if rest_p > 1e-9 else 0.0
-    return max(float((p * np.log(p / q)).sum() + rest), 0.0)
+    q = np.exp([other.get(token, least) for token in tokens])
+    rest_p, rest_q = (max(1 - share.sum(), TINY) for share in (p, q))
+    return max(float((p * np.log(p / q)).sum() + rest_p * np.log(rest_p / rest_q)), 0.0)
 
 
 def _effects(live: dict[int, float], base: dict[int, float], artefact: dict[int, float]) -> tuple[float, float]:

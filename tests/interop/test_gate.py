@@ -43,7 +43,7 @@ def test_the_divergence_is_that_of_the_whole_distributions_where_all_tokens_are_
     for before, after in zip(BASE, BASE + EFFECT, strict=True):
         p, q = softmax(before), softmax(after)
         (one,), (other,) = listed(before[None]), listed(after[None])
-        assert divergence(one, other) == pytest.approx((p * np.log(p / q)).sum(), rel=1e-6)
+        assert divergence(one, other, most=VOCABULARY) == pytest.approx((p * np.log(p / q)).sum(), rel=1e-6)
         (top,) = listed(before[None], 100)  # the rest as one token says no more than the whole does
         assert 0 <= divergence(top, other) <= (p * np.log(p / q)).sum() + 1e-9
         assert divergence(one, one) == pytest.approx(0, abs=1e-9)
@@ -52,6 +52,16 @@ def test_the_divergence_is_that_of_the_whole_distributions_where_all_tokens_are_
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_kept_is_the_share_of_the_effect_that_is_there(share: float) -> None:
     assert kept(BASE + share * EFFECT) == pytest.approx(share, abs=1e-6)
+
+
+def test_tokens_that_only_one_side_lists_count_as_the_rest() -> None:
+    """A base lists more tokens than another program tells: what isn't told must not pass for nearly impossible."""
+    before, after = BASE[:1], BASE[:1] + 0.1 * NOISE[:1]
+    (whole,), (told,) = listed(before), listed(after, 50)
+    (all_told,) = listed(after)
+    assert 0 < divergence(whole, told) < 2 * divergence(whole, all_told) < 0.05
+    (apart,) = listed(-BASE[:1], 50)
+    assert divergence(whole, apart) > 1
 
 
 def test_noise_that_has_nothing_to_do_with_the_adapter_leaves_it_kept() -> None:
