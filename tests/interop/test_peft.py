@@ -301,7 +301,7 @@ def test_an_export_says_that_the_base_was_packed(
     with caplog.at_level("INFO"):
         export_adapter("mine", "peft", home / "peft", model=str(tmp_path / "packed"))
     assert "trained over packed weights (8 bits)" in caplog.text
-    assert "a base of 8 bits" in (home / "peft" / "README.md").read_text()
+    assert "quantized to 8 bits" in (home / "peft" / "README.md").read_text()
 
 
 def test_regrouping_keeps_the_update(make: Make, untied_path: Path, home: Path, tmp_path: Path) -> None:
