@@ -275,7 +275,8 @@ def test_a_copy_of_the_bases_embedding_beside_an_adapter_is_left_out(
     shutil.copytree(exported, folder)
     weights: Any = mx.load(str(tiny_path / "model.safetensors"))
     copy = weights["model.embed_tokens.weight"].astype(mx.bfloat16)
-    change_tensors(folder, lambda arrays: arrays.update({"base_model.model.model.embed_tokens.weight": copy}))
+    copies = {f"base_model.model.{name}.weight": copy for name in ("model.embed_tokens", "lm_head")}
+    change_tensors(folder, lambda arrays: arrays.update(copies))
     assert import_adapter(folder, "back", str(tiny_path)).modules == 12
 
 
