@@ -11,6 +11,7 @@ from mlx_lora import paths
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.errors import AdapterError, nearest
 from mlx_lora.interop import mlx_lm
+from mlx_lora.interop.card import CARD, card
 from mlx_lora.interop.neutral import Neutral, as_lora, from_wrappers
 from mlx_lora.interop.peft import write as peft
 from mlx_lora.interop.peft.names import Names
@@ -21,7 +22,6 @@ from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
 from mlx_lora.store.base import base_for
 from mlx_lora.store.manifest import CHAT_TEMPLATE
 
-README = "README.md"
 log = logging.getLogger(__name__)
 
 
@@ -78,7 +78,7 @@ def export_adapter(
     if to == "peft":
         base = stored.manifest.base.name if stored.manifest.base else registry.base_name(loaded.path)
         names = Names(loaded.model, loaded.config)
-        texts = {README: card(stored, neutral, base, error)}
+        texts = {CARD: _card(stored, loaded.path, rank, error)}
         if stored.chat_template is not None:
             texts[CHAT_TEMPLATE] = stored.chat_template
         peft.write(neutral, out, names, base=base, texts=texts, force=force)
@@ -94,20 +94,9 @@ def _neutral(wrappers: Any, rank: int | None, progress: OnFile) -> tuple[Neutral
     return as_lora(wrappers, rank, on_module=progress("finding the nearest LoRA", len(wrappers)))
 
 
-def card(stored: StoredAdapter, neutral: Neutral, base: str, error: float) -> str:
-    """README.md of an exported adapter: base, method, data by number and hash, losses; no rows and no paths."""
-    manifest = stored.manifest
-    lines = ["---", "library_name: peft", f"base_model: {base}", "---", "", f"# {stored.name}", ""]
-    lines += [f"- base: {base}", f"- method: {neutral.method}, on {len(neutral.modules)} modules"]
-    if manifest.method != neutral.method:
-        lines.append(f"- trained as {manifest.method}; relative error of the updates {error:.2g}")
-    if manifest.base:
-        lines.append(f"- base by its weights: sha256 {manifest.base.fingerprint}")
-    if manifest.base and manifest.base.quantization:
-        settings = manifest.base.quantization
-        lines.append(f"- trained over a base of {settings.get('bits')} bits ({settings.get('mode', 'affine')})")
-    for file in manifest.data:
-        lines.append(f"- data: {file.get('rows')} rows, sha256 {str(file.get('sha256'))[:16]}")
-    if (loss := manifest.metrics.get("best_valid_loss")) is not None:
-        lines.append(f"- validation loss: {loss:.4f}")
-    return "\n".join(lines) + "\n"
+def _card(stored: StoredAdapter, base: Path, rank: int | None, error: float) -> str:
+    """README.md beside a PEFT adapter; `rank` where it is the nearest LoRA of that rank."""
+    near = [f"the nearest LoRA of rank {rank}: its updates are {error:.2g} (relative) from the trained ones"]
+    use = ["`PeftModel.from_pretrained(model, DIRECTORY)`, with the base that transformers loaded as `model`"]
+    checked = near if rank is not None else ["not run by PEFT; ranks, scales and factors are the trained ones"]
+    return card(stored.manifest, name=stored.name, form="PEFT adapter", base=base, checked=checked, use=use)

@@ -275,7 +275,8 @@ def test_a_copy_of_the_bases_embedding_beside_an_adapter_is_left_out(
     shutil.copytree(exported, folder)
     weights: Any = mx.load(str(tiny_path / "model.safetensors"))
     copy = weights["model.embed_tokens.weight"].astype(mx.bfloat16)
-    change_tensors(folder, lambda arrays: arrays.update({"base_model.model.model.embed_tokens.weight": copy}))
+    copies = {f"base_model.model.{name}.weight": copy for name in ("model.embed_tokens", "lm_head")}
+    change_tensors(folder, lambda arrays: arrays.update(copies))
     assert import_adapter(folder, "back", str(tiny_path)).modules == 12
 
 
@@ -301,7 +302,7 @@ def test_an_export_says_that_the_base_was_packed(
     with caplog.at_level("INFO"):
         export_adapter("mine", "peft", home / "peft", model=str(tmp_path / "packed"))
     assert "trained over packed weights (8 bits)" in caplog.text
-    assert "a base of 8 bits" in (home / "peft" / "README.md").read_text()
+    assert "quantized to 8 bits" in (home / "peft" / "README.md").read_text()
 
 
 def test_regrouping_keeps_the_update(make: Make, untied_path: Path, home: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import EXPERTS, LINEARS, layer_shape
+from mlx_lora.adapters.base import EMBEDDINGS, EXPERTS, LINEARS, layer_shape
 from mlx_lora.adapters.targets import adaptable, bare_modules, layer_prefixes
 from mlx_lora.errors import AdapterError
 from mlx_lora.models.architectures import routes
@@ -147,6 +147,11 @@ class Names:
     def tied(self) -> bool:
         """Whether the embedding is the output head too: nothing else has an output for each token."""
         return not any(self.is_head(path) for path in self.modules)
+
+    def embedding(self) -> str | None:
+        """mlx_lm's path of the token embedding: the first one outside of the layers."""
+        outside = (path for path in self.modules if not path.startswith(tuple(self._layers)))
+        return next((path for path in outside if isinstance(self.modules[path], EMBEDDINGS)), None)
 
     def expected(self) -> list[str]:
         """Linear layers that PEFT sees as linear layers too: without those that choose experts."""

@@ -163,6 +163,8 @@ def _groups(arrays: dict[str, Array], method: str) -> tuple[dict[str, dict[str, 
 def _single(settings: Settings, names: Names, path: str, group: dict[str, Array]) -> dict[str, Module]:
     """The module of a linear layer or an embedding by mlx_lm's path; nothing for a mere copy of the base's weight."""
     ours = names.ours(path)
+    if ours is None and path.endswith("lm_head") and names.tied() and group.keys() <= set(_COPIES):
+        ours = names.embedding()  # a copy of the head is one of the embedding
     if ours is None:
         if group.keys() <= set(_COPIES):
             raise AdapterError(f"{path}.{next(iter(group))} is no tensor of a {settings.method} adapter")
