@@ -12,6 +12,7 @@ Knows no file and no program: what an artefact says comes from its caller.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,11 +22,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.data.rows import Row
-from mlx_lora.errors import CannotFuse
+from mlx_lora.errors import CannotFuse, NotFinite
 
 COUNT = 100
 MOST_POSITIONS = 64
-LEAST_KEPT = 0.5
+LEAST_KEPT, MOST_KEPT = 0.5, 1.5
 # Below this much of a change, in nats at a position, the noise of a number format hides whether it is there.
 LEAST_EFFECT = 1e-4
 # Probability of nothing, after rounding.
@@ -63,9 +64,14 @@ class Checked:
         return asdict(self)
 
     @property
+    def finite(self) -> bool:
+        """Whether the artefact says numbers."""
+        return math.isfinite(self.kl) and math.isfinite(self.kept)
+
+    @property
     def lost(self) -> bool:
-        """Whether the artefact says what the base says, and not what the adapter made of it."""
-        return self.adapter_kl > LEAST_EFFECT and self.kept < LEAST_KEPT
+        """Whether the adapter isn't in the artefact, or is there too strongly, as with a wrong scale."""
+        return not self.finite or (self.adapter_kl > LEAST_EFFECT and not LEAST_KEPT <= self.kept <= MOST_KEPT)
 
 
 def questions(rows: Sequence[Row], *, most: int = MOST_POSITIONS) -> list[Asked]:
@@ -130,12 +136,16 @@ def check(
     )
 
 
-def refuse_lost(checked: Checked) -> None:
-    """Raise CannotFuse where the adapter isn't in the artefact."""
-    if checked.lost:
+def refuse_lost(checked: Checked, *, force: bool = False) -> None:
+    """Raise CannotFuse where the adapter isn't in the artefact as it was trained, unless forced; NotFinite always."""
+    if not checked.finite:
+        raise NotFinite(
+            f"what {checked.program} says of the exported model isn't finite", hint="export in another number format"
+        )
+    if checked.lost and not force:
         raise CannotFuse(
-            f"{checked.program} says that only {max(checked.kept, 0):.0%} of the adapter's effect is in the exported "
-            f"model (KL to base and adapter {checked.kl:.4f} nats, the adapter's own {checked.adapter_kl:.4f})",
+            f"{checked.program} says that {max(checked.kept, 0):.0%} of the adapter's effect is in the exported model "
+            f"(KL to base and adapter {checked.kl:.4f} nats, the adapter's own {checked.adapter_kl:.4f})",
             hint="export with more bits, or --force to write it anyway",
         )
 

@@ -119,7 +119,7 @@ def _export_model(
             found = _run(before, folder / out.name, None, progress)
             plain = _without(subject, form, fields, folder, before, progress)
             checked = gate.check("llama.cpp", before.live, before.base, found, plain=plain)
-            _refuse(checked, force)
+            gate.refuse_lost(checked, force=force)
         more = {"unchecked": unchecked, "type": form.name, "bytes": size, "weights_kept": merged.kept}
         kept = folder / record_of(out).name
         return {"out": str(out)} | record(kept, "gguf", subject.opened, subject.adapter, checked, **more)
@@ -144,7 +144,7 @@ def _export_adapter(
         if before is not None and not unchecked:
             found = _run(before, folder / BASE, folder / out.name, progress)
             checked = gate.check("llama.cpp", before.live, before.base, found)
-            _refuse(checked, force)
+            gate.refuse_lost(checked, force=force)
         (folder / BASE).unlink(missing_ok=True)
         size = (folder / out.name).stat().st_size
         more = {"unchecked": unchecked, "bytes": size, "relative_error": error, "modules": len(neutral.modules)}
@@ -226,8 +226,3 @@ def _base_written(subject: Subject, form: Form, file: Path, progress: OnFile) ->
 def _run(before: Reference, file: Path, adapter: Path | None, progress: OnFile) -> gate.TopTokens:
     advance = progress("running llama.cpp", len(before.prompts))
     return program.top_tokens(file, before.prompts, gate.COUNT * 10, adapter, on_prompt=advance)
-
-
-def _refuse(checked: gate.Checked, force: bool) -> None:
-    if not force:
-        gate.refuse_lost(checked)

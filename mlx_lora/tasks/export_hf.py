@@ -54,8 +54,8 @@ def export_hf(
         fused = _written(folder, open_stored, stored, force, progress)
         unchecked = limits.too_large(fused.bytes)
         checked = None if unchecked else _check(folder, before, progress)
-        if checked is not None and not force:
-            gate.refuse_lost(checked)
+        if checked is not None:
+            gate.refuse_lost(checked, force=force)
         more = {"unchecked": unchecked, "bytes": fused.bytes, "delta_survival": fused.delta_survival}
         carried = {"carried": fused.extras.as_dict()}
         report = record(folder / RECORD, "hf", opened, stored, checked, **more, **carried)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lora.errors import CannotFuse
+from mlx_lora.errors import CannotFuse, NotFinite
 from mlx_lora.interop.gate import (
     TopTokens,
     check,
@@ -76,9 +76,24 @@ def test_noise_that_has_nothing_to_do_with_the_adapter_leaves_it_kept() -> None:
 def test_an_artefact_without_the_adapter_is_refused_with_its_figures() -> None:
     checked = check("llama.cpp", listed(BASE + EFFECT, 100), listed(BASE), listed(BASE), plain=listed(BASE + NOISE))
     assert checked.quantization_kl is not None and checked.quantization_kl > 0.1
-    with pytest.raises(CannotFuse, match="llama.cpp says that only 0% of the adapter's effect"):
+    with pytest.raises(CannotFuse, match="llama.cpp says that 0% of the adapter's effect"):
         refuse_lost(checked)
     refuse_lost(check("llama.cpp", listed(BASE + EFFECT, 100), listed(BASE), listed(BASE + EFFECT)))
+
+
+@pytest.mark.parametrize("times", [3.0, 10.0])
+def test_an_adapter_that_is_there_too_strongly_is_refused(times: float) -> None:
+    """A wrong alpha in a converter."""
+    checked = check("llama.cpp", listed(BASE + EFFECT, 100), listed(BASE), listed(BASE + times * EFFECT))
+    with pytest.raises(CannotFuse, match=f"{times:.0%} of the adapter's effect"):
+        refuse_lost(checked)
+    refuse_lost(checked, force=True)
+
+
+def test_numbers_that_are_none_are_refused_whatever_is_forced() -> None:
+    checked = check("llama.cpp", listed(BASE + EFFECT, 100), listed(BASE), listed(BASE * np.nan))
+    with pytest.raises(NotFinite, match="isn't finite"):
+        refuse_lost(checked, force=True)
 
 
 def test_an_adapter_without_any_effect_is_not_called_lost() -> None:
