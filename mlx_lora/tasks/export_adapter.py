@@ -12,7 +12,8 @@ from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.errors import AdapterError, nearest
 from mlx_lora.interop import mlx_lm
 from mlx_lora.interop.card import CARD, card
-from mlx_lora.interop.neutral import Neutral, as_lora, from_wrappers
+from mlx_lora.interop.nearest_lora import as_lora
+from mlx_lora.interop.neutral import Neutral, from_wrappers
 from mlx_lora.interop.peft import write as peft
 from mlx_lora.interop.peft.names import Names
 from mlx_lora.methods import ADAPTER_FORMATS

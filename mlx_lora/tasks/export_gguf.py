@@ -23,7 +23,8 @@ from mlx_lora.interop.gguf.plan import Plan, plan_of
 from mlx_lora.interop.gguf.tokenizer import tokenizer_fields
 from mlx_lora.interop.gguf.types import Form, form_of
 from mlx_lora.interop.gguf.writing import check_file, written_beside
-from mlx_lora.interop.neutral import Neutral, as_lora, from_wrappers
+from mlx_lora.interop.nearest_lora import as_lora
+from mlx_lora.interop.neutral import Neutral, from_wrappers
 from mlx_lora.machine import limits
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.open import OpenModel

@@ -22,7 +22,7 @@ from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.store import fingerprint, registry
 from mlx_lora.store.fitting import listed
 from mlx_lora.store.lock import locked
-from mlx_lora.store.manifest import MANIFEST, Manifest
+from mlx_lora.store.manifest import CHAT_TEMPLATE, MANIFEST, Manifest
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ def import_adapter(source: Path, name: str, model: Model, *, force: bool = False
     )
     shapes = shapes_of(bare_modules(loaded.model))
     with locked(name):
-        to_store(neutral, target, known, len(layers_of(loaded.model)), shapes=shapes, force=force)
+        to_store(
+            neutral, target, known, len(layers_of(loaded.model)), shapes=shapes, chat_template=_template(source),
+            force=force,
+        )  # fmt: skip
         if run.is_dir():  # of the adapter that was replaced
             shutil.rmtree(run)
     rank = max(module.rank for module in neutral.modules.values())
@@ -114,6 +117,12 @@ def _read(source: Path, kind: str, opened: OpenModel, loaded: LoadedModel) -> Ne
     if kind == "peft":
         return peft.read(source, loaded.model, loaded.config)
     return mlx_lm.read(source, loaded.model) if kind == "mlx-lm" else read_adapter(source, opened)
+
+
+def _template(source: Path) -> str | None:
+    """The chat template that lies beside an adapter in a directory."""
+    file = source / CHAT_TEMPLATE
+    return files.read_text(file, AdapterError) if file.is_file() else None
 
 
 def check_served(neutral: Neutral, loaded: LoadedModel) -> None:

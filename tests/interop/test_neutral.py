@@ -13,7 +13,8 @@ from mlx_lora.adapters.attach import Wrappers, build
 from mlx_lora.adapters.targets import bare_modules
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError
-from mlx_lora.interop.neutral import Neutral, as_lora, from_wrappers, shapes_of, to_store
+from mlx_lora.interop.nearest_lora import as_lora
+from mlx_lora.interop.neutral import Neutral, from_wrappers, shapes_of, to_store
 from mlx_lora.store.adapter import Manifest, read, wrappers_for
 from tests.adapters.zoo import network
 
