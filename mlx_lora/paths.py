@@ -236,6 +236,17 @@ def check_target(target: Path, *, force: bool) -> None:
         )
 
 
+def check_apart(target: Path, **sources: Path) -> None:
+    """Raise NameTaken where `target` is one of the directories that it is made of, or lies inside one; each of
+    `sources` is called by its keyword. With --force it would otherwise take the place of its own source."""
+    place = Path(os.path.realpath(target))
+    for what, source in sources.items():
+        path = Path(os.path.realpath(source))
+        if place == path or path in place.parents:
+            where = "is" if place == path else "lies in"
+            raise NameTaken(f"{target} {where} the {what} itself", hint="choose another directory")
+
+
 def replace_directory(temporary: Path, target: Path) -> None:
     """Give a complete directory the place of `target`, which is removed only afterwards, if it is there at all.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,20 @@ class Listing:
         taken = any(other.name == found.name for other in self.models)
         self.models.append(found.called(str(found.path)) if taken else found)
 
+    @contextmanager
+    def noting(self, place: str, name: str) -> Iterator[None]:
+        """Make a note of what can't be read in the block; it is another program's."""
+        try:
+            yield
+        except (ModelError, ValueError, OSError) as fault:
+            self.notes.append(f"{place}: {name}: {_said(fault)}")
+
     def add_directory(self, name: str, place: str, path: Path) -> bool:
         """Add a model directory; a broken one is a note. False where `path` is none: it has no config.json."""
-        if not (path / "config.json").is_file():
-            return False
-        try:
+        with self.noting(place, name):
+            if not (path / "config.json").is_file():
+                return False
             self.add(of_directory(name, place, path))
-        except (ModelError, OSError) as fault:
-            self.notes.append(f"{place}: {name}: {_said(fault)}")
         return True
 
     def add_ggufs(self, prefix: str, place: str, ggufs: Sequence[Path]) -> None:
@@ -74,11 +81,9 @@ class Listing:
             parts = _SPLIT.fullmatch(file.name)
             if parts and int(parts[2]) != 1:
                 continue
-            try:
+            with self.noting(place, prefix + file.name):
                 if found := of_gguf(prefix + file.name, place, file):
                     self.add(found)
-            except (ValueError, OSError) as fault:
-                self.notes.append(f"{place}: {prefix + file.name}: {_said(fault)}")
 
 
 def of_directory(name: str, place: str, path: Path) -> Found:

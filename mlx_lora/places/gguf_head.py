@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ class Head:
 
 def read_head(file: Path) -> Head:
     """The head of a GGUF file. Raises ValueError where it isn't one, or doesn't say its architecture; OSError."""
+    if not stat.S_ISREG(os.stat(file).st_mode):  # a named pipe would keep its reader waiting
+        raise ValueError("not a regular file")
     with open(file, "rb") as stream:
         if _take(stream, 4) != b"GGUF":
             raise ValueError("not a GGUF file")

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,25 +107,29 @@ def in_hub_cache(repo: str) -> Path | None:
     if not REPO.fullmatch(repo):
         return None
     for _, cache in layout.hub_caches():
-        for snapshot in _snapshots(cache / f"models--{repo.replace('/', '--')}"):
-            if (snapshot / "config.json").exists() and not _unfinished(snapshot):
-                return snapshot
+        with suppress(OSError):
+            for snapshot in _snapshots(cache / f"models--{repo.replace('/', '--')}"):
+                if (snapshot / "config.json").exists() and not _unfinished(snapshot):
+                    return snapshot
     return None
 
 
 def _add_hub(listing: Listing, place: str, cache: Path) -> None:
     for entry in _entries(cache):
-        if not entry.name.startswith("models--") or not entry.is_dir():
-            continue
-        name, snapshots = entry.name.removeprefix("models--").replace("--", "/"), _snapshots(entry)
-        whole = next((snapshot for snapshot in snapshots if not _unfinished(snapshot)), None)
-        if whole is None:
-            listing.notes.append(f"{place}: {name} is not complete")
-            continue
-        ggufs = [file for pattern in ("*.gguf", "*/*.gguf") for file in whole.glob(pattern)]
-        listing.add_ggufs(f"{name}/", place, ggufs)
-        if not listing.add_directory(name, place, whole) and not ggufs:
-            listing.notes.append(f"{place}: {name} holds no model")
+        name = entry.name.removeprefix("models--").replace("--", "/")
+        with listing.noting(place, name):
+            if entry.name.startswith("models--") and entry.is_dir():
+                _add_repository(listing, place, name, entry)
+
+
+def _add_repository(listing: Listing, place: str, name: str, repository: Path) -> None:
+    whole = next((snapshot for snapshot in _snapshots(repository) if not _unfinished(snapshot)), None)
+    if whole is None:
+        raise ValueError("not complete")
+    ggufs = [file for pattern in ("*.gguf", "*/*.gguf") for file in whole.glob(pattern)]
+    listing.add_ggufs(f"{name}/", place, ggufs)
+    if not listing.add_directory(name, place, whole) and not ggufs:
+        raise ValueError("it holds no model")
 
 
 def _snapshots(repository: Path) -> list[Path]:
@@ -150,22 +155,21 @@ def _unfinished(snapshot: Path) -> bool:
 def _add_lm_studio(listing: Listing, models: Path) -> None:
     for publisher in _entries(models):
         for model in _entries(publisher):
-            name, ggufs = f"{publisher.name}/{model.name}", [*model.glob("*.gguf")]
-            listing.add_ggufs(f"{name}/", layout.LM_STUDIO, ggufs)
-            listing.add_directory(name, layout.LM_STUDIO, model)
+            name = f"{publisher.name}/{model.name}"
+            with listing.noting(layout.LM_STUDIO, name):
+                listing.add_ggufs(f"{name}/", layout.LM_STUDIO, [*model.glob("*.gguf")])
+                listing.add_directory(name, layout.LM_STUDIO, model)
 
 
 def _add_ollama(listing: Listing, models: Path) -> None:
-    for manifest in sorted((models / "manifests").glob("*/*/*/*")):
-        if manifest.name.startswith(".") or not manifest.is_file():
-            continue
-        host, owner, model, tag = manifest.parts[-4:]
-        inside = (owner,) if host == _LIBRARY[0] else (host, owner)
-        name = "/".join([*(() if (host, owner) == _LIBRARY else inside), model]) + f":{tag}"
-        try:
-            _add_ollama_model(listing, name, models, files.read_json(manifest, ModelError))
-        except (ModelError, ValueError, OSError) as fault:
-            listing.notes.append(f"{layout.OLLAMA}: {name}: {getattr(fault, 'strerror', None) or fault}")
+    with listing.noting(layout.OLLAMA, str(models)):
+        for manifest in sorted((models / "manifests").glob("*/*/*/*")):
+            host, owner, model, tag = manifest.parts[-4:]
+            inside = (owner,) if host == _LIBRARY[0] else (host, owner)
+            name = "/".join([*(() if (host, owner) == _LIBRARY else inside), model]) + f":{tag}"
+            with listing.noting(layout.OLLAMA, name):
+                if not manifest.name.startswith(".") and manifest.is_file():
+                    _add_ollama_model(listing, name, models, files.read_json(manifest, ModelError))
 
 
 def _add_ollama_model(listing: Listing, name: str, models: Path, manifest: Any) -> None:

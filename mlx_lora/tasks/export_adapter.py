@@ -70,6 +70,7 @@ def export_adapter(
     paths.check_target(out, force=force)
     stored = read(registry.find(adapter))
     opened = base_for(model, [stored])
+    paths.check_apart(out, model=opened.path, adapter=stored.path)
     loaded = registry.open_stored(opened, [stored], lazily=True)
     wrappers = wrappers_for(loaded.model, stored)
     neutral, error = _neutral(wrappers, rank, progress)

@@ -10,7 +10,6 @@ import mlx.core as mx
 
 from mlx_lora import paths
 from mlx_lora.data.prepare import OnFile, silent
-from mlx_lora.errors import NameTaken
 from mlx_lora.interop import gate, hf
 from mlx_lora.interop.card import CARD, card, said_of
 from mlx_lora.interop.fuse import Fused, fuse
@@ -42,8 +41,7 @@ def export_hf(
     paths.check_target(out, force=force)
     stored = read(registry.find(adapter))
     opened = base_for(model, [stored])
-    if out.resolve() == opened.path.resolve():
-        raise NameTaken(f"{out} is the model itself", hint="choose another directory")
+    paths.check_apart(out, model=opened.path, adapter=stored.path)
 
     def open_stored() -> LoadedModel:
         return registry.open_stored(opened, [stored], lazily=True)

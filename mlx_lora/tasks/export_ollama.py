@@ -84,6 +84,7 @@ def export_ollama(
     paths.check_target(out, force=force)
     stored = read(registry.find(adapter))
     opened, asked = base_for(model, [stored]), trained(stored)
+    paths.check_apart(out, model=opened.path, adapter=stored.path)
     asking = asking_of(opened, asked)
     notes, text = _notes(asking, asked, over), _modelfile(opened, stored, asked, asking, over)
     file = MODEL if over is None else ADAPTER

@@ -14,7 +14,6 @@ from mlx_lora.adapters.attach import put
 from mlx_lora.config import Data
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.rows import Row
-from mlx_lora.errors import NameTaken
 from mlx_lora.interop.fuse import Fused, fuse
 from mlx_lora.measure import Agreement, Predictions, compare, predictions, rows_of_tokens
 from mlx_lora.models import chat_templates
@@ -61,8 +60,7 @@ def fuse_adapter(
     paths.check_target(out, force=force)
     stored_adapter = read(registry.find(adapter))
     opened = base_for(model, [stored_adapter])
-    if out.resolve() == opened.path.resolve():
-        raise NameTaken(f"{out} is the model itself", hint="choose another directory")
+    paths.check_apart(out, model=opened.path, adapter=stored_adapter.path)
     rows = None if data is None else rows_of(data, stored_adapter, opened.tokenizer, progress)
 
     def open_stored() -> LoadedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,26 @@ def test_nothing_is_written_where_something_is_wrong(
     ran = run("export", "hf", *(word for pair in chosen.items() for word in pair))
     assert ran.code == 1 and "error:" in ran.err
     assert not (tmp_path / "out").exists() and not list(taken.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "hf"), ("export", "ollama"), ("export", "lmstudio"), ("fuse",),
+        ("adapters", "export", "--to", "peft"), ("adapters", "export", "--to", "mlx-lm"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("source", ["base", "adapter"])
+def test_force_never_replaces_what_is_exported(
+    run: Run, adapter: str, tiny_path: Path, tmp_path: Path, words: tuple[str, ...], source: str
+) -> None:
+    """A directory that holds a model or an adapter may be replaced, but not by what is made of it."""
+    base, copy = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_path, base)
+    shutil.copytree(tmp_path / "home" / "adapters" / adapter, copy)
+    before = sorted(file.name for file in (tmp_path / source).iterdir())
+    named = (copy,) if words[0] == "adapters" else ("--adapter", copy)
+    for out in (tmp_path / source, tmp_path / source / "inside"):
+        ran = run(*words, *named, "--model", base, "--out", out, "--force")
+        assert ran.code == 1 and f"the {'model' if source == 'base' else 'adapter'} itself" in ran.err
+    assert sorted(file.name for file in (tmp_path / source).iterdir()) == before

@@ -15,6 +15,7 @@ import pytest
 
 from mlx_lora.config import Quantize
 from mlx_lora.errors import AdapterError, MlxLoraError, NameTaken
+from mlx_lora.interop.peft import config
 from mlx_lora.interop.peft.config import read_settings
 from mlx_lora.interop.peft.write import alpha_of
 from mlx_lora.models.load import load_stored
@@ -130,6 +131,9 @@ MATCHES: dict[str, tuple[dict[str, Any], str, bool]] = {
     "other pattern": (
         {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["h"]}, "model.layers.1.q", False,
     ),
+    "group in a pattern": (
+        {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "(h|layers)"}, "model.h.1.q", True,
+    ),
     "no layer": ({"target_modules": ["x"], "layers_to_transform": [0]}, "model.x", False),
     "whole path in another layer": ({"target_modules": ["a.1.q"], "layers_to_transform": [0]}, "a.1.q", True),
 }  # fmt: skip
@@ -140,6 +144,12 @@ def test_targets_follow_pefts_rules(case: str, tmp_path: Path) -> None:
     values, path, expected = MATCHES[case]
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, **values}))
     assert read_settings(tmp_path).targets(path, linear=True) is expected
+
+
+def test_an_expression_that_would_take_for_ever_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "LONGEST", 0.1)
+    with pytest.raises(AdapterError, match="takes too long"):
+        config.fits("(?:.*a){1,30}b", "a" * 200)
 
 
 def test_the_first_pattern_that_matches_wins(tmp_path: Path) -> None:
@@ -168,6 +178,8 @@ SETTINGS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "alpha": ({"lora_alpha": "16"}, "lora_alpha is '16'"),
     "pattern": ({"rank_pattern": {"(": 2}}, "rank_pattern: '(' is not a regular expression"),
     "regex": ({"target_modules": "*"}, "target_modules: '*' is not a regular expression"),
+    "flags": ({"rank_pattern": {"(?i)q_proj": 4}}, "rank_pattern: '(?i)q_proj' is not a regular expression"),
+    "large": ({"lora_alpha": 10**400}, "lora_alpha is 1"),
     "two methods": ({"use_dora": True, "use_qalora": True}, "use_dora and use_qalora are both on"),
     "other rank": (
         {"rank_pattern": {"q_proj": 8}},

@@ -189,7 +189,7 @@ def test_the_snapshot_of_main_counts_unless_it_is_unfinished(user: Path, tiny_pa
     assert listing.in_hub_cache("owner/tiny") == newer
     (newer.parents[1] / "blobs" / "cafe.incomplete").touch()
     assert listing.in_hub_cache("owner/tiny") is None
-    assert listing.find_all().notes == ["hub cache: owner/tiny is not complete"]
+    assert listing.find_all().notes == ["hub cache: owner/tiny: not complete"]
     (newer.parents[1] / "blobs" / "cafe").touch()  # the same file came whole later
     assert listing.in_hub_cache("owner/tiny") == newer
 
@@ -307,3 +307,26 @@ def test_hundreds_of_models_take_less_than_a_second(user: Path, tiny_path: Path)
     start = time.process_time()
     assert len(listing.find_all().models) == 300
     assert time.process_time() - start < 1
+
+
+def test_what_another_program_keeps_to_itself_is_a_note(
+    user: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that only another user may read, and a named pipe that would keep its reader waiting."""
+    hub = user / ".cache/huggingface/hub"
+    hidden, seen = in_hub(hub, "owner/hidden", tiny_path), in_hub(hub, "owner/seen", tiny_path)
+    studio = user / ".lmstudio/models/owner/piped"
+    studio.mkdir(parents=True)
+    os.mkfifo(studio / "piped.gguf")
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:
+        if path.is_relative_to(hidden):
+            raise PermissionError(13, "Permission denied")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    found = listing.find_all()
+    assert [model.path for model in found.models] == [seen]
+    assert any("owner/hidden: Permission denied" in note for note in found.notes)
+    assert any("owner/piped/piped.gguf: not a regular file" in note for note in found.notes)

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from mlx_lora import files
 from mlx_lora.errors import AdapterError
 
@@ -58,6 +60,10 @@ _MEANINGS = {
     "modules_to_save": "whole modules were trained beside the adapter",
     "trainable_token_indices": "rows of the embedding were trained too",
 }
+# Ranks and alphas are below this, and so is the time in seconds that an expression may take on one path: a foreign file
+# can hold one that would take for ever.
+LARGEST = 1 << 31
+LONGEST = 1.0
 _OFF: tuple[Any, ...] = (None, False, "none", "", [], {})
 
 
@@ -70,11 +76,11 @@ def _is_targets(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LARGEST
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST
 
 
 def _is_layers(value: Any) -> bool:
@@ -143,7 +149,7 @@ class Settings:
         if isinstance(chosen, str):
             if chosen.lower() == ALL_LINEAR:
                 return linear and not head
-            return re.fullmatch(chosen, path) is not None
+            return fits(chosen, path)
         return path in chosen or (_names(chosen, path) and self._has_layer(path))
 
     def targets_parameter(self, path: str) -> bool:
@@ -154,7 +160,7 @@ class Settings:
         """Whether IA³ multiplies the inputs of the module at `path`: PEFT compares the ends of paths, without a dot."""
         chosen = self.values["feedforward_modules"]
         if isinstance(chosen, str):
-            return re.fullmatch(chosen, path) is not None
+            return fits(chosen, path)
         return any(path.endswith(name) for name in chosen or [])
 
     def _has_layer(self, path: str) -> bool:
@@ -162,19 +168,41 @@ class Settings:
         if wanted is None or wanted == []:
             return True
         names = [pattern] if isinstance(pattern, str) and pattern else pattern or []
-        expressions = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
-        found = next((match for expression in expressions if (match := re.match(expression, path))), None)
-        return found is not None and int(found[1]) in (wanted if isinstance(wanted, list) else [wanted])
+        expressions = [_layer_of(name) for name in names] or [r".*?\.[^.]*\.(?P<index>\d+)\."]
+        found = next((match for expression in expressions if (match := _match(expression + ".*", path))), None)
+        return found is not None and int(found["index"]) in (wanted if isinstance(wanted, list) else [wanted])
+
+
+def fits(expression: str, path: str) -> bool:
+    """Whether a regular expression matches a whole path. Raises AdapterError for one that takes too long to say so."""
+    return _match(expression, path) is not None
+
+
+def _match(expression: str, path: str) -> Any:
+    try:
+        return regex.fullmatch(expression, path, timeout=LONGEST)
+    except TimeoutError:
+        raise AdapterError(f"the expression {expression[:80]!r} takes too long on {path}; it was stopped") from None
+
+
+def _layer_of(name: str) -> str:
+    """The expression for a path inside a list of layers that is called `name`."""
+    return rf"(?:^|.*?\.){name}\.(?P<index>\d+)\."
+
+
+def _own_end(key: str) -> str:
+    """The expression for a path whose end matches `key`."""
+    return rf"(.*\.)?({key})"
 
 
 def _names(chosen: str | list[str], path: str) -> bool:
     if isinstance(chosen, str):
-        return re.fullmatch(chosen, path) is not None
+        return fits(chosen, path)
     return any(path == name or path.endswith(f".{name}") for name in chosen)
 
 
 def _first(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in patterns.items() if fits(_own_end(key), path)), default)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -222,15 +250,17 @@ def _faults(kind: str, values: dict[str, Any]) -> list[str]:
         return faults
     if kind == "LORA" and sum((values["use_dora"], values["use_qalora"])) > 1:
         faults.append("use_dora and use_qalora are both on")
-    strings = [(name, values[name]) for name in ("target_modules", "exclude_modules", "feedforward_modules")]
-    keys = [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in values[name] or {}]
+    strings = ("target_modules", "exclude_modules", "feedforward_modules")
+    used = [(name, text, text) for name in strings if isinstance(text := values[name], str)]
+    used += [(name, key, _own_end(key)) for name in ("rank_pattern", "alpha_pattern") for key in values[name] or {}]
     layers = values["layers_pattern"]
-    keys += [("layers_pattern", key) for key in (layers if isinstance(layers, list) else [layers] if layers else [])]
-    for name, text in [(name, value) for name, value in strings if isinstance(value, str)] + keys:
+    lists = layers if isinstance(layers, list) else [layers] if layers else []
+    used += [("layers_pattern", name, _layer_of(name)) for name in lists]
+    for name, text, expression in used:
         try:
-            re.compile(text)
+            re.compile(expression)
         except re.error as error:
-            faults.append(f"{name}: {text!r} is not a regular expression: {error}")
+            faults.append(f"{name}: {text!r} is not a regular expression that PEFT can use: {error}")
     return faults
 
 
