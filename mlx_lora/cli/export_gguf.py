@@ -49,6 +49,8 @@ def gguf(
         return
     what = f"merged, {report['type']}" if fused else f"an adapter of {report['modules']} modules"
     ui.result(f"{report['out']}: {what}, {ui.size(report['bytes'])}")
+    if fused:
+        ui.result("tensors: " + ", ".join(f"{count} {kind}" for kind, count in sorted(report["tensors"].items())))
     if as_lora is not None:
         ui.result(f"the nearest LoRA of rank {as_lora} is {report['relative_error']:.2%} away from the update")
     show_check(report)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from gguf import GGMLQuantizationType as Kind
 
 from mlx_lora.adapters.attach import Wrappers
 from mlx_lora.data.prepare import OnFile, silent
@@ -18,10 +19,10 @@ from mlx_lora.errors import AdapterError, CannotFuse, MlxLoraError, ModelError
 from mlx_lora.interop import gate
 from mlx_lora.interop.gguf import adapter as codec
 from mlx_lora.interop.gguf import llama_types, program
-from mlx_lora.interop.gguf.model import Merged, entries_of, write_model
+from mlx_lora.interop.gguf.model import Merged, entries_of, kinds_for, write_model
 from mlx_lora.interop.gguf.plan import Plan, plan_of
 from mlx_lora.interop.gguf.tokenizer import tokenizer_fields
-from mlx_lora.interop.gguf.types import Form, form_of
+from mlx_lora.interop.gguf.types import PLAIN, Form, form_of
 from mlx_lora.interop.gguf.writing import check_file, written_beside
 from mlx_lora.interop.nearest_lora import as_lora
 from mlx_lora.interop.neutral import Neutral, from_wrappers
@@ -105,9 +106,10 @@ def _export_model(
     fields = _fields(subject)
     before = _reference(subject, data, progress)
     with written_beside(out, force=force) as folder:
+        kinds = _kinds(subject, form, progress)
         base = subject.open_stored()
         wrappers = wrappers_for(base.model, subject.adapter)
-        merged = _written(subject, base, wrappers, form, fields, folder / out.name, progress)
+        merged = _written(subject, base, wrappers, form, fields, folder / out.name, progress, kinds)
         if merged.kept < LEAST_KEPT and not force:
             raise CannotFuse(
                 f"only {max(merged.kept, 0):.0%} of the adapter's update is in the file's weights as {form.name}; the "
@@ -118,10 +120,13 @@ def _export_model(
         checked, unchecked = None, UNCHECKED if before is None else limits.too_large(size)
         if before is not None and not unchecked:
             found = _run(before, folder / out.name, None, progress)
-            plain = _without(subject, form, fields, folder, before, progress)
+            plain = _without(subject, form, fields, folder, before, progress, kinds)
             checked = gate.check("llama.cpp", before.live, before.base, found, plain=plain)
             gate.refuse_lost(checked, force=force)
-        more = {"unchecked": unchecked, "type": form.name, "bytes": size, "weights_kept": merged.kept}
+        more = {
+            "unchecked": unchecked, "type": form.name, "bytes": size, "weights_kept": merged.kept,
+            "tensors": merged.kinds,
+        }  # fmt: skip
         kept = folder / record_of(out).name
         return {"out": str(out)} | record(kept, "gguf", subject.opened, subject.adapter, checked, **more)
 
@@ -162,6 +167,16 @@ def _neutral(wrappers: Wrappers, rank: int | None, progress: OnFile) -> tuple[Ne
         raise AdapterError(f"{fault.message}: llama.cpp has no such adapter", hint=fault.hint) from None
 
 
+def _kinds(subject: Subject, form: Form, progress: OnFile) -> dict[str, Kind]:
+    """Formats of merged weights that `form` would lose the update of; llama.cpp's own formats are its own business."""
+    if form.by_llama_cpp or form.kind in PLAIN:
+        return {}
+    base = subject.open_stored()
+    wrappers = wrappers_for(base.model, subject.adapter)
+    advance = progress("measuring what the format keeps", len(wrappers))
+    return kinds_for(base, wrappers, subject.plan, form, on_module=advance)
+
+
 def _fields(subject: Subject) -> dict[str, Any]:
     """Metadata of the tokenizer and the names; the template that the adapter was trained with is the file's."""
     rows = subject.plan.fields[f"{subject.plan.architecture}.vocab_size"]
@@ -188,13 +203,14 @@ def _written(
     fields: dict[str, Any],
     file: Path,
     progress: OnFile,
+    kinds: dict[str, Kind] | None = None,
 ) -> Merged:
     """Write a whole model to `file`, by llama.cpp from a model in f16 where that is what makes the format."""
     target = file.with_name("f16.gguf") if form.by_llama_cpp else file
     here = form_of("f16") if form.by_llama_cpp else form
     count = len(entries_of(base.model, wrappers, subject.plan, here))
     advance = progress("writing tensors", count)
-    merged = write_model(base, wrappers, subject.plan, here, fields, target, on_tensor=advance)
+    merged = write_model(base, wrappers, subject.plan, here, fields, target, kinds=kinds, on_tensor=advance)
     if form.by_llama_cpp:
         progress(f"making {form.name}", None)
         llama_types.quantize(target, file, form)
@@ -203,13 +219,19 @@ def _written(
 
 
 def _without(
-    subject: Subject, form: Form, fields: dict[str, Any], folder: Path, before: Reference, progress: OnFile
+    subject: Subject,
+    form: Form,
+    fields: dict[str, Any],
+    folder: Path,
+    before: Reference,
+    progress: OnFile,
+    kinds: dict[str, Kind],
 ) -> gate.TopTokens | None:
     """What the base alone says in a quantized format; None for f32, f16 and bf16, which change nothing to speak of."""
     if form.name in ("f32", "f16", "bf16"):
         return None
     file = folder / BASE
-    _written(subject, subject.open_stored(), {}, form, fields, file, progress)
+    _written(subject, subject.open_stored(), {}, form, fields, file, progress, kinds)
     found = _run(before, file, None, progress)
     file.unlink()
     return found

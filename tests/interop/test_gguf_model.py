@@ -19,7 +19,7 @@ from mlx_lora.adapters.attach import Wrappers, build
 from mlx_lora.config import Adapter
 from mlx_lora.errors import CannotFuse, MlxLoraError, ModelError, NameTaken
 from mlx_lora.interop.gguf import llama_types
-from mlx_lora.interop.gguf.model import Merged, entries_of, write_model
+from mlx_lora.interop.gguf.model import Merged, entries_of, kinds_for, write_model
 from mlx_lora.interop.gguf.packed import exactly
 from mlx_lora.interop.gguf.plan import plan_of
 from mlx_lora.interop.gguf.tokenizer import tokenizer_fields
@@ -143,6 +143,18 @@ def test_an_update_below_the_base_s_own_grid_is_seen_to_be_lost(llama: Path, tmp
     fields = tokenizer_fields(base.tokenizer, ROWS)
     merged = write_model(base, wrappers, plan_of(base.config), form_of("q4_1"), fields, tmp_path / "out.gguf")
     assert merged.kept < 0.2
+    base, wrappers = opened(tmp_path / "grid", targets=["v_proj"], rank=2)
+    for wrapper in wrappers.values():
+        wrapper["lora_b"] = wrapper["lora_b"] * 0.03
+    plan = plan_of(base.config)
+    kinds = kinds_for(base, dict(wrappers), plan, form_of("q4_1"))
+    assert kinds == dict.fromkeys((f"blk.{layer}.attn_v.weight" for layer in range(2)), Kind.Q8_0)
+    base = load_stored(tmp_path / "grid", lazily=True)
+    again = drawn(base.model, Adapter.model_validate({"targets": ["v_proj"], "rank": 2}))
+    for wrapper in again.values():
+        wrapper["lora_b"] = wrapper["lora_b"] * 0.03
+    merged = write_model(base, again, plan, form_of("q4_1"), fields, tmp_path / "out.gguf", kinds=kinds)
+    assert merged.kept > 0.9 and merged.kinds["Q8_0"] == 3
 
 
 def test_packed_layers_that_nothing_is_merged_into_keep_their_bits(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ refused before the file is begun.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from mlx_lora.adapters.targets import bare_modules
 from mlx_lora.errors import CannotFuse, ModelError
 from mlx_lora.interop.gguf.packed import exactly
 from mlx_lora.interop.gguf.plan import Plan
-from mlx_lora.interop.gguf.types import Form, decoded, encoded, kind_of, stored_bytes
+from mlx_lora.interop.gguf.types import PLAIN, Form, decoded, encoded, kind_of, stored_bytes
 from mlx_lora.interop.gguf.writing import write_header
 from mlx_lora.models.gguf.tensors import Tensor
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.quant.quantize import dequantize_layer, named_arrays
 
+# The least share of its update that a weight must keep in a format.
+KEPT = 0.9
 # Arrays of a packed layer beside its weight.
 PACKED = ("scales", "biases", "global_scale")
 
@@ -88,6 +90,37 @@ def _of_tensor(tensor: Tensor, layer: nn.Module, plan: Plan, form: Form) -> Iter
         yield Entry(f"{tensor.name}.bias", tensor, "bias", tensor.shape[:-1], Kind.F32)
 
 
+def kinds_for(
+    stored: LoadedModel,
+    wrappers: Wrappers,
+    plan: Plan,
+    form: Form,
+    *,
+    on_module: Callable[[], None] = lambda: None,
+) -> dict[str, Kind]:
+    """Formats by tensor for merged weights whose update `form` would round away: Q8_0, or F16 where that does too.
+
+    That is so where the base lies on a grid of the same few bits and the update is far below its steps. `stored` and
+    `wrappers` serve no more afterwards.
+    """
+    kinds, modules = dict[str, Kind](), bare_modules(stored.model)
+    for entry in entries_of(stored.model, wrappers, plan, form):
+        path = entry.tensor.path
+        if path not in wrappers or entry.parameter != "weight" or entry.kind in PLAIN:
+            continue
+        wrapper = wrappers[path]
+        values, before = _values(wrapper.fuse(), entry), _values(wrapper.base, entry)
+        for kind in dict.fromkeys((entry.kind, Kind.Q8_0, Kind.F16)):
+            kinds[entry.name], kept = kind, Kept()
+            kept.add(values - before, decoded(encoded(entry.name, values, kind), entry.shape, kind) - before)
+            if kept.share >= KEPT:
+                break
+        _release(modules[path])
+        on_module()
+        mx.clear_cache()
+    return kinds
+
+
 def write_model(
     stored: LoadedModel,
     wrappers: Wrappers,
@@ -96,14 +129,16 @@ def write_model(
     fields: dict[str, Any],
     out: Path,
     *,
+    kinds: Mapping[str, Kind] | None = None,
     on_tensor: Callable[[], None] = lambda: None,
 ) -> Merged:
     """Write the file. `stored` is a bare base with its tensors unread; it can't run afterwards, nor can `wrappers`.
 
-    `form` is one that is written here. `fields` is the metadata beside the plan's. Raises as `entries_of` before there
-    is a file, ModelError for values that the format can't hold.
+    `form` is one that is written here, `kinds` has other formats for some tensors, and `fields` is the metadata beside
+    the plan's. Raises as `entries_of` before there is a file, ModelError for values that the format can't hold.
     """
     entries = entries_of(stored.model, wrappers, plan, form)
+    entries = [replace(entry, kind=(kinds or {}).get(entry.name, entry.kind)) for entry in entries]
     out.parent.mkdir(parents=True, exist_ok=True)
     paths.check_space(out.parent, sum(stored_bytes(entry.shape, entry.kind) for entry in entries))
     kept = Kept()
