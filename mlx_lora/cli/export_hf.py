@@ -25,7 +25,7 @@ def hf(
     json: Json = False,
 ) -> None:
     """Write base and adapter, fused in half precision, as transformers loads it."""
-    from mlx_lora.tasks.export_hf import export_hf
+    from mlx_lora.tasks.export_fused import export_hf
 
     with ExitStack() as stack:
         report = export_hf(model, adapter, out, data=data, force=force, progress=progress(stack))

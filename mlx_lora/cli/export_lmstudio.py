@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mlx_lora import ui
+from mlx_lora.cli.export_hf import show_check
 from mlx_lora.cli.options import Force, Json, Model, progress
 
 Bits = StrEnum("Bits", {"mixed": "mixed", "keep": "keep", "eight": "8", "sixteen": "16"})
@@ -31,7 +32,7 @@ def lmstudio(
     json: Json = False,
 ) -> None:
     """Write base and adapter, fused, where LM Studio finds them."""
-    from mlx_lora.tasks.export_lmstudio import export_lmstudio
+    from mlx_lora.tasks.export_fused import export_lmstudio
 
     with ExitStack() as stack:
         chosen = None if bits is None else str(bits)
@@ -40,10 +41,7 @@ def lmstudio(
         ui.as_json(report)
         return
     ui.result(f"{report['out']}: {report['bits']}, {ui.size(report['bytes'])}")
-    ui.result(
-        f"{report['delta_survival']:.1%} of the update survived; against base and adapter: "
-        f"KL {report['kl']:.4f} nats, same top token {report['top1_agreement']:.1%}"
-    )
+    show_check(report)
     for note in report["notes"]:
         ui.note(note)
     ui.result(f"in LM Studio it is {report['name']}")

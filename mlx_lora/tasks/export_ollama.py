@@ -25,9 +25,8 @@ from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.context import context_length
 from mlx_lora.models.open import OpenModel
 from mlx_lora.serve.conversation import Trained, trained
-from mlx_lora.store import registry
-from mlx_lora.store.adapter import StoredAdapter, read
-from mlx_lora.store.base import base_for
+from mlx_lora.store.adapter import StoredAdapter
+from mlx_lora.tasks.export_check import sources
 
 MODEL, ADAPTER = "model.gguf", "adapter.gguf"
 REFUSES_ADAPTERS = "Ollama from 0.34.1 on is reported to refuse ADAPTER in `ollama create`"
@@ -81,10 +80,8 @@ def export_ollama(
     merged, as the nearest LoRA of `rank` where that is given. `write` writes the GGUF. Raises before anything is
     written where `out` exists or the Modelfile can't say what it must; and whatever `write` raises, leaving nothing.
     """
-    paths.check_target(out, force=force)
-    stored = read(registry.find(adapter))
-    opened, asked = base_for(model, [stored]), trained(stored)
-    paths.check_apart(out, model=opened.path, adapter=stored.path)
+    opened, stored = sources(model, adapter, out, force)
+    asked = trained(stored)
     asking = asking_of(opened, asked)
     notes, text = _notes(asking, asked, over), _modelfile(opened, stored, asked, asking, over)
     file = MODEL if over is None else ADAPTER

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from mlx_lora.interop import hf
+from mlx_lora.interop import gate, hf
 from mlx_lora.machine import limits
-from mlx_lora.tasks import export_hf
+from mlx_lora.tasks import export_fused
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -40,20 +40,16 @@ def test_what_was_exported_and_how_it_was_checked_lies_beside_it(run: Run, adapt
 def test_an_artefact_that_lost_the_adapter_is_not_written_unless_forced(
     run: Run, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_hf, "_check", _of_the_base(export_hf._check))
+    monkeypatch.setattr(export_fused, "check_in_transformers", of_the_base)
     ran = run("export", "hf", "--adapter", adapter, "--out", tmp_path / "out")
     assert ran.code == 1 and "0% of the adapter's effect" in ran.err
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
     assert run("export", "hf", "--adapter", adapter, "--out", tmp_path / "out", "--force").code == 0
 
 
-def _of_the_base(check: Any) -> Any:
+def of_the_base(folder: Path, before: Any) -> gate.Checked:
     """The check as it would be if the written model were the base."""
-
-    def checked(folder: Path, before: Any, progress: Any) -> Any:
-        return export_hf.gate.check("mlx_lm", before.live, before.base, before.base)
-
-    return checked
+    return gate.check("mlx_lm", before.live, before.base, before.base)
 
 
 def test_a_model_too_large_to_run_is_written_and_said_to_be_unchecked(

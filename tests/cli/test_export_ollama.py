@@ -185,13 +185,13 @@ def test_lm_studio_finds_a_fused_model(run: Run, mine: str, tmp_path: Path, monk
     assert made.json["out"] == str(out) and made.json["name"] == "mlx-lora/mine"
     assert "You are brief" in made.json["notes"][0]
     card = (out / "README.md").read_text()
-    assert "MLX model, fused" in card and "of the update survived" in card and "- system" not in card
+    assert "MLX model, fused" in card and "of the adapter's effect is in it" in card and "- system" not in card
     listed = run("models", "list", "--json").json
     assert [(model["name"], model["place"], model["use"]) for model in listed] == [
         ("mlx-lora/mine", "LM Studio", "--model")
     ]
     kept = json.loads((out / "export.json").read_text())
-    assert kept["adapter"] == "mine" and kept["kl"] == made.json["kl"] and kept["format"] == "mlx"
+    assert kept["adapter"] == "mine" and kept["check"] == made.json["check"] and kept["format"] == "mlx"
     words = ("--prompt", "x", "--raw", "--max-tokens", 1)
     assert run("generate", "--model", "mlx-lora/mine", *words).code == 0
     assert run("export", "lmstudio", "--adapter", mine).code == 1, "it exists"
