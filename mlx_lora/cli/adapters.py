@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from mlx_lora import ui
+from mlx_lora.cli.export_hf import show_check
 from mlx_lora.cli.options import Base, Force, Json, Yes, agree, progress
 from mlx_lora.methods import ADAPTER_FORMATS, MERGES
 
@@ -184,6 +185,9 @@ def export_adapter(
     as_lora: Annotated[
         int | None, typer.Option("--as-lora", metavar="RANK", min=1, help="Write the nearest LoRA of this rank.")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Check on these rows, not on generated text; none: don't check.")
+    ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -196,7 +200,9 @@ def export_adapter(
     from mlx_lora.tasks.export_adapter import export_adapter
 
     with ExitStack() as stack:
-        exported = export_adapter(name, str(to), out, model=model, rank=as_lora, force=force, progress=progress(stack))
+        exported = export_adapter(
+            name, str(to), out, model=model, rank=as_lora, checked_on=data, force=force, progress=progress(stack)
+        )
     report = exported.as_dict()
     if json:
         ui.as_json(report)
@@ -206,3 +212,4 @@ def export_adapter(
     ui.result(
         f"{exported.out}: {exported.method}{ranks} on {exported.modules} modules, {ui.size(report['bytes'])}{error}"
     )
+    show_check(report)

@@ -67,7 +67,8 @@ def said_of(report: Mapping[str, Any]) -> list[str]:
     if check is None:
         return [f"what was written was not checked: {report.get('unchecked') or 'nothing was run'}"]
     lines = [
-        f"{check['program']}, at {check['positions']} positions: {check['kept']:.0%} of the adapter's effect is in it, "
+        f"{check['program']}, at {check['positions']} positions: {check['kept']:.0%} (±{check['kept_error']:.0%}) "
+        "of the adapter's effect is in it, "
         f"KL to base and adapter {check['kl']:.4f} nats, same top token {check['top1_agreement']:.1%}"
     ]
     if check["quantization_kl"] is not None:

@@ -4,8 +4,9 @@ Other programs tell only the most likely tokens, so that is what is compared: th
 tokens at stated positions, and all others together as one. Whether an artefact has kept the adapter is not seen in how
 far it is from the live model, since quantizing the base moves it as well. It is seen in how far it moved along the way
 that the adapter moves the base: with the adapter's effect d = log p(live) − log p(base) and the artefact's
-e = log p(artefact) − log p(base), `kept` is the slope Σ p·d·e / Σ p·d·d, each centred at its position. Noise that has
-nothing to do with the adapter leaves it near 1; an artefact that is the base again has 0.
+e = log p(artefact) − log p(artefact without an adapter), `kept` is the slope Σ p·d·e / Σ p·d·d, each centred at its
+position. Noise that has nothing to do with the adapter leaves it near 1; an artefact that is the base again has 0.
+Where nobody wrote the artefact without an adapter, the base stands for it.
 
 Knows no file and no program: what an artefact says comes from its caller.
 """
@@ -58,6 +59,7 @@ class Checked:
     top1_agreement: float
     adapter_kl: float
     kept: float
+    kept_error: float
     quantization_kl: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,8 +72,9 @@ class Checked:
 
     @property
     def lost(self) -> bool:
-        """Whether the adapter isn't in the artefact, or is there too strongly, as with a wrong scale."""
-        return not self.finite or (self.adapter_kl > LEAST_EFFECT and not LEAST_KEPT <= self.kept <= MOST_KEPT)
+        """Whether the adapter surely isn't in the artefact, or is there too strongly, as with a wrong scale."""
+        low, high = self.kept - self.kept_error, self.kept + self.kept_error
+        return not self.finite or (self.adapter_kl > LEAST_EFFECT and (high < LEAST_KEPT or low > MOST_KEPT))
 
 
 def questions(rows: Sequence[Row], *, most: int = MOST_POSITIONS) -> list[Asked]:
@@ -121,19 +124,33 @@ def check(
 ) -> Checked:
     """Compare an artefact with the live model and its base; `plain` is the same artefact made without an adapter.
 
-    All four speak of the same positions. `base`, `plain` and `artefact` should list more tokens than `live`.
+    All four speak of the same positions. `base`, `plain` and `artefact` should list more tokens than `live`. Raises
+    CannotFuse where there are no positions.
     """
-    pairs = list(zip(live, base, artefact, strict=True))
-    effects = np.array([_effects(*three) for three in pairs]).sum(axis=0)
+    if not live:
+        raise CannotFuse("there is no text to compare the export on", hint="--data with rows that have answers")
+    pairs = list(zip(live, artefact, strict=True))
+    sides = zip(live, base, base if plain is None else plain, artefact, strict=True)
+    kept, error = _slope(np.array([_effects(*four) for four in sides]))
     return Checked(
         program=program,
         positions=len(pairs),
-        kl=float(np.mean([divergence(ours, theirs) for ours, _, theirs in pairs])),
-        top1_agreement=float(np.mean([_first(ours) == _first(theirs) for ours, _, theirs in pairs])),
-        adapter_kl=float(np.mean([divergence(ours, before) for ours, before, _ in pairs])),
-        kept=float(effects[0] / effects[1]) if effects[1] else 1.0,
+        kl=mean_divergence(live, artefact),
+        top1_agreement=float(np.mean([_first(ours) == _first(theirs) for ours, theirs in pairs])),
+        adapter_kl=mean_divergence(live, base),
+        kept=kept,
+        kept_error=error,
         quantization_kl=None if plain is None else mean_divergence(base, plain),
     )
+
+
+def _slope(effects: np.ndarray) -> tuple[float, float]:
+    """Σ d·e / Σ d·d over positions (N, 2), and twice its standard error, positions taken as independent."""
+    found, meant = effects.sum(axis=0)
+    if meant == 0:
+        return 1.0, 0.0  # an adapter without any effect is whole in anything
+    slope = found / meant
+    return float(slope), float(2 * np.sqrt(np.square(effects[:, 0] - slope * effects[:, 1]).sum()) / meant)
 
 
 def refuse_lost(checked: Checked, *, force: bool = False) -> None:
@@ -170,13 +187,17 @@ def divergence(one: dict[int, float], other: dict[int, float], *, most: int = CO
     return max(float((p * np.log(p / q)).sum() + rest_p * np.log(rest_p / rest_q)), 0.0)
 
 
-def _effects(live: dict[int, float], base: dict[int, float], artefact: dict[int, float]) -> tuple[float, float]:
-    """Σ p·d·e and Σ p·d·d over the live model's tokens, d and e centred under p."""
+def _effects(
+    live: dict[int, float], base: dict[int, float], without: dict[int, float], artefact: dict[int, float]
+) -> tuple[float, float]:
+    """Σ p·d·e and Σ p·d·d over the live model's tokens, d = live − base and e = artefact − without, centred under p."""
     tokens = list(live)
     p = np.exp([live[token] for token in tokens])
     p /= p.sum()
-    before = np.array(_at(base, tokens))
-    moved, found = np.array([live[token] for token in tokens]) - before, np.array(_at(artefact, tokens)) - before
+    moved, found = (
+        np.array(_at(after, tokens)) - np.array(_at(before, tokens))
+        for before, after in ((base, live), (without, artefact))
+    )
     moved, found = moved - (p * moved).sum(), found - (p * found).sum()
     return float((p * moved * found).sum()), float((p * moved * moved).sum())
 

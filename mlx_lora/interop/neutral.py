@@ -201,6 +201,23 @@ def settings_of(neutral: Neutral) -> Adapter:
     )
 
 
+def usable(neutral: Neutral) -> Neutral:
+    """The adapter with all scales above zero, a sign going into B. Raises AdapterError for updates beyond float32."""
+    return replace(neutral, modules={path: _usual_scale(path, each) for path, each in neutral.modules.items()})
+
+
+def _usual_scale(path: str, module: Module) -> Module:
+    """The module with a scale above zero. Raises AdapterError where s·B is too large for float32."""
+    if module.b is None:
+        return module
+    with np.errstate(over="ignore"):
+        if not np.isfinite(np.float32(module.scale) * module.b * np.float32(1e6)).all():
+            raise AdapterError(f"{path}: its update, of scale {module.scale:.3g}, is beyond any that a model can use")
+    if module.scale > 0:
+        return module
+    return replace(module, b=np.float32(module.scale) * module.b, scale=1.0)
+
+
 def _check_shapes(neutral: Neutral, shapes: dict[str, tuple[int, ...]]) -> None:
     faults = []
     for path, module in neutral.modules.items():

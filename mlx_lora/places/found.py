@@ -152,4 +152,5 @@ def of_gguf(name: str, place: str, file: Path, why: str = "") -> Found | None:
 
 
 def _said(fault: Exception) -> str:
-    return getattr(fault, "strerror", None) or str(fault)
+    reason, name = getattr(fault, "strerror", None), getattr(fault, "filename", None)
+    return f"{reason} ({Path(name).name})" if reason and name else str(reason or fault)

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 from gguf import GGMLQuantizationType as Kind
 
+from mlx_lora import paths
 from mlx_lora.adapters.attach import Wrappers
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.errors import AdapterError, CannotFuse, MlxLoraError, ModelError
@@ -86,6 +87,7 @@ def export_gguf(
     form = form_of(type_name)
     stored = read(registry.find(adapter))
     opened = base_for(model, [stored])
+    paths.check_apart(out, model=opened.path, adapter=stored.path)
     subject = Subject(opened, stored, plan_of(opened.config))
     if fused:
         return _export_model(subject, out, form, data, force, progress)

@@ -7,6 +7,7 @@ no template is written, and the reason is a note.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ def export_ollama(
         "stops": list(asking.stops),
         "bytes": paths.directory_bytes(out),
         "notes": notes,
-        "command": f"ollama create {ollama_name(stored.name)} -f {out / modelfile.NAME}",
+        "command": f"ollama create {ollama_name(stored.name)} -f {shlex.quote(str(out / modelfile.NAME))}",
     } | {key: report.get(key) for key in ("check", "unchecked")}
 
 
@@ -172,12 +173,12 @@ def _bos(tokenizer: Any) -> str:
 
 
 def _base(over: str) -> str:
-    """What FROM names: a file by its whole path, anything else as Ollama's own name."""
-    if found := paths.existing(over):
+    """What FROM names: a GGUF file by its whole path where `over` is a path, anything else as Ollama's own name."""
+    if not (paths.is_path(over) or over.endswith(".gguf")):
+        return over
+    if (found := paths.existing(over)) and found.is_file():
         return str(found.resolve())
-    if paths.is_path(over) and over.endswith(".gguf"):
-        raise ModelError(f"there is no file {over}", hint="--from NAME, as `ollama list` prints it, or a GGUF file")
-    return over
+    raise ModelError(f"there is no file {over}", hint="--from NAME, as `ollama list` prints it, or a GGUF file")
 
 
 def _parameters(opened: OpenModel, stored: StoredAdapter) -> dict[str, Any]:

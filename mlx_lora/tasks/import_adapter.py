@@ -13,7 +13,7 @@ from mlx_lora.adapters.targets import bare_modules
 from mlx_lora.errors import AdapterError, NameTaken
 from mlx_lora.interop import mlx_lm
 from mlx_lora.interop.gguf.adapter import read_adapter
-from mlx_lora.interop.neutral import Neutral, settings_of, shapes_of, to_store
+from mlx_lora.interop.neutral import Neutral, settings_of, shapes_of, to_store, usable
 from mlx_lora.interop.peft import read as peft
 from mlx_lora.interop.peft.config import CONFIG, WEIGHTS
 from mlx_lora.models.load import LoadedModel
@@ -64,7 +64,7 @@ def import_adapter(source: Path, name: str, model: Model, *, force: bool = False
     kind = format_of(source)
     opened = open_model(model)
     loaded = registry.open_stored(opened, lazily=True)
-    neutral = _read(source, kind, opened, loaded)
+    neutral = usable(_read(source, kind, opened, loaded))
     check_served(neutral, loaded)
     base = registry.describe_base(loaded)
     known = Manifest(

@@ -73,8 +73,25 @@ def test_noise_that_has_nothing_to_do_with_the_adapter_leaves_it_kept() -> None:
     assert gone.kept == pytest.approx(0.0, abs=0.35) and gone.lost
 
 
+def test_a_weak_adapter_in_a_coarse_format_is_measured_beside_that_format_alone() -> None:
+    """Requantizing moves far more than the adapter did: beside the base, nothing is sure; beside the format, all is."""
+    live, noisy = listed(BASE + 0.05 * EFFECT, 100), BASE + 0.8 * NOISE
+    beside_base = check("llama.cpp", live, listed(BASE), listed(noisy + 0.05 * EFFECT))
+    assert beside_base.kept_error > 0.5 and not beside_base.lost
+    beside_format = check("llama.cpp", live, listed(BASE), listed(noisy + 0.05 * EFFECT), plain=listed(noisy))
+    assert beside_format.kept == pytest.approx(1, abs=0.02) and beside_format.kept_error < 0.02
+    assert check("llama.cpp", live, listed(BASE), listed(noisy), plain=listed(noisy)).lost
+
+
+def test_text_without_positions_is_refused() -> None:
+    with pytest.raises(CannotFuse, match="no text to compare"):
+        check("llama.cpp", [], [], [])
+
+
 def test_an_artefact_without_the_adapter_is_refused_with_its_figures() -> None:
-    checked = check("llama.cpp", listed(BASE + EFFECT, 100), listed(BASE), listed(BASE), plain=listed(BASE + NOISE))
+    checked = check(
+        "llama.cpp", listed(BASE + EFFECT, 100), listed(BASE), listed(BASE + NOISE), plain=listed(BASE + NOISE)
+    )
     assert checked.quantization_kl is not None and checked.quantization_kl > 0.1
     with pytest.raises(CannotFuse, match="llama.cpp says that 0% of the adapter's effect"):
         refuse_lost(checked)

@@ -7,6 +7,7 @@ printable (such as a no-break space) are dropped by it without a word.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,7 @@ class Modelfile:
             lines.append(f"TEMPLATE {quoted(self.template, 'the template')}")
         if self.system:
             lines.append(f"SYSTEM {quoted(self.system, 'the system message')}")
-        lines += [f"PARAMETER {name} {value:g}" for name, value in self.parameters.items()]
+        lines += [f"PARAMETER {name} {value!r}" for name, value in self.parameters.items()]
         lines += [f"PARAMETER stop {quoted(stop, 'a stop word')}" for stop in self.stops]
         return "\n".join(lines) + "\n"
 
@@ -91,7 +92,9 @@ def parameters(generation: Mapping[str, Any], context: int | None, trained_lengt
     sampling = {
         own: generation[theirs]
         for theirs, own in PARAMETERS.items()
-        if isinstance(generation.get(theirs), int | float) and not isinstance(generation[theirs], bool)
+        if isinstance(value := generation.get(theirs), int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
     }
     wanted = max(LEAST_CONTEXT, trained_length or 0)
     return sampling | {"num_ctx": min(wanted, context) if context else wanted}
