@@ -12,14 +12,13 @@ import typer
 
 from mlx_lora import ui
 from mlx_lora.cli.models import show_models
-from mlx_lora.cli.options import Force, Json, Model, NewModel, Out, new_model, progress
+from mlx_lora.cli.options import Bits, Force, Json, Model, NewModel, Out, new_model, progress
 from mlx_lora.methods import MODES
 
 Mode = StrEnum("Mode", {mode: mode for mode in MODES})  # type: ignore[misc]
 Dtype = StrEnum("Dtype", ["keep", "float16", "float32"])
 PACK = "Quantize again in 2, 3, 4, 5, 6 or 8 bits what MLX can't hold as it is, such as Q6_K; otherwise it is float16."
 ZeroPoints = StrEnum("ZeroPoints", ["float32"])
-Bits = StrEnum("Bits", {"mixed": "mixed", "keep": "keep", "eight": "8", "sixteen": "16"})
 
 
 def register(app: typer.Typer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +10,7 @@ import typer
 
 from mlx_lora import ui
 from mlx_lora.cli.export_hf import show_check
-from mlx_lora.cli.options import Force, Json, Model, progress
-
-Bits = StrEnum("Bits", {"mixed": "mixed", "keep": "keep", "eight": "8", "sixteen": "16"})
+from mlx_lora.cli.options import Bits, Force, Json, Model, progress
 
 
 def register(app: typer.Typer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,8 @@ Out = Annotated[Path | None, typer.Argument(metavar="OUT", help="The directory t
 NewModel = Annotated[str | None, typer.Option("--name", help="Write to the home's models: --model NAME then uses it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]…", help="Recipe settings, dotted keys.")]
 
+# How a fused model is written, as `interop.fuse` takes it.
+Bits = StrEnum("Bits", {"mixed": "mixed", "keep": "keep", "eight": "8", "sixteen": "16"})
 Yes = Annotated[bool, typer.Option("--yes", help="Don't ask.")]
 
 

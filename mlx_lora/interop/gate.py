@@ -28,6 +28,8 @@ from mlx_lora.errors import CannotFuse, NotFinite
 COUNT = 100
 MOST_POSITIONS = 64
 LEAST_KEPT, MOST_KEPT = 0.5, 1.5
+# An artefact that is farther than this from the live model, in nats, and than the adapter moves the base, is damaged.
+MOST_KL = 1.0
 # Below this much of a change, in nats at a position, the noise of a number format hides whether it is there.
 LEAST_EFFECT = 1e-4
 # Probability of nothing, after rounding.
@@ -72,7 +74,9 @@ class Checked:
 
     @property
     def lost(self) -> bool:
-        """Whether the adapter surely isn't in the artefact, or is there too strongly, as with a wrong scale."""
+        """Whether the adapter surely isn't in the artefact, or is there too strongly, or the whole model is damaged."""
+        if self.finite and self.kl > max(MOST_KL, 2 * self.adapter_kl):
+            return True
         low, high = self.kept - self.kept_error, self.kept + self.kept_error
         return not self.finite or (self.adapter_kl > LEAST_EFFECT and (high < LEAST_KEPT or low > MOST_KEPT))
 

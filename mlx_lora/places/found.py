@@ -79,7 +79,7 @@ class Listing:
         """Add the language models among GGUF files of one directory, named `prefix` and the file's name."""
         for file in sorted(ggufs):
             parts = _SPLIT.fullmatch(file.name)
-            if parts and int(parts[2]) != 1:
+            if parts and int(parts[2]) != 1 and int(parts[3]):
                 continue
             with self.noting(place, prefix + file.name):
                 if found := of_gguf(prefix + file.name, place, file):
@@ -135,6 +135,8 @@ def of_gguf(name: str, place: str, file: Path, why: str = "") -> Found | None:
         return None
     parts = [file]
     if split := _SPLIT.fullmatch(file.name):
+        if not 0 < int(split[2]) <= int(split[3]):
+            raise ValueError(f"part {int(split[2])} of {int(split[3])} by its name")
         parts = [file.with_name(f"{split[1]}-{part:05d}-of-{split[3]}.gguf") for part in range(1, int(split[3]) + 1)]
         if missing := [part.name for part in parts if not part.is_file()]:
             raise ValueError(f"{missing[0]} is missing")

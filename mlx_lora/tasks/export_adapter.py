@@ -132,7 +132,7 @@ def _check(
     to: str, folder: Path, opened: OpenModel, stored: StoredAdapter, before: Reference, progress: OnFile
 ) -> gate.Checked:
     """What PEFT or mlx_lm says with the adapter that was written."""
-    advance = progress("running what was written", None)
+    progress("running what was written", None)
     if to == "peft":
         found = hf.top_tokens(opened.path, before.prompts, count=gate.COUNT * 10, adapter=folder)
         program = "PEFT"
@@ -140,7 +140,6 @@ def _check(
         loaded = registry.open_base(opened, [stored])
         put_adapter(loaded.model, folder)
         found, program = gate.top_tokens(loaded.model, before.asked, count=gate.COUNT * 10), "mlx_lm"
-    advance()
     return gate.check(program, before.live, before.base, found)
 
 

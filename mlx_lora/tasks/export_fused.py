@@ -97,9 +97,8 @@ def _export(
         fused = _written(folder, opened, stored, form, force, progress)
         unchecked, checked = limits.too_large(fused.bytes), None
         if not unchecked:
-            advance = progress("running what was written", None)
+            progress("running what was written", None)
             checked = form.check(folder, before)
-            advance()
             gate.refuse_lost(checked, force=force)
         more = {"unchecked": unchecked, "bits": fused.bits, "bytes": fused.bytes}
         survived = {"delta_survival": fused.delta_survival, "carried": fused.extras.as_dict()}

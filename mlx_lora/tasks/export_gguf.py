@@ -35,7 +35,7 @@ from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
 from mlx_lora.store.base import base_for
 from mlx_lora.tasks.export_check import Reference, record, reference
 
-LEAST_KEPT = 0.5
+LEAST_KEPT, MOST_KEPT = 0.5, 1.5
 BASE = "base.gguf"  # a temporary file
 UNCHECKED = f"llama.cpp isn't there to run it ({program.HOW})"
 # What a base is written as for llama.cpp to run an adapter over, by what its files hold.
@@ -112,10 +112,10 @@ def _export_model(
         base = subject.open_stored()
         wrappers = wrappers_for(base.model, subject.adapter)
         merged = _written(subject, base, wrappers, form, fields, folder / out.name, progress, kinds)
-        if merged.kept < LEAST_KEPT and not force:
+        if not LEAST_KEPT <= merged.kept <= MOST_KEPT and not force:
             raise CannotFuse(
-                f"only {max(merged.kept, 0):.0%} of the adapter's update is in the file's weights as {form.name}; the "
-                "model would not have learned what the adapter did",
+                f"{max(merged.kept, 0):.0%} of the adapter's update is in the file's weights as {form.name}; the model "
+                "would not have learned what the adapter did",
                 hint="--type q8_0 or f16 keeps more of it; --force writes the file anyway",
             )
         size = (folder / out.name).stat().st_size

@@ -107,6 +107,12 @@ def test_an_adapter_that_is_there_too_strongly_is_refused(times: float) -> None:
     refuse_lost(checked, force=True)
 
 
+def test_a_model_that_says_other_things_altogether_is_refused_though_nothing_is_sure_of_the_adapter() -> None:
+    live, damaged = listed(BASE + 0.3 * EFFECT, 100), listed(3 * NOISE)
+    checked = check("llama.cpp", live, listed(BASE), damaged)
+    assert checked.kl > 1 and checked.kept_error > 1 and checked.lost
+
+
 def test_numbers_that_are_none_are_refused_whatever_is_forced() -> None:
     checked = check("llama.cpp", listed(BASE + EFFECT, 100), listed(BASE), listed(BASE * np.nan))
     with pytest.raises(NotFinite, match="isn't finite"):

@@ -32,8 +32,8 @@ from mlx_lora.models.gguf.tensors import Tensor
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.quant.quantize import dequantize_layer, named_arrays
 
-# The least share of its update that a weight must keep in a format.
-KEPT = 0.9
+# How far from 1 the share of its update may be that a weight has in a format.
+OFF = 0.1
 # Arrays of a packed layer beside its weight.
 PACKED = ("scales", "biases", "global_scale")
 
@@ -98,9 +98,10 @@ def kinds_for(
     *,
     on_module: Callable[[], None] = lambda: None,
 ) -> dict[str, Kind]:
-    """Formats by tensor for merged weights whose update `form` would round away: Q8_0, or F16 where that does too.
+    """Formats by tensor for merged weights whose update `form` would lose or blow up: Q8_0, or F16 where that does too.
 
-    That is so where the base lies on a grid of the same few bits and the update is far below its steps. `stored` and
+    That is so where the base lies on a grid of the same few bits and the update is far below its steps: a block's
+    smallest and largest values move by the update, and with them the places of all others, by steps. `stored` and
     `wrappers` serve no more afterwards.
     """
     kinds, modules = dict[str, Kind](), bare_modules(stored.model)
@@ -113,7 +114,7 @@ def kinds_for(
         for kind in dict.fromkeys((entry.kind, Kind.Q8_0, Kind.F16)):
             kinds[entry.name], kept = kind, Kept()
             kept.add(values - before, decoded(encoded(entry.name, values, kind), entry.shape, kind) - before)
-            if kept.share >= KEPT:
+            if abs(kept.share - 1) <= OFF:
                 break
         _release(modules[path])
         on_module()
@@ -208,7 +209,7 @@ class Kept:
     """How much of the update is in the file's weights, over all merged ones: the slope of realised on intended.
 
     Σ realised·intended / Σ intended². Rounding that has nothing to do with the update leaves it near 1, however coarse;
-    where the update is smaller than the steps of a grid that the base lies on, it is 0.
+    where the update is smaller than the steps of a grid that the base lies on, it is 0, or several times too large.
     """
 
     def __init__(self) -> None:

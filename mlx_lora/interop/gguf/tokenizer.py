@@ -186,3 +186,4 @@ def _with_special(fields: Fields) -> Iterator[str]:
     added = [token for token, kind in zip(tokens, types, strict=True) if kind in (3, 4)]
     for token in [*added[:8], *added[-2:]]:
         yield f"{token}user\nHi there{token} and\n{token}"
+        yield f"a {token} b"
