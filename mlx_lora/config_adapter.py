@@ -73,6 +73,11 @@ class Adapter(Section):
     prune_every: Integer = Field(default=10, ge=1, description="Steps from one pruning of adalora to the next.")
     orthogonal: Number = Field(default=0.5, ge=0, description="Weight of adalora's orthogonality in the loss.")
 
+    zero_points: Literal["stored", "float32"] = Field(
+        default="stored",
+        description="What qalora trains for: zero-points as the base stores them, or in float32.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _place(cls, values: Any) -> Any:

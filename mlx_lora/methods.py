@@ -28,6 +28,9 @@ COMBINATIONS: tuple[str, ...] = ("lora+prefix", "lora+prompt")
 # Ways to merge adapters (`store.arithmetic`).
 MERGES: tuple[str, ...] = ("cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
+# Other tools' formats that `adapters export` writes.
+ADAPTER_FORMATS: tuple[str, ...] = ("peft", "mlx-lm")
+
 # Where a method goes when `adapter.targets` doesn't say: attention for the others, and None where the place is its own.
 TARGETS: dict[str, str | list[str] | None] = {
     "ia3": ["k_proj", "v_proj", "down_proj"],
@@ -50,6 +53,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "rslora": ("lora", "dora", "qalora", "adalora"),
     "dropout": ("lora", "dora", "qalora", "vera", "adalora"),
     "init": ("lora", "dora", "qalora", "glora", "adalora"),
+    "zero_points": ("qalora",),
     "glora": ("glora",),
     "projection_seed": ("vera",),
     "virtual_tokens": ("prefix", "prompt"),

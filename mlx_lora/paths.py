@@ -24,7 +24,7 @@ from mlx_lora.errors import MlxLoraError, NameTaken
 # The folders that come with the package.
 SHIPPED = ("data", "recipes")
 # Files that tell a directory made by this package, or by another tool for the same purpose, from anything else.
-MARKS = ("config.json", "adapter_config.json", "training.json")
+MARKS = ("config.json", "adapter_config.json", "training.json", "Modelfile")
 # Names that devices have on the systems that a disk may be carried to, whatever ending follows.
 DEVICES = re.compile(r"(?i:aux|con|nul|prn|com[0-9]|lpt[0-9])(?:\.|$)")
 MOST_NAME_BYTES = 128
@@ -234,6 +234,17 @@ def check_target(target: Path, *, force: bool) -> None:
             f"{target} holds more than a model or an adapter, and --force replaces nothing else",
             hint="choose a directory of its own",
         )
+
+
+def check_apart(target: Path, **sources: Path) -> None:
+    """Raise NameTaken where `target` is one of the directories that it is made of, or lies inside one; each of
+    `sources` is called by its keyword. With --force it would otherwise take the place of its own source."""
+    place = Path(os.path.realpath(target))
+    for what, source in sources.items():
+        path = Path(os.path.realpath(source))
+        if place == path or path in place.parents:
+            where = "is" if place == path else "lies in"
+            raise NameTaken(f"{target} {where} the {what} itself", hint="choose another directory")
 
 
 def replace_directory(temporary: Path, target: Path) -> None:

@@ -29,6 +29,7 @@ adapter:
   rank_pattern: {}
   alpha_pattern: {}
   glora: {a: lora, b: lora, c: lora, d: vector, e: vector}
+  zero_points: stored
   projection_seed: 0
   virtual_tokens: 16
   position: prefix

@@ -25,7 +25,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RANKS = {
     "errors": 0, "methods": 1, "paths": 1, "files": 1, "config_base": 1, "config_adapter": 1, "config": 1,
     "settings": 1, "recipe": 1, "ui": 1, "machine": 1,
-    "quant": 2, "models": 3, "adapters": 4, "data": 5, "measure": 6, "store": 6, "train": 7, "interop": 7, "serve": 7,
+    "quant": 2, "places": 2, "models": 3, "adapters": 4, "data": 5, "measure": 6, "store": 6, "train": 7, "interop": 7,
+    "serve": 7,
     "study": 8, "tasks": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 STRANGERS = {"train", "interop", "serve"}
@@ -35,6 +36,7 @@ OPTIONS = "a command's options are its parameters, each with its help"
 DERIVATIVE = "a custom function and its derivative share what is defined around both"
 LONGER = {
     ("cli/adapters.py", "merge"): OPTIONS,
+    ("cli/base.py", "import_gguf"): OPTIONS,
     ("cli/base.py", "quantize"): OPTIONS,
     ("cli/compare.py", "compare"): OPTIONS,
     ("adapters/glora.py", "multiply_hadamard"): DERIVATIVE,
@@ -137,7 +139,10 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-QUICK = {"--help": ("pydantic", "yaml"), "train --help": ("yaml",), "adapters list": (), "--version": ("pydantic",)}
+QUICK = {
+    "--help": ("pydantic", "yaml"), "train --help": ("yaml",), "adapters list": (), "models list": (),
+    "--version": ("pydantic",),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("words", QUICK)

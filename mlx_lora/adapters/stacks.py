@@ -51,6 +51,8 @@ def reason_alone(wrappers: Wrappers) -> str | None:
             return f"{name} ({path}) isn't a sum of low-rank factors"
         if not isinstance(wrapper.base, ADAPTABLE):
             return f"{path} is a {type(wrapper.base).__name__}, which is computed for one adapter at a time"
+        if isinstance(wrapper, QALoRA) and wrapper.rounds:
+            return f"{name} ({path}) rounds its zero-points, so its update isn't a sum of low-rank factors"
         if isinstance(wrapper, VeRA) and wrapper.rank > MOST_VERA_RANK:
             return f"VeRA of rank {wrapper.rank}, above {MOST_VERA_RANK}, would take as much memory as many adapters"
     return None
@@ -58,16 +60,17 @@ def reason_alone(wrappers: Wrappers) -> str | None:
 
 def factors_of(wrapper: AdapterLayer) -> Factors:
     """The factors of a wrapper that `reason_alone` has nothing against."""
-    experts = isinstance(wrapper.base, EXPERTS)
     if isinstance(wrapper, VeRA):
         a, b = wrapper.projections()
         return Factors(a * wrapper.vera_d[..., None, :], b.T * wrapper.vera_b[..., None, :])
-    assert isinstance(wrapper, (LoRA, QALoRA))
-    a, b = wrapper.factors() if isinstance(wrapper, LoRA) else (wrapper.lora_a, wrapper.lora_b)
-    if experts:
-        a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
     if isinstance(wrapper, QALoRA):  # the mean over a group of L inputs is a factor whose rows repeat, over L
+        a, b = wrapper.masters()
         a = mx.repeat(a, wrapper.group_size, axis=-2) / wrapper.group_size
+        return Factors(a, wrapper.scale * b)
+    assert isinstance(wrapper, LoRA)
+    a, b = wrapper.factors()
+    if isinstance(wrapper.base, EXPERTS):
+        a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
     return Factors(a, wrapper.scale * b)
 
 

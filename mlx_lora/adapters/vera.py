@@ -6,8 +6,9 @@ A (r, largest in) and B (largest out, r) are frozen and drawn from `projection_s
 √(6/fan in), as PEFT draws them; each layer uses their first columns and rows. d starts at 0.1 and b at zero. There is
 no scale, since b takes its place. The rank may be larger than in LoRA, since it adds only r numbers per layer.
 
-Only the vectors are stored. The pair is drawn again when an adapter is loaded. Its values depend on the seed and on the
-largest dimensions of the wrapped modules, so the same modules must be wrapped.
+Of what is trained here only the vectors are stored. The pair is drawn again when an adapter is loaded. Its values
+depend on the seed and on the largest dimensions of the wrapped modules, so the same modules must be wrapped. An adapter
+from elsewhere has its own pair in its file, since other generators draw other numbers (`store.fitting`).
 """
 
 from __future__ import annotations

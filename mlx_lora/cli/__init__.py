@@ -26,6 +26,7 @@ from mlx_lora.cli import (
     export,
     init,
     machine,
+    models,
     plan,
     quickstart,
     runs,
@@ -43,6 +44,7 @@ HELP = """Fine-tune language models on this machine, with files that never leave
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 for room in (quickstart, machine, base, init, data, settings, plan, train, chat, bench):
     room.register(app)
+app.add_typer(models.app, name="models")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(export.app, name="export")
 app.add_typer(runs.app, name="runs")

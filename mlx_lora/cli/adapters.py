@@ -1,20 +1,23 @@
-"""adapters list, show, path, rename, remove, verify, merge."""
+"""adapters list, show, path, rename, remove, verify, merge, import, export."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mlx_lora import ui
+from mlx_lora.cli.export_hf import show_check
 from mlx_lora.cli.options import Base, Force, Json, Yes, agree, progress
-from mlx_lora.methods import MERGES
+from mlx_lora.methods import ADAPTER_FORMATS, MERGES
 
 app = typer.Typer(help="The adapters in the home directory.", no_args_is_help=True, rich_markup_mode=None)
 Way = StrEnum("Way", {way: way for way in MERGES})  # type: ignore[misc]
+To = StrEnum("To", {name: name for name in ADAPTER_FORMATS})  # type: ignore[misc]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="An adapter in the home.")]
 
 
@@ -143,3 +146,70 @@ def merge(
         header = ["task of", "rows", "loss of the base", "of the adapter", "of the merge", "gain kept"]
         rows_shown = [(t.parent, t.data, t.base_loss, t.parent_loss, t.merged_loss, f"{t.kept:.0%}") for t in tasks]
         ui.table(header, rows_shown)
+
+
+@app.command("import")
+def import_adapter(
+    source: Annotated[Path, typer.Argument(metavar="PATH", help="A directory of PEFT or mlx-lm, or a .gguf file.")],
+    name: Annotated[str, typer.Option("--name", help="The new adapter's name.")],
+    model: Annotated[str, typer.Option("--model", help="The base: a name in the home, or a directory.")],
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Bring an adapter of another tool into the home.
+
+    PEFT's and mlx-lm's are directories, llama.cpp's a .gguf file. Everything in it must be understood and fit the base,
+    else it is refused by name and nothing is written.
+    """
+    from mlx_lora.tasks.import_adapter import import_adapter
+
+    with ui.working("reading the adapter and its base"):
+        imported = import_adapter(source, name, model, force=force)
+    report = imported.as_dict()
+    if json:
+        ui.as_json(report)
+        return
+    ranks = f", rank {imported.rank}" if imported.rank else ""
+    ui.result(
+        f"{imported.path}: {imported.method}{ranks} on {imported.modules} modules of {imported.base}, "
+        f"{ui.size(report['bytes'])}"
+    )
+
+
+@app.command("export")
+def export_adapter(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name in the home, or a directory like ./mine.")],
+    to: Annotated[To, typer.Option("--to", help="The tool that is to read it.")],
+    out: Annotated[Path, typer.Option("--out", help="The directory to write.")],
+    model: Base = None,
+    as_lora: Annotated[
+        int | None, typer.Option("--as-lora", metavar="RANK", min=1, help="Write the nearest LoRA of this rank.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Check on these rows, not on generated text; none: don't check.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write an adapter for PEFT or mlx-lm.
+
+    PEFT's is for transformers, vLLM and others. What the other tool can't say is refused by name. --as-lora writes the
+    LoRA nearest to any method that changes weights, and prints how near it is. --model names the base where it isn't
+    found by itself.
+    """
+    from mlx_lora.tasks.export_adapter import export_adapter
+
+    with ExitStack() as stack:
+        exported = export_adapter(
+            name, str(to), out, model=model, rank=as_lora, checked_on=data, force=force, progress=progress(stack)
+        )
+    report = exported.as_dict()
+    if json:
+        ui.as_json(report)
+        return
+    ranks = f", rank {exported.rank}" if exported.rank else ""
+    error = f", relative error {exported.relative_error:.2g}" if as_lora is not None else ""
+    ui.result(
+        f"{exported.out}: {exported.method}{ranks} on {exported.modules} modules, {ui.size(report['bytes'])}{error}"
+    )
+    show_check(report)

@@ -11,12 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from mlx_lora import ui
-from mlx_lora.cli.options import Force, Json, Model, NewModel, Out, new_model, progress
+from mlx_lora.cli.models import show_models
+from mlx_lora.cli.options import Bits, Force, Json, Model, NewModel, Out, new_model, progress
 from mlx_lora.methods import MODES
 
 Mode = StrEnum("Mode", {mode: mode for mode in MODES})  # type: ignore[misc]
 Dtype = StrEnum("Dtype", ["keep", "float16", "float32"])
-Bits = StrEnum("Bits", {"mixed": "mixed", "keep": "keep", "eight": "8", "sixteen": "16"})
+PACK = "Quantize again in 2, 3, 4, 5, 6 or 8 bits what MLX can't hold as it is, such as Q6_K; otherwise it is float16."
+ZeroPoints = StrEnum("ZeroPoints", ["float32"])
 
 
 def register(app: typer.Typer) -> None:
@@ -37,17 +39,32 @@ def pull(
 
 
 def import_gguf(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file of architecture llama.")],
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE", help="A GGUF file, any part of a split one, or a name of --list.")
+    ] = None,
     out: Out = None,
     name: NewModel = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="keep is lossless where the format allows.")] = Dtype.keep,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="keep leaves packed what MLX can hold.")] = Dtype.keep,
+    pack: Annotated[int | None, typer.Option("--pack", metavar="BITS", help=PACK)] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Show the GGUF files that other programs keep here.")] = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Make a model directory from a GGUF file on disk."""
+    """Make a model directory from a GGUF file on disk.
+
+    Architectures: llama (Mistral and SmolLM too), qwen2, qwen3, qwen3moe, gemma2, gemma3, phi3, granite, lfm2, gpt-oss.
+    """
+    from mlx_lora.places import found, listing
+
+    if listed:
+        return show_models(kind=found.GGUF, json=json)
+    if file is None:
+        raise typer.BadParameter("name a GGUF file, or --list those that are on this disk")
+    out = new_model(out, name)
+    source = listing.gguf_file(file)
+
     from mlx_lora.models.gguf import import_gguf as convert
 
-    out = new_model(out, name)
     with ExitStack() as stack:
         bars = progress(stack)
         advance = None
@@ -57,10 +74,13 @@ def import_gguf(
             advance = advance or bars("importing", total)
             advance()
 
-        report = convert(file, out, dtype=str(dtype), force=force, on_progress=count)
+        report = convert(source, out, dtype=str(dtype), pack_bits=pack, force=force, on_progress=count)
     if json:
         ui.as_json(report)
     else:
+        changed = ", ".join(f"{kind} {error:.1e}" for kind, error in report["errors"].items())
+        for note in [*([f"relative error by type of tensor: {changed}"] if changed else []), *report["notes"]]:
+            ui.note(note)
         ui.result(f"{out}: {report['architecture']}, {ui.size(report['bytes'])}")
 
 
@@ -115,6 +135,10 @@ def fuse(
     out: Annotated[Path, typer.Option("--out", help="The directory to write.")],
     model: Model = None,
     bits: Annotated[Bits | None, typer.Option("--bits", help="mixed: touched layers at 8 bits or more.")] = None,
+    zero_points: Annotated[
+        ZeroPoints | None,
+        typer.Option("--zero-points", help="For a QA-LoRA adapter that was trained without rounding."),
+    ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Measure on these rows instead of generated text.")] = None,
     force: Force = False,
     json: Json = False,
@@ -123,15 +147,23 @@ def fuse(
     from mlx_lora.tasks.fuse import fuse_adapter
 
     with ExitStack() as stack:
-        chosen = None if bits is None else str(bits)
+        settings = {
+            "bits": None if bits is None else str(bits),
+            "zero_points": None if zero_points is None else str(zero_points),
+        }
         bars = progress(stack)
-        report = fuse_adapter(model, adapter, out, bits=chosen, data=data, force=force, progress=bars).as_dict()
+        report = fuse_adapter(model, adapter, out, **settings, data=data, force=force, progress=bars).as_dict()
     if json:
         ui.as_json(report)
         return
     ui.result(f"{report['out']}: {report['bits']}, {ui.size(report['bytes'])}")
     for line in _carried(report["carried"]):
         ui.result(line)
+    if report["zero_points_bytes"]:
+        ui.result(
+            f"zero-points and scales in float32 take {ui.size(report['zero_points_bytes'])} more; mlx_lm computes in "
+            "float32 from the first of these layers on, so activations and the cache take twice half precision's memory"
+        )
     ui.result(
         f"{report['delta_survival']:.1%} of the update survived; against base and adapter: "
         f"KL {report['kl']:.4f} nats, same top token {report['top1_agreement']:.1%}"

@@ -25,7 +25,7 @@ def hf(
     json: Json = False,
 ) -> None:
     """Write base and adapter, fused in half precision, as transformers loads it."""
-    from mlx_lora.tasks.export_hf import export_hf
+    from mlx_lora.tasks.export_fused import export_hf
 
     with ExitStack() as stack:
         report = export_hf(model, adapter, out, data=data, force=force, progress=progress(stack))
@@ -43,7 +43,8 @@ def show_check(report: dict[str, Any]) -> None:
         ui.warning(f"what was written was not checked: {report['unchecked']}")
         return
     ui.result(
-        f"{check['program']}, at {check['positions']} positions: {check['kept']:.0%} of the adapter's effect is in it, "
+        f"{check['program']}, at {check['positions']} positions: {check['kept']:.0%} (±{check['kept_error']:.0%}) "
+        "of the adapter's effect is in it, "
         f"KL to base and adapter {check['kl']:.4f} nats, same top token {check['top1_agreement']:.1%}"
     )
     if check["quantization_kl"] is not None:

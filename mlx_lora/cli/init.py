@@ -27,7 +27,7 @@ def init(
     json: Json = False,
 ) -> None:
     """Ask a few questions, look at machine, model and data, and write a recipe with the reason for each choice."""
-    from mlx_lora.models.open import model_names
+    from mlx_lora.places.listing import model_names
     from mlx_lora.tasks.init import draft, write
 
     names = model_names()

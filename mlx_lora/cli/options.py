@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 # A word with a separator, or that begins with . or ~, is a path; any other is a name in the home first (`paths.find`).
 Model = Annotated[
     str | None,
-    typer.Option("--model", help="A name in the home, else a directory (./x is one always); an adapter knows its own."),
+    typer.Option("--model", help="A name of `models list`, else a directory (as ./x); an adapter knows its own."),
 ]
 Adapter = Annotated[str | None, typer.Option("--adapter", help="A name in the home, or a directory like ./mine.")]
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="A name, or a directory; repeatable.")]
@@ -24,12 +25,14 @@ MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens
 RecipeWords = Annotated[
     list[str] | None, typer.Argument(metavar="[RECIPE] [key=value]…", help="A recipe file, then its overrides.")
 ]
-Base = Annotated[str | None, typer.Option("--model", help="The base: a name in the home, or a directory.")]
+Base = Annotated[str | None, typer.Option("--model", help="The base: a name of `models list`, or a directory.")]
 Rows = Annotated[str | None, typer.Option("--data", help="A file, or a folder with train, valid and test.")]
 Out = Annotated[Path | None, typer.Argument(metavar="OUT", help="The directory to write; not needed with --name.")]
 NewModel = Annotated[str | None, typer.Option("--name", help="Write to the home's models: --model NAME then uses it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]…", help="Recipe settings, dotted keys.")]
 
+# How a fused model is written, as `interop.fuse` takes it.
+Bits = StrEnum("Bits", {"mixed": "mixed", "keep": "keep", "eight": "8", "sixteen": "16"})
 Yes = Annotated[bool, typer.Option("--yes", help="Don't ask.")]
 
 

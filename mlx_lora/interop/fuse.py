@@ -21,6 +21,7 @@ import mlx.nn as nn
 
 from mlx_lora.adapters.attach import Wrappers
 from mlx_lora.adapters.base import AdapterLayer, layer_shape
+from mlx_lora.adapters.qalora import QALoRA
 from mlx_lora.errors import CannotFuse
 from mlx_lora.measure import Agreement, as_dict, survival
 from mlx_lora.models.layers import dequantize_model, half, release, set_modules
@@ -38,13 +39,17 @@ EIGHT = {"mode": "affine", "bits": 8, "group_size": 64}
 
 @dataclass(frozen=True)
 class Fused:
-    """What fusing wrote; `delta_survival` is of the weights."""
+    """What fusing wrote; `delta_survival` is of the weights.
+
+    `zero_points_bytes` is what zero-points and scales in float32 take beyond those of the base, 0 where they stayed.
+    """
 
     out: Path
     bits: str
     delta_survival: float
     bytes: int
     extras: Extras
+    zero_points_bytes: int = 0
 
     def as_dict(self, agreement: Agreement) -> dict[str, Any]:
         """The keys of `fuse --json`, with how the outputs agree on the measured rows."""
@@ -55,6 +60,7 @@ class Fused:
             **measured,
             "delta_survival": self.delta_survival,
             "bytes": self.bytes,
+            "zero_points_bytes": self.zero_points_bytes,
             "carried": self.extras.as_dict(),
         }
 
@@ -65,6 +71,7 @@ def fuse(
     out: Path,
     *,
     bits: str | None = None,
+    zero_points: str | None = None,
     force: bool = False,
     renamed: Callable[[nn.Module, Named], Named] = lambda model, arrays: arrays,
     on_module: Callable[[], None] = lambda: None,
@@ -74,27 +81,68 @@ def fuse(
     `open_stored` opens the base with its tensors as on disk and unread; it is called twice, because every layer is
     freed once it was measured, and again once it was written. `bits` is `keep` (each layer its base's own format),
     `mixed` (touched layers at 8 bits, or plain where 8 bits lose most of their update), or `8` or `16` (the whole
-    model, `16` in half precision); the default is mixed over a quantized base and keep over a plain one. `renamed`
-    gives the model's arrays another program's names. Raises CannotFuse under 0.5 survival without `force`, and then
-    nothing is written.
+    model, `16` in half precision); the default is mixed over a quantized base and keep over a plain one. With
+    `zero_points` = `float32` the layers of a QA-LoRA adapter get zero-points and scales in float32, at bits=keep: for
+    adapters that were trained without rounding them. `renamed` gives the model's arrays another program's names. Raises
+    CannotFuse under 0.5 survival without `force`, and for `zero_points` where they would change nothing; then nothing
+    is written.
     """
     stored = open_stored()
-    bits = bits or ("mixed" if "quantization" in stored.config else "keep")
-    formats, survived = _measured(stored, wrappers_for(stored.model, adapter), bits)
+    bits = bits or ("mixed" if "quantization" in stored.config and zero_points is None else "keep")
+    wrappers, wider = _wrappers(stored, adapter, bits, zero_points)
+    formats, survived = _measured(stored, wrappers, bits)
     if survived < LEAST_SURVIVAL and not force:
-        raise CannotFuse(
-            f"only {max(survived, 0):.0%} of the adapter's update survives at bits={bits}; the fused model would not "
-            "have learned what the adapter did",
-            hint="--bits mixed keeps touched layers at 8 bits, --bits 16 keeps all of it; --force fuses anyway",
-        )
+        raise _lost(survived, bits, adapter)
     stored = open_stored()
-    wrappers = wrappers_for(stored.model, adapter)
+    wrappers, _ = _wrappers(stored, adapter, bits, zero_points)
     merged = {path: _merged(wrappers[path], bits, stored.stored, formats[path]) for path in wrappers}
     set_modules(stored.model, merged)
     _convert(stored, list(merged), bits)
     del wrappers, merged
     saved = save(stored, out, force=force, free=True, renamed=partial(renamed, stored.model), on_module=on_module)
-    return Fused(out, bits, survived, saved.bytes, saved.extras)
+    return Fused(out, bits, survived, saved.bytes, saved.extras, wider)
+
+
+def _lost(survived: float, bits: str, adapter: StoredAdapter) -> CannotFuse:
+    hint = "--bits mixed keeps touched layers at 8 bits, --bits 16 keeps all of it; --force fuses anyway"
+    if adapter.manifest.method == "qalora" and bits in ("keep", "mixed"):
+        hint = f"--zero-points float32 keeps all of it in packed layers; {hint}"
+    return CannotFuse(
+        f"only {max(survived, 0):.0%} of the adapter's update survives at bits={bits}; the fused model would not "
+        "have learned what the adapter did",
+        hint=hint,
+    )
+
+
+def _wrappers(stored: LoadedModel, adapter: StoredAdapter, bits: str, zero_points: str | None) -> tuple[Wrappers, int]:
+    """The adapter's wrappers, and the bytes by which `zero_points` widens the packed layers that they wrap.
+
+    Scales are widened too: in mlx_lm either one in float32 makes a layer's outputs float32, and both must be alike on a
+    GPU.
+    """
+    wrappers = wrappers_for(stored.model, adapter)
+    if zero_points is None:
+        return wrappers, 0
+    layers = [wrapper.base for wrapper in wrappers.values() if isinstance(wrapper, QALoRA) and "scales" in wrapper.base]
+    hint = "leave out --zero-points"
+    if not layers:
+        raise CannotFuse("only a QA-LoRA adapter over packed layers is merged into zero-points", hint=hint)
+    if bits != "keep":
+        raise CannotFuse(f"zero-points in float32 are for bits=keep, and bits is {bits}", hint="--bits keep")
+    if all(layer["biases"].dtype == mx.float32 for layer in layers):
+        raise CannotFuse("the base's zero-points are in float32 already", hint=hint)
+    if any(wrapper.rounds for wrapper in wrappers.values() if isinstance(wrapper, QALoRA)):
+        raise CannotFuse(
+            f"{adapter.name} was trained with the base's zero-points in their own precision, which holds all of it",
+            hint=hint,
+        )
+    wider = 0
+    for layer in layers:
+        for name in ("scales", "biases"):
+            before = layer[name]
+            layer[name] = before.astype(mx.float32)
+            wider += layer[name].nbytes - before.nbytes
+    return wrappers, wider
 
 
 Format = dict[str, Any] | str | None

@@ -4,14 +4,16 @@ Other programs tell only the most likely tokens, so that is what is compared: th
 tokens at stated positions, and all others together as one. Whether an artefact has kept the adapter is not seen in how
 far it is from the live model, since quantizing the base moves it as well. It is seen in how far it moved along the way
 that the adapter moves the base: with the adapter's effect d = log p(live) − log p(base) and the artefact's
-e = log p(artefact) − log p(base), `kept` is the slope Σ p·d·e / Σ p·d·d, each centred at its position. Noise that has
-nothing to do with the adapter leaves it near 1; an artefact that is the base again has 0.
+e = log p(artefact) − log p(artefact without an adapter), `kept` is the slope Σ p·d·e / Σ p·d·d, each centred at its
+position. Noise that has nothing to do with the adapter leaves it near 1; an artefact that is the base again has 0.
+Where nobody wrote the artefact without an adapter, the base stands for it.
 
 Knows no file and no program: what an artefact says comes from its caller.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,13 +23,17 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.data.rows import Row
-from mlx_lora.errors import CannotFuse
+from mlx_lora.errors import CannotFuse, NotFinite
 
 COUNT = 100
 MOST_POSITIONS = 64
-LEAST_KEPT = 0.5
-# Below this much of a change, in nats at a position, rounding in half precision hides what is left of it.
-LEAST_EFFECT = 1e-6
+LEAST_KEPT, MOST_KEPT = 0.5, 1.5
+# An artefact that is farther than this from the live model, in nats, and than the adapter moves the base, is damaged.
+MOST_KL = 1.0
+# Below this much of a change, in nats at a position, the noise of a number format hides whether it is there.
+LEAST_EFFECT = 1e-4
+# Probability of nothing, after rounding.
+TINY = 1e-9
 
 # Log-probabilities of the next token's most likely values by token id, at each position.
 TopTokens = list[dict[int, float]]
@@ -55,15 +61,24 @@ class Checked:
     top1_agreement: float
     adapter_kl: float
     kept: float
+    kept_error: float
     quantization_kl: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @property
+    def finite(self) -> bool:
+        """Whether the artefact says numbers."""
+        return math.isfinite(self.kl) and math.isfinite(self.kept)
+
+    @property
     def lost(self) -> bool:
-        """Whether the artefact says what the base says, and not what the adapter made of it."""
-        return self.adapter_kl > LEAST_EFFECT and self.kept < LEAST_KEPT
+        """Whether the adapter surely isn't in the artefact, or is there too strongly, or the whole model is damaged."""
+        if self.finite and self.kl > max(MOST_KL, 2 * self.adapter_kl):
+            return True
+        low, high = self.kept - self.kept_error, self.kept + self.kept_error
+        return not self.finite or (self.adapter_kl > LEAST_EFFECT and (high < LEAST_KEPT or low > MOST_KEPT))
 
 
 def questions(rows: Sequence[Row], *, most: int = MOST_POSITIONS) -> list[Asked]:
@@ -113,27 +128,45 @@ def check(
 ) -> Checked:
     """Compare an artefact with the live model and its base; `plain` is the same artefact made without an adapter.
 
-    All four speak of the same positions. `base`, `plain` and `artefact` should list more tokens than `live`.
+    All four speak of the same positions. `base`, `plain` and `artefact` should list more tokens than `live`. Raises
+    CannotFuse where there are no positions.
     """
-    pairs = list(zip(live, base, artefact, strict=True))
-    effects = np.array([_effects(*three) for three in pairs]).sum(axis=0)
+    if not live:
+        raise CannotFuse("there is no text to compare the export on", hint="--data with rows that have answers")
+    pairs = list(zip(live, artefact, strict=True))
+    sides = zip(live, base, base if plain is None else plain, artefact, strict=True)
+    kept, error = _slope(np.array([_effects(*four) for four in sides]))
     return Checked(
         program=program,
         positions=len(pairs),
-        kl=float(np.mean([divergence(ours, theirs) for ours, _, theirs in pairs])),
-        top1_agreement=float(np.mean([_first(ours) == _first(theirs) for ours, _, theirs in pairs])),
-        adapter_kl=float(np.mean([divergence(ours, before) for ours, before, _ in pairs])),
-        kept=float(effects[0] / effects[1]) if effects[1] else 1.0,
+        kl=mean_divergence(live, artefact),
+        top1_agreement=float(np.mean([_first(ours) == _first(theirs) for ours, theirs in pairs])),
+        adapter_kl=mean_divergence(live, base),
+        kept=kept,
+        kept_error=error,
         quantization_kl=None if plain is None else mean_divergence(base, plain),
     )
 
 
-def refuse_lost(checked: Checked) -> None:
-    """Raise CannotFuse where the adapter isn't in the artefact."""
-    if checked.lost:
+def _slope(effects: np.ndarray) -> tuple[float, float]:
+    """Σ d·e / Σ d·d over positions (N, 2), and twice its standard error, positions taken as independent."""
+    found, meant = effects.sum(axis=0)
+    if meant == 0:
+        return 1.0, 0.0  # an adapter without any effect is whole in anything
+    slope = found / meant
+    return float(slope), float(2 * np.sqrt(np.square(effects[:, 0] - slope * effects[:, 1]).sum()) / meant)
+
+
+def refuse_lost(checked: Checked, *, force: bool = False) -> None:
+    """Raise CannotFuse where the adapter isn't in the artefact as it was trained, unless forced; NotFinite always."""
+    if not checked.finite:
+        raise NotFinite(
+            f"what {checked.program} says of the exported model isn't finite", hint="export in another number format"
+        )
+    if checked.lost and not force:
         raise CannotFuse(
-            f"{checked.program} says that only {max(checked.kept, 0):.0%} of the adapter's effect is in the exported "
-            f"model (KL to base and adapter {checked.kl:.4f} nats, the adapter's own {checked.adapter_kl:.4f})",
+            f"{checked.program} says that {max(checked.kept, 0):.0%} of the adapter's effect is in the exported model "
+            f"(KL to base and adapter {checked.kl:.4f} nats, the adapter's own {checked.adapter_kl:.4f})",
             hint="export with more bits, or --force to write it anyway",
         )
 
@@ -143,26 +176,32 @@ def mean_divergence(one: TopTokens, other: TopTokens) -> float:
     return float(np.mean([divergence(*pair) for pair in zip(one, other, strict=True)]))
 
 
-def divergence(one: dict[int, float], other: dict[int, float]) -> float:
-    """KL(one ‖ other) in nats over the tokens that `one` lists, and all other tokens taken as one.
+def divergence(one: dict[int, float], other: dict[int, float], *, most: int = COUNT) -> float:
+    """KL(one ‖ other) in nats over the `most` most likely tokens of `one`, and all the rest taken as one token.
 
-    A token that `other` doesn't list is at most as likely as the least that it does: that is what it counts as.
+    A token that `other` doesn't list is at most as likely as the least that it lists. It counts as just that where
+    `one` finds it likelier, and as part of the rest where not: taking tokens together never makes KL larger.
     """
-    tokens = list(one)
+    least = min(other.values())
+    ordered = sorted(one, key=lambda token: -one[token])[:most]
+    tokens = [token for token in ordered if token in other or one[token] > least]
     p = np.exp([one[token] for token in tokens])
-    q = np.exp(_at(other, tokens))
-    rest_p, rest_q = max(1 - p.sum(), 0.0), max(1 - q.sum(), 1e-12)
-    rest = rest_p * np.log(rest_p / rest_q) if rest_p > 1e-9 else 0.0
-    return max(float((p * np.log(p / q)).sum() + rest), 0.0)
+    q = np.exp([other.get(token, least) for token in tokens])
+    rest_p, rest_q = (max(1 - share.sum(), TINY) for share in (p, q))
+    return max(float((p * np.log(p / q)).sum() + rest_p * np.log(rest_p / rest_q)), 0.0)
 
 
-def _effects(live: dict[int, float], base: dict[int, float], artefact: dict[int, float]) -> tuple[float, float]:
-    """Σ p·d·e and Σ p·d·d over the live model's tokens, d and e centred under p."""
+def _effects(
+    live: dict[int, float], base: dict[int, float], without: dict[int, float], artefact: dict[int, float]
+) -> tuple[float, float]:
+    """Σ p·d·e and Σ p·d·d over the live model's tokens, d = live − base and e = artefact − without, centred under p."""
     tokens = list(live)
     p = np.exp([live[token] for token in tokens])
     p /= p.sum()
-    before = np.array(_at(base, tokens))
-    moved, found = np.array([live[token] for token in tokens]) - before, np.array(_at(artefact, tokens)) - before
+    moved, found = (
+        np.array(_at(after, tokens)) - np.array(_at(before, tokens))
+        for before, after in ((base, live), (without, artefact))
+    )
     moved, found = moved - (p * moved).sum(), found - (p * found).sum()
     return float((p * moved * found).sum()), float((p * moved * moved).sum())
 

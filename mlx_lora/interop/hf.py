@@ -110,18 +110,28 @@ def transformers_here() -> bool:
     return find_spec("torch") is not None
 
 
-def top_tokens(path: Path, prompts: Sequence[Sequence[int]], *, count: int = COUNT) -> TopTokens:
+def top_tokens(
+    path: Path, prompts: Sequence[Sequence[int]], *, count: int = COUNT, adapter: Path | None = None
+) -> TopTokens:
     """What transformers says of the next token after each prompt, computed on the processor in the stored dtype.
 
-    Raises ModelError where transformers doesn't load the directory, with its own words.
+    With `adapter` PEFT puts that over the model. Raises ModelError where one of them doesn't load, with its own words.
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(str(path), local_files_only=True, dtype="auto").eval()
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(adapter)).eval()
     except Exception as error:  # whatever it raises: this directory isn't one that transformers loads
-        raise ModelError(f"transformers doesn't load what was written: {type(error).__name__}: {error}") from error
+        program = "transformers" if adapter is None else "PEFT"
+        said = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{program} doesn't load what was written: {said}") from error
     found: TopTokens = []
     with torch.no_grad():
         for prompt in prompts:

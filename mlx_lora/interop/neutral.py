@@ -4,15 +4,14 @@ mlx-lm's files have one rank and one scale for all modules, PEFT's name patterns
 What is common to all of them is here, and every format is a pair of functions to and from it. Factors are oriented as
 in the papers and in PEFT, ΔW = s·B A with A (r, in) and B (out, r).
 
-`from_wrappers` reads an adapter that was checked against its base. Methods without such a form are refused by name;
-`as_lora` finds the nearest one for those that change weights. `to_store` writes an adapter of ours.
+`from_wrappers` reads an adapter that was checked against its base; methods without such a form are refused by name.
+`to_store` writes an adapter of ours. `nearest_lora.py` finds the nearest LoRA of any method that changes weights.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,12 @@ from mlx_lora.adapters.lora import LoRA
 from mlx_lora.adapters.qalora import QALoRA
 from mlx_lora.adapters.vera import VeRA
 from mlx_lora.config import Adapter
-from mlx_lora.errors import AdapterError, CannotFuse
+from mlx_lora.errors import AdapterError
 from mlx_lora.store import adapter as store
-from mlx_lora.store.arithmetic import thin_svd
-from mlx_lora.store.low_rank import Svd, nearest_low_rank
 from mlx_lora.store.manifest import Manifest
 
 Array = NDArray[np.float32]
 METHODS = ("lora", "dora", "qalora", "vera", "ia3")
-BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -90,10 +86,10 @@ def from_wrappers(wrappers: Wrappers) -> Neutral:
     for path, wrapper in wrappers.items():
         method = _method(wrapper, path)
         methods[method] += 1
-        modules[path] = _module(wrapper, method)
+        modules[path] = module_of(wrapper, method)
         if isinstance(wrapper, VeRA):
             a, b = wrapper._pair
-            shared = {"vera_A": _array(a.T), "vera_B": _array(b)}
+            shared = {"vera_A": as_numpy(a.T), "vera_B": as_numpy(b)}
     if len(methods) != 1:
         raise AdapterError(f"an adapter of several methods, {', '.join(methods)}, has no form in other formats")
     return Neutral(next(iter(methods)), modules, shared)
@@ -109,20 +105,21 @@ def _method(wrapper: AdapterLayer, path: str) -> str:
     )
 
 
-def _module(wrapper: AdapterLayer, method: str) -> Module:
+def module_of(wrapper: AdapterLayer, method: str) -> Module:
+    """The module that a wrapper of one of METHODS holds."""
     kind = kind_of(wrapper.base)
     if method in ("lora", "dora"):
         a, b = wrapper.factors()
         a, b = (a, b) if kind == "experts" else (a.T, b.T)
-        extras = {"magnitude": _array(wrapper["m"])} if method == "dora" else {}
-        return Module(kind, _array(a), _array(b), wrapper.scale, extras)
+        extras = {"magnitude": as_numpy(wrapper["m"])} if method == "dora" else {}
+        return Module(kind, as_numpy(a), as_numpy(b), wrapper.scale, extras)
     if method == "qalora":
         a, b = wrapper["lora_a"], wrapper["lora_b"]
         a, b = (a, b) if kind == "experts" else (a.T, b.T)
-        return Module(kind, _array(a), _array(b), wrapper.scale, group_size=wrapper.group_size)
+        return Module(kind, as_numpy(a), as_numpy(b), wrapper.scale, group_size=wrapper.group_size)
     if method == "vera":
-        return Module(kind, extras={name: _array(wrapper[name]) for name in ("vera_b", "vera_d")})
-    return Module(kind, extras={"vector": _array(wrapper["vector"])}, columns=wrapper.columns)
+        return Module(kind, extras={name: as_numpy(wrapper[name]) for name in ("vera_b", "vera_d")})
+    return Module(kind, extras={"vector": as_numpy(wrapper["vector"])}, columns=wrapper.columns)
 
 
 def kind_of(layer: Any) -> str:
@@ -130,58 +127,9 @@ def kind_of(layer: Any) -> str:
     return "embedding" if isinstance(layer, EMBEDDINGS) else "experts" if isinstance(layer, EXPERTS) else "linear"
 
 
-def _array(array: mx.array) -> Array:
+def as_numpy(array: mx.array) -> Array:
+    """The array in float32."""
     return np.array(array.astype(mx.float32))
-
-
-def as_lora(wrappers: Wrappers, rank: int, *, on_module: Callable[[], None] = lambda: None) -> tuple[Neutral, float]:
-    """The LoRA adapter of at most `rank` nearest to any adapter that changes weights, and its relative error.
-
-    The error is ‖ΔW' − ΔW‖ / ‖ΔW‖, Frobenius norms over all modules together; exactly 0 where the rank holds it all.
-    One weight is in memory at a time. Raises AdapterError for a module whose weight can't be changed by LoRA, and where
-    more than a weight is changed, such as a bias.
-    """
-    modules, lost, norm = {}, 0.0, 0.0
-    for path, wrapper in wrappers.items():
-        _check_weight_alone(wrapper, path)
-        kind = kind_of(wrapper.base)
-        parts = [_cut(matrix, rank) for matrix in _updates(wrapper)]
-        lost, norm = lost + sum(part[2] for part in parts), norm + sum(part[3] for part in parts)
-        modules[path] = _joined(kind, [(left, right) for left, right, _, _ in parts])
-        on_module()
-    return Neutral("lora", modules), float(np.sqrt(lost / norm)) if norm else 0.0
-
-
-def _check_weight_alone(wrapper: AdapterLayer, path: str) -> None:
-    if not isinstance(wrapper.base, (*LINEARS, *EMBEDDINGS, *EXPERTS)):
-        raise AdapterError(f"{path}: a {type(wrapper.base).__name__} has no LoRA", hint="fuse merges it as it is")
-    try:
-        fused, base = wrapper.fuse(), wrapper.base
-    except CannotFuse as error:
-        raise AdapterError(f"{path}: {error.message}", hint=error.hint) from None
-    before, after = (layer["bias"] if "bias" in layer else None for layer in (base, fused))
-    same = before is after or (before is not None and after is not None and mx.allclose(before, after).item())
-    if not same:
-        raise AdapterError(f"{path}: its bias is changed too, which LoRA can't say", hint="fuse merges it as it is")
-
-
-def _updates(wrapper: AdapterLayer) -> list[tuple[Array, Array] | Array]:
-    """ΔW of each expert, or of the one weight: as two factors (out, r) and (r, in), or whole (out, in)."""
-    if isinstance(wrapper, LoRA) and not isinstance(wrapper, DoRA):
-        module = _module(wrapper, "lora")
-    elif isinstance(wrapper, QALoRA):
-        module = expanded(_module(wrapper, "qalora"))
-    elif isinstance(wrapper, VeRA):
-        a, b = (_array(part) for part in wrapper.projections())
-        vectors = [_array(wrapper[name]) for name in ("vera_b", "vera_d")]
-        many = zip(*(vector.reshape(-1, vector.shape[-1]) for vector in vectors), strict=True)
-        return [(own_b[:, None] * b, own_d[:, None] * a.T) for own_b, own_d in many]
-    else:
-        delta = _array(wrapper.delta())
-        return list(delta) if delta.ndim == 3 else [delta.T if kind_of(wrapper.base) == "embedding" else delta]
-    assert module.a is not None and module.b is not None
-    a, b = (array if array.ndim == 3 else array[None] for array in (module.a, module.b))
-    return [(np.float32(module.scale) * own_b, own_a) for own_a, own_b in zip(a, b, strict=True)]
 
 
 def expanded(module: Module) -> Module:
@@ -194,42 +142,24 @@ def expanded(module: Module) -> Module:
     return replace(module, a=a, group_size=None)
 
 
-def _cut(update: tuple[Array, Array] | Array, rank: int) -> tuple[Array, Array, float, float]:
-    """Factors (out, k) and (k, in) of at most `rank`, with the squares of the error and of the norm."""
-    if isinstance(update, tuple) and update[1].shape[0] <= rank:
-        left, right = update
-        return left, right, 0.0, float(((left.T @ left) * (right @ right.T)).sum())
-    svd: Svd
-    if isinstance(update, tuple):
-        svd = thin_svd(*(factor.astype(np.float64) for factor in update))
-    else:
-        blocks = [update[start : start + BLOCK_ROWS] for start in range(0, len(update), BLOCK_ROWS)]
-        svd = nearest_low_rank([block.astype(np.float64) for block in blocks], update.shape[1], rank)
-    (left, right), error, norm = svd.cut(rank, None)
-    return left.astype(np.float32), right.astype(np.float32), error, norm
-
-
-def _joined(kind: str, pairs: list[tuple[Array, Array]]) -> Module:
-    """The factors of one weight, or of all experts padded to one rank, as a module."""
-    if kind != "experts":
-        left, right = pairs[0]
-        return Module(kind, np.ascontiguousarray(right), np.ascontiguousarray(left))
-    rank = max(right.shape[0] for _, right in pairs)
-    a = np.stack([np.pad(right, ((0, rank - len(right)), (0, 0))) for _, right in pairs])
-    b = np.stack([np.pad(left, ((0, 0), (0, rank - left.shape[1]))) for left, _ in pairs])
-    return Module(kind, a, b)
-
-
 def to_store(
-    neutral: Neutral, out: Path, known: Manifest, layers: int, *, shapes: dict[str, tuple[int, ...]], force: bool
+    neutral: Neutral,
+    out: Path,
+    known: Manifest,
+    layers: int,
+    *,
+    shapes: dict[str, tuple[int, ...]],
+    chat_template: str | None = None,
+    force: bool,
 ) -> Path:
     """Write an adapter directory of ours; `known` says what the arrays don't: base, template, data, parents.
 
-    `layers` is the model's number of layers, `shapes` the unpacked shapes of its weights by path. Factors that bfloat16
-    can't hold exactly stay float32, so nothing is rounded. Raises AdapterError naming the modules of another shape.
+    `layers` is the model's number of layers, `chat_template` the adapter's own where it has one, and `shapes` are the
+    unpacked shapes of the model's weights by path. Factors that bfloat16 can't hold exactly stay float32, so nothing is
+    rounded. Raises AdapterError naming the modules of another shape.
     """
     _check_shapes(neutral, shapes)
-    stored = {path: _stored(module, neutral.method) for path, module in neutral.modules.items()}
+    stored = {path: arrays_of(module, neutral.method) for path, module in neutral.modules.items()}
     scales = {path: module.scale for path, module in neutral.modules.items()}
     first = next(iter(scales.values()))
     precise = {
@@ -246,7 +176,10 @@ def to_store(
             "scales": scales,
         }
     )
-    return store.write(out, stored, scales, manifest, layers, precise=precise, force=force)
+    return store.write(
+        out, stored, scales, manifest, layers, precise=precise, shared=neutral.shared, chat_template=chat_template,
+        force=force,
+    )  # fmt: skip
 
 
 def settings_of(neutral: Neutral) -> Adapter:
@@ -262,9 +195,27 @@ def settings_of(neutral: Neutral) -> Adapter:
     alphas = {path: module.scale * module.rank for path, module in neutral.modules.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     own: dict[str, Any] = {re.escape(path): value for path, value in alphas.items() if value != alpha}
+    more: dict[str, Any] = {"zero_points": "float32"} if neutral.method == "qalora" else {}  # not trained through ours
     return Adapter(
-        method=neutral.method, rank=usual, alpha=alpha, targets=paths, rank_pattern=others, alpha_pattern=own
+        method=neutral.method, rank=usual, alpha=alpha, targets=paths, rank_pattern=others, alpha_pattern=own, **more
     )
+
+
+def usable(neutral: Neutral) -> Neutral:
+    """The adapter with all scales above zero, a sign going into B. Raises AdapterError for updates beyond float32."""
+    return replace(neutral, modules={path: _usual_scale(path, each) for path, each in neutral.modules.items()})
+
+
+def _usual_scale(path: str, module: Module) -> Module:
+    """The module with a scale above zero. Raises AdapterError where s·B is too large for float32."""
+    if module.b is None:
+        return module
+    with np.errstate(over="ignore"):
+        if not np.isfinite(np.float32(module.scale) * module.b * np.float32(1e6)).all():
+            raise AdapterError(f"{path}: its update, of scale {module.scale:.3g}, is beyond any that a model can use")
+    if module.scale > 0:
+        return module
+    return replace(module, b=np.float32(module.scale) * module.b, scale=1.0)
 
 
 def _check_shapes(neutral: Neutral, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -290,7 +241,7 @@ def shapes_of(modules: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {path: layer_shape(m) for path, m in modules.items() if isinstance(m, (*LINEARS, *EMBEDDINGS, *EXPERTS))}
 
 
-def _stored(module: Module, method: str) -> dict[str, mx.array]:
+def arrays_of(module: Module, method: str) -> dict[str, mx.array]:
     """A module's arrays by their names in our files."""
     if method in ("vera", "ia3"):
         return {name: mx.array(array) for name, array in module.extras.items()}

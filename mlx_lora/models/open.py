@@ -24,12 +24,12 @@ from mlx_lora import files, paths
 from mlx_lora.errors import ModelError, nearest
 from mlx_lora.machine import allocation
 from mlx_lora.models import token_ids
+from mlx_lora.places import listing
+from mlx_lora.places.listing import REPO
 
 with allocation.file_limits_kept():
     import mlx_lm.utils as mlx_lm_utils
 
-# An owner and a name, as on a hub; `./models/x` and `~/x` are paths.
-REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 # Settings that make mlx_lm or transformers run code. `auto_map` only names some, for whoever asks to run it.
 RUNS_CODE = ("model_file", "_attn_implementation_internal")
 # A model is built before its weights are held against it, layer by layer: more than any model has would take for ever.
@@ -85,7 +85,7 @@ def open_model(model: Model) -> OpenModel:
 
 
 def find_model(model: str) -> Path:
-    """The directory that `model` names by the rule of `paths.find`, or a repo that the hub's cache on this disk holds.
+    """The directory that `model` names: by the rule of `paths.find`, else by a name that `models list` prints.
 
     Raises ModelError saying where it looked; never asks a hub.
     """
@@ -99,32 +99,19 @@ def find_model(model: str) -> Path:
             else "name the directory that holds it"
         )
         raise ModelError(f"{model} is a file, a model is a directory", hint=hint)
-    if cached := in_hub_cache(model):
-        return cached
-    names = model_names()
+    if listed := listing.directory(model):
+        return listed
+    raise _not_found(model)
+
+
+def _not_found(model: str) -> ModelError:
     where = f"no directory {model!r}" + (
         "" if paths.is_path(model) else f", and no model of that name in {paths.home() / 'models'}"
     )
-    similar = nearest(model, names) if names else ""
-    raise ModelError(where + similar, hint=f"mlx-lora pull {model if REPO.fullmatch(model) else 'REPO'}")
-
-
-def model_names() -> list[str]:
-    """Names of the models in the home. Directories with other names are unfinished work, links may lead elsewhere."""
-    models = paths.home() / "models"
-    entries = [entry for entry in models.iterdir() if entry.is_dir()] if models.is_dir() else []
-    return sorted(entry.name for entry in entries if paths.is_name(entry.name) and files.inside(entry, models))
-
-
-def in_hub_cache(repo: str) -> Path | None:
-    """The snapshot of a repo that Hugging Face's cache on this disk already holds."""
-    if not REPO.fullmatch(repo):
-        return None
-    from huggingface_hub import constants
-
-    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
-    complete = [config.parent for config in snapshots.glob("*/config.json")]
-    return max(complete, key=lambda folder: folder.stat().st_mtime) if complete else None
+    names, close = listing.model_names(), listing.close_to(model)
+    similar = f"; did you mean {close[0]!r}?" if close else nearest(model, names) if names else ""
+    hint = "mlx-lora models list" if close else f"mlx-lora pull {model if REPO.fullmatch(model) else 'REPO'}"
+    return ModelError(where + similar, hint=hint)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,12 +23,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora import files, paths
-from mlx_lora.adapters.attach import Wrappers, build
-from mlx_lora.adapters.base import AdapterLayer
-from mlx_lora.adapters.targets import bare_modules
+from mlx_lora.adapters.attach import Wrappers
 from mlx_lora.config import Adapter
 from mlx_lora.data.read import sha256
 from mlx_lora.errors import AdapterError
+from mlx_lora.store.fitting import listed, rank_axis, wrappers_for
 from mlx_lora.store.manifest import (
     CHAT_TEMPLATE,
     CONFIG,
@@ -103,18 +102,24 @@ def write(
     layers: int,
     *,
     precise: Collection[str] = (),
+    shared: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
     force: bool = False,
 ) -> Path:
-    """`save` for arrays by module path and name, of which `precise` names those to keep in float32."""
+    """`save` for arrays by module path and name, of which `precise` names those to keep in float32.
+
+    `shared` are arrays of the whole adapter by name, kept in float32: VeRA's pair `vera_A` (r, largest in) and `vera_B`
+    (largest out, r) where the seed in the manifest doesn't draw it.
+    """
     manifest = _as_stored(manifest, stored)
     if manifest.method in MLX_LM:
-        arrays, scale = _padded_alike(stored, scales)
-        config = _for_mlx_lm(manifest, layers, scale)
+        arrays, scale = padded_alike(stored, scales)
+        config = _config_of(manifest, layers, scale)
     else:
         arrays = {f"{path}.{name}": array for path, named in stored.items() for name, array in named.items()}
         config = {"fine_tune_type": manifest.method, "num_layers": layers}
     rounded = {name: array.astype(mx.float32 if name in precise else mx.bfloat16) for name, array in arrays.items()}
+    rounded |= {name: mx.array(array, mx.float32) for name, array in (shared or {}).items()}
     with paths.written_whole(out, force=force) as folder:
         with paths.created(folder / WEIGHTS) as stream:
             mx.save_safetensors(stream, rounded, metadata={"format": "mlx"})
@@ -122,14 +127,14 @@ def write(
         if chat_template is not None:
             with paths.created(folder / CHAT_TEMPLATE) as stream:
                 stream.write(chat_template.encode())
-        complete = manifest.model_copy(
-            update={
-                "weights_sha256": sha256(folder / WEIGHTS),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-        )
-        _write(folder / MANIFEST, complete.model_dump())
+        _write(folder / MANIFEST, _completed(manifest, folder).model_dump())
     return out
+
+
+def _completed(manifest: Manifest, folder: Path) -> Manifest:
+    """The manifest of the weights in `folder`, which is written last."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return manifest.model_copy(update={"weights_sha256": sha256(folder / WEIGHTS), "created": created})
 
 
 def _as_stored(manifest: Manifest, stored: dict[str, dict[str, mx.array]]) -> Manifest:
@@ -144,9 +149,7 @@ def _as_stored(manifest: Manifest, stored: dict[str, dict[str, mx.array]]) -> Ma
     return manifest.model_copy(update={"adapter": settings.model_dump() | changed})
 
 
-def _padded_alike(
-    stored: dict[str, dict[str, mx.array]], scales: dict[str, float]
-) -> tuple[dict[str, mx.array], float]:
+def padded_alike(stored: dict[str, dict[str, mx.array]], scales: dict[str, float]) -> tuple[dict[str, mx.array], float]:
     """mlx-lm knows one rank and one scale: others are reached by zero-padding, and by folding the scale into lora_b."""
     rank, scale = max(_rank(named) for named in stored.values()), next(iter(scales.values()))
     arrays = {}
@@ -154,31 +157,29 @@ def _padded_alike(
         for name, array in named.items():
             if name == "lora_b" and scales[path] != scale:
                 array = array * (scales[path] / scale)
-            axis = _rank_axis(name, array.ndim)
+            axis = rank_axis(name, array.ndim)
             arrays[f"{path}.{name}"] = array if axis is None else _padded(array, rank, axis=axis)
     return arrays, scale
 
 
-def _for_mlx_lm(manifest: Manifest, layers: int, scale: float) -> dict[str, Any]:
+def _config_of(manifest: Manifest, layers: int, scale: float) -> dict[str, Any]:
     settings = Adapter.model_validate(manifest.adapter)
     rank = max(map(settings.rank_of, manifest.modules))
-    return {
-        "fine_tune_type": manifest.method,
-        "num_layers": layers,
-        "lora_parameters": {
-            "rank": rank,
-            "scale": scale,
-            "alpha": scale * rank,
-            "dropout": manifest.adapter.get("dropout", 0.0),
-            "keys": manifest.modules,
-        },
-        "alpha": scale * rank,
-    }
+    return mlx_lm_config(manifest.method, manifest.modules, layers, rank=rank, scale=scale, dropout=settings.dropout)
+
+
+def mlx_lm_config(
+    method: str, modules: list[str], layers: int, *, rank: int, scale: float, dropout: float = 0.0
+) -> dict[str, Any]:
+    """adapter_config.json for mlx-lm, with `alpha` for tools that read only that."""
+    alpha = scale * rank
+    parameters = {"rank": rank, "scale": scale, "alpha": alpha, "dropout": dropout, "keys": modules}
+    return {"fine_tune_type": method, "num_layers": layers, "lora_parameters": parameters, "alpha": alpha}
 
 
 def _rank(named: dict[str, mx.array]) -> int:
     array = named["lora_a"]
-    return int(array.shape[_rank_axis("lora_a", array.ndim)])  # type: ignore[index]
+    return int(array.shape[rank_axis("lora_a", array.ndim)])  # type: ignore[index]
 
 
 def _padded(array: mx.array, rank: int, *, axis: int) -> mx.array:
@@ -210,7 +211,7 @@ def read(path: Path, *, weights_sha256: str | None = None) -> StoredAdapter:
     mx.eval(finite)
     faults += [f"{name} holds NaN or infinity" for name, holds in finite.items() if not holds.item()]
     if faults:
-        raise AdapterError(f"{path}: " + _listed(faults), hint="train it again, or restore it from a copy")
+        raise AdapterError(f"{path}: " + listed(faults), hint="train it again, or restore it from a copy")
     return StoredAdapter(path, manifest, arrays, rank, scale)
 
 
@@ -227,66 +228,6 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
     with files.refusing(AdapterError, f"{file}: not a readable safetensors file"):
         arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
     return arrays
-
-
-def _listed(faults: list[str], *, most: int = 12) -> str:
-    more = [f"… and {len(faults) - most} more"] if len(faults) > most else []
-    return "\n  ".join(faults[:most] + more)
-
-
-def wrappers_for(model: Any, adapter: StoredAdapter) -> Wrappers:
-    """Frozen wrappers holding an adapter's arrays, ready to `put` on `model`, each with its own rank.
-
-    Raises one AdapterError listing every tensor that is missing, extra, or of another shape.
-    """
-    known = bare_modules(model)
-    modules = sorted({name.rpartition(".")[0] for name in adapter.arrays} | set(adapter.manifest.modules))
-    settings = Adapter.model_validate(adapter.manifest.adapter).model_copy(update={"dropout": 0.0, "init": "default"})
-    wrappers = build(model, settings, only=[path for path in modules if path in known])
-    unserved = [path for path in modules if path not in wrappers]
-    faults = [f"{path} is no layer of the base that {settings.method} serves" for path in unserved]
-    expected = set()
-    one_rank = adapter.manifest.method in MLX_LM
-    for path, wrapper in wrappers.items():
-        if wrapper.rank:
-            wrapper.scale = adapter.scale if one_rank else adapter.manifest.scales[path]
-        for name in wrapper.adapter_params():
-            expected.add(f"{path}.{name}")
-            rank = adapter.rank if one_rank else wrapper.rank
-            fault = _fill(wrapper, name, adapter.arrays.get(f"{path}.{name}"), rank)
-            faults += [f"{path}.{name} {fault}"] if fault else []
-    extra = [name for name in adapter.arrays if name not in expected and name.rpartition(".")[0] in known]
-    faults += [f"{name} is not part of this method" for name in extra]
-    if faults:
-        raise AdapterError(f"{adapter.name} doesn't fit the base:\n  {_listed(faults)}", hint="is this the right base?")
-    for wrapper in wrappers.values():
-        wrapper.freeze()
-    return wrappers
-
-
-def _fill(wrapper: AdapterLayer, name: str, stored: mx.array | None, rank: int) -> str | None:
-    """Give a wrapper one stored array, cut from the file's rank to the wrapper's own; or say what is wrong with it."""
-    shape = list(wrapper[name].shape)
-    axis = _rank_axis(name, len(shape)) if rank else None
-    if axis is not None:
-        shape[axis] = rank
-    if stored is None:
-        return "is missing"
-    if list(stored.shape) != shape:
-        return f"has shape {tuple(stored.shape)}, the base needs {tuple(shape)}"
-    if axis is not None:
-        stored = mx.split(stored, [min(wrapper.rank, rank)], axis=axis)[0]
-    wrapper[name] = stored.astype(mx.float32)
-    return None
-
-
-def _rank_axis(name: str, dimensions: int) -> int | None:
-    """Where the rank is: lora_a (in, r) or (E, r, in), lora_b (r, out) or (E, out, r); nowhere in other arrays."""
-    if name == "lora_a":
-        return 1
-    if name == "lora_b":
-        return 2 if dimensions == 3 else 0
-    return None
 
 
 def _write(file: Path, values: dict[str, Any]) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from mlx_lora import paths
 from mlx_lora.errors import AdapterError, MlxLoraError, ModelError
-from mlx_lora.models.open import REPO, OpenModel, in_hub_cache, model_names, open_model
+from mlx_lora.models.open import OpenModel, open_model
+from mlx_lora.places import listing
+from mlx_lora.places.listing import REPO
 from mlx_lora.store import fingerprint, registry
 from mlx_lora.store.adapter import Base, StoredAdapter
 
@@ -49,10 +51,19 @@ def check_bases(adapters: Sequence[StoredAdapter]) -> None:
 
 def _places(base: Base) -> list[Path]:
     """Directories that may hold the base: that of its name, then those where its fingerprint was computed."""
-    # a name from a manifest is never taken for a path
-    named = paths.room("models", base.name) if base.name in model_names() else in_hub_cache(base.name)
+    named = _named_place(base.name)
     seen = [place for wanted in (base.fingerprint, base.source) if wanted for place in fingerprint.places(wanted)]
     return list(dict.fromkeys(place.resolve() for place in [named, *seen] if place))
+
+
+def _named_place(name: str) -> Path | None:
+    """The directory of a listed name. It comes from a manifest, so it is never taken for a path."""
+    if name in listing.model_names():
+        return paths.room("models", name)
+    try:
+        return listing.directory(name)
+    except ModelError:  # a GGUF file of that name
+        return None
 
 
 def _belongs(adapter: StoredAdapter, opened: OpenModel) -> bool:

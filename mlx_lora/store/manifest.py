@@ -74,7 +74,7 @@ def read_manifest(path: Path) -> Manifest:
     if isinstance(version := values.get("schema_version"), int) and version > SCHEMA:
         raise AdapterError(f"{file}: schema version {version} is newer than this mlx-lora", hint="upgrade mlx-lora")
     try:
-        manifest = Manifest.model_validate(values)
+        manifest = _complete(Manifest.model_validate(values))
         settings = Adapter.model_validate(manifest.adapter)
     except ValidationError as error:
         first = error.errors()[0]
@@ -85,6 +85,13 @@ def read_manifest(path: Path) -> Manifest:
     return manifest.model_copy(update={"adapter": settings.model_dump()})
 
 
+def _complete(manifest: Manifest) -> Manifest:
+    """With what older versions didn't write: they had nothing but zero-points in float32."""
+    if "qalora" not in manifest.method:
+        return manifest
+    return manifest.model_copy(update={"adapter": {"zero_points": "float32"} | manifest.adapter})
+
+
 def _manifest_of_mlx_lm(path: Path, config: dict[str, Any]) -> Manifest:
     """What mlx-lm's own configuration and the names of its arrays say, as a manifest."""
     rank, scale = rank_and_scale(path / CONFIG, config)
@@ -93,8 +100,7 @@ def _manifest_of_mlx_lm(path: Path, config: dict[str, Any]) -> Manifest:
     modules = sorted({tensor.name.rpartition(".")[0] for tensor in files.tensors(path / WEIGHTS, AdapterError)})
     try:
         dropout = config["lora_parameters"].get("dropout", 0.0)
-        method = config.get("fine_tune_type", "lora")
-        settings = Adapter(method=method, rank=rank, alpha=scale * rank, dropout=dropout)
+        settings = Adapter(method=method_of(config), rank=rank, alpha=scale * rank, dropout=dropout)
     except ValidationError as error:
         raise AdapterError(f"{path / CONFIG}: {error.errors()[0]['msg']}") from None
     scales = dict.fromkeys(modules, scale)
@@ -102,14 +108,26 @@ def _manifest_of_mlx_lm(path: Path, config: dict[str, Any]) -> Manifest:
 
 
 def rank_and_scale(file: Path, config: dict[str, Any]) -> tuple[int, float]:
-    """The one rank and the one scale of the arrays, from mlx-lm's configuration."""
-    kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
-    if kind not in MLX_LM or not isinstance(parameters, dict):
-        raise AdapterError(f"{file}: fine_tune_type {kind!r} is not supported, only {' and '.join(MLX_LM)}")
+    """The one rank and the one scale of the arrays, from mlx-lm's configuration.
+
+    mlx-lm of 2024 had an `alpha` beside `scale`, and multiplied by scale · alpha / rank. Later versions ignore it; they
+    write `optimizer`, which those didn't. Our own configurations have `alpha` at the top too, where it is scale · rank.
+    """
+    method, parameters = method_of(config), config.get("lora_parameters")
+    if method not in MLX_LM or not isinstance(parameters, dict):
+        raise AdapterError(f"{file}: fine_tune_type {method!r} is not supported, only {' and '.join(MLX_LM)}")
     try:
-        return int(parameters["rank"]), float(parameters["scale"])
-    except (KeyError, TypeError, ValueError) as error:
+        rank, scale = int(parameters["rank"]), float(parameters["scale"])
+        if parameters.get("alpha") is not None and not {"alpha", "optimizer"} & config.keys():
+            scale *= float(parameters["alpha"]) / rank
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise AdapterError(f"{file}: no usable rank and scale ({error})") from None
+    return rank, scale
+
+
+def method_of(config: dict[str, Any]) -> Any:
+    """`fine_tune_type`, which mlx-lm's first configurations didn't have: they said `use_dora`."""
+    return config.get("fine_tune_type", "dora" if config.get("use_dora") is True else "lora")
 
 
 def read_config(path: Path) -> dict[str, Any]:

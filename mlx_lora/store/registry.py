@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_lora import files, methods, paths
 from mlx_lora.config import Quantize
 from mlx_lora.errors import AdapterError, NameTaken, nearest
+from mlx_lora.places import layout
 from mlx_lora.store.lock import locked
 from mlx_lora.store.manifest import MANIFEST, Base, read_manifest
 from mlx_lora.store.run import CAN_GO_ON
@@ -154,8 +155,10 @@ def describe_base(loaded: LoadedModel) -> Base:
 
 
 def base_name(path: Path) -> str:
-    """The directory's name, or the repo's where the directory is a snapshot in the hub's cache."""
+    """The directory's name; owner and name where it is a snapshot in the hub's cache, or among LM Studio's models."""
     path = path.resolve()
+    if path.parent.parent == layout.lm_studio_models().resolve():
+        return f"{path.parent.name}/{path.name}"
     if path.parent.name == "snapshots":
         return path.parents[1].name.removeprefix("models--").replace("--", "/")
     return path.name

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_lora import __version__, paths
 from mlx_lora.machine import blas, facts
-from mlx_lora.models.open import model_names
+from mlx_lora.places.listing import model_names
 from mlx_lora.store import registry
 
 PACKAGES = ("mlx", "mlx-lm", "transformers", "numpy")

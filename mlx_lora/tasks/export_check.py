@@ -19,7 +19,8 @@ from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.interop.gate import Asked, Checked, TopTokens, prompts, questions, top_tokens
 from mlx_lora.models.open import OpenModel
 from mlx_lora.store import registry
-from mlx_lora.store.adapter import StoredAdapter, wrappers_for
+from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
+from mlx_lora.store.base import base_for
 from mlx_lora.tasks.fuse import generated_rows, rows_of
 
 RECORD = "export.json"
@@ -38,6 +39,15 @@ class Reference:
     @property
     def prompts(self) -> list[list[int]]:
         return prompts(self.asked)
+
+
+def sources(model: str | None, adapter: str, out: Path, force: bool) -> tuple[OpenModel, StoredAdapter]:
+    """Base and adapter, once it is sure that the directory `out` may be written."""
+    paths.check_target(out, force=force)
+    stored = read(registry.find(adapter))
+    opened = base_for(model, [stored])
+    paths.check_apart(out, model=opened.path, adapter=stored.path)
+    return opened, stored
 
 
 def reference(

@@ -14,7 +14,6 @@ from mlx_lora.adapters.attach import put
 from mlx_lora.config import Data
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.rows import Row
-from mlx_lora.errors import NameTaken
 from mlx_lora.interop.fuse import Fused, fuse
 from mlx_lora.measure import Agreement, Predictions, compare, predictions, rows_of_tokens
 from mlx_lora.models import chat_templates
@@ -48,6 +47,7 @@ def fuse_adapter(
     out: Path,
     *,
     bits: str | None = None,
+    zero_points: str | None = None,
     data: str | None = None,
     force: bool = False,
     progress: OnFile = silent,
@@ -60,14 +60,13 @@ def fuse_adapter(
     paths.check_target(out, force=force)
     stored_adapter = read(registry.find(adapter))
     opened = base_for(model, [stored_adapter])
-    if out.resolve() == opened.path.resolve():
-        raise NameTaken(f"{out} is the model itself", hint="choose another directory")
+    paths.check_apart(out, model=opened.path, adapter=stored_adapter.path)
     rows = None if data is None else rows_of(data, stored_adapter, opened.tokenizer, progress)
 
     def open_stored() -> LoadedModel:
         return registry.open_stored(opened, [stored_adapter], lazily=True)
 
-    fused = fuse(open_stored, stored_adapter, out, bits=bits, force=force)
+    fused = fuse(open_stored, stored_adapter, out, bits=bits, zero_points=zero_points, force=force)
     if stored_adapter.chat_template is not None:
         chat_templates.give(out, stored_adapter.chat_template, stored_adapter.manifest.answer_end)
     reference = registry.open_base(opened, [stored_adapter])

@@ -17,7 +17,6 @@ from mlx_lora import paths
 from mlx_lora.config import Data, Quantize
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.rows import Row
-from mlx_lora.errors import NameTaken
 from mlx_lora.measure import Agreement, as_dict, compare, predictions, predictions_by_layer
 from mlx_lora.models.layers import dequantize_model, half
 from mlx_lora.models.load import LoadedModel, load, load_stored, ready
@@ -62,8 +61,7 @@ def quantize_model(
     """
     paths.check_target(out, force=force)
     opened = open_model(model)
-    if out.resolve() == opened.path.resolve():
-        raise NameTaken(f"{out} is the model itself", hint="choose another directory")
+    paths.check_apart(out, model=opened.path)
     loaded = load_stored(opened)
     rows = _rows(verify, loaded.tokenizer, progress)
     packing = _pack(loaded, settings.complete(), warn)

@@ -49,7 +49,7 @@ def test_abstractmethod_enforces_the_contract_on_a_module(kind: type, part: str)
         type("Lacking", (AdapterLayer,), whole)
 
 
-@pytest.mark.parametrize(("method", "part"), [("dora", "sides"), ("qalora", "zero_points")])
+@pytest.mark.parametrize(("method", "part"), [("dora", "sides"), ("qalora", "masters")])
 def test_what_a_method_asks_of_its_own_kinds_of_layers_is_enforced_too(method: str, part: str) -> None:
     (shared,) = {cls for cls in classes() if cls.__name__.lower() == method}
     with pytest.raises(TypeError, match=f"lacks .*{part}"):

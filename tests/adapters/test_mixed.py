@@ -162,6 +162,13 @@ def test_other_methods_are_refused_by_name(method: str) -> None:
     assert not held.keys and not held.nbytes
 
 
+def test_qalora_that_rounds_its_zero_points_is_left_to_itself() -> None:
+    model = network("llama", dtype=mx.float16)
+    quantize(model, PACKED)
+    assert "rounds its zero-points" in str(reason_alone(build(model, Adapter(method="qalora"))))
+    assert reason_alone(build(model, Adapter(method="qalora", zero_points="float32"))) is None
+
+
 def test_vera_of_a_large_rank_is_left_to_itself() -> None:
     model = network("llama")
     assert reason_alone(build(model, Adapter(method="vera", rank=64))) is None

@@ -35,14 +35,24 @@ class Inputs:
         self._temporary.cleanup()
 
     @cached_property
-    def float16(self) -> str:
-        """SmolLM2 as float16, from its GGUF file."""
+    def gguf(self) -> str:
+        """SmolLM2's GGUF file, in Q4_1."""
         cache = Path(os.environ.get("MLX_LORA_TEST_CACHE", "~/.cache/mlx-lora-tests")).expanduser()
         tool = SHARED / "tools" / "get_smollm2.py"
         if not tool.is_file():
             raise Failed(f"{tool.name} is absent: this benchmark needs SmolLM2")
         found = subprocess.run([sys.executable, str(tool), str(cache)], check=True, stdout=subprocess.PIPE, text=True)
-        return self._made("import-gguf", found.stdout.strip().splitlines()[-1], "smollm2", "--dtype", "float16")
+        return found.stdout.strip().splitlines()[-1]
+
+    @cached_property
+    def float16(self) -> str:
+        """SmolLM2 as float16."""
+        return self._made("import-gguf", self.gguf, "smollm2", "--dtype", "float16")
+
+    @cached_property
+    def as_published(self) -> str:
+        """The same as its file packs it: 4 bits in groups of 32, with float16 zero-points."""
+        return self._made("import-gguf", self.gguf, "smollm2-published")
 
     @cached_property
     def four_bit(self) -> str:

@@ -1,4 +1,4 @@
-"""Recorded figures become the tables of two documents, and plots. Nothing is measured here.
+"""Recorded figures become the tables of three documents, and plots. Nothing is measured here.
 
 `python -m tests.bench --tables` writes between the markers; a test compares, so a document can't claim other numbers.
 """
@@ -13,6 +13,7 @@ from tests.bench import plots, results
 
 README = results.FOLDER.parent / "README.md"
 TOP = results.FOLDER.parents[2] / "README.md"
+INTEROP = TOP.parent / "mlx_lora" / "interop" / "README.md"
 Table = tuple[str, Sequence[str], Sequence[Sequence[Any]]]
 
 
@@ -38,8 +39,17 @@ def cell(value: Any) -> str:
 
 def block() -> str:
     """What stands between the markers: the machine where it changes, then each benchmark's tables with its command."""
+    return _block(results.read())
+
+
+def merged() -> str:
+    """The tables of `merged` alone, for the document about merging."""
+    return _block({name: record for name, record in results.read().items() if name == "merged"})
+
+
+def _block(records: dict[str, dict[str, Any]]) -> str:
     parts, last = [], ""
-    for name, record in results.read().items():
+    for name, record in records.items():
         here = f"On {_machine(record['machine'])}:\n"
         parts += [here] if here != last else []
         parts += [markdown(*table) for table in results.case(name).tables(record["figures"])]
@@ -80,7 +90,7 @@ def _beside(found: dict[str, Any], peer: str, key: str) -> list[str]:
 
 def written() -> dict[Path, str]:
     """The documents with their blocks as the recorded figures want them."""
-    wanted = ((README, "bench", block()), (TOP, "headline", headline()))
+    wanted = ((README, "bench", block()), (TOP, "headline", headline()), (INTEROP, "merged", merged()))
     return {file: _between(file.read_text(encoding="utf-8"), name, text) for file, name, text in wanted}
 
 

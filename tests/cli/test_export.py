@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlx_lora.interop import hf
+from mlx_lora.interop import gate, hf
 from mlx_lora.machine import limits
-from mlx_lora.tasks import export_hf
+from mlx_lora.tasks import export_fused
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -39,20 +40,16 @@ def test_what_was_exported_and_how_it_was_checked_lies_beside_it(run: Run, adapt
 def test_an_artefact_that_lost_the_adapter_is_not_written_unless_forced(
     run: Run, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_hf, "_check", _of_the_base(export_hf._check))
+    monkeypatch.setattr(export_fused, "check_in_transformers", of_the_base)
     ran = run("export", "hf", "--adapter", adapter, "--out", tmp_path / "out")
-    assert ran.code == 1 and "only 0% of the adapter's effect" in ran.err
+    assert ran.code == 1 and "0% of the adapter's effect" in ran.err
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
     assert run("export", "hf", "--adapter", adapter, "--out", tmp_path / "out", "--force").code == 0
 
 
-def _of_the_base(check: Any) -> Any:
+def of_the_base(folder: Path, before: Any) -> gate.Checked:
     """The check as it would be if the written model were the base."""
-
-    def checked(folder: Path, before: Any, progress: Any) -> Any:
-        return export_hf.gate.check("mlx_lm", before.live, before.base, before.base)
-
-    return checked
+    return gate.check("mlx_lm", before.live, before.base, before.base)
 
 
 def test_a_model_too_large_to_run_is_written_and_said_to_be_unchecked(
@@ -74,3 +71,26 @@ def test_nothing_is_written_where_something_is_wrong(
     ran = run("export", "hf", *(word for pair in chosen.items() for word in pair))
     assert ran.code == 1 and "error:" in ran.err
     assert not (tmp_path / "out").exists() and not list(taken.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "hf"), ("export", "ollama"), ("export", "lmstudio"), ("fuse",),
+        ("adapters", "export", "--to", "peft"), ("adapters", "export", "--to", "mlx-lm"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("source", ["base", "adapter"])
+def test_force_never_replaces_what_is_exported(
+    run: Run, adapter: str, tiny_path: Path, tmp_path: Path, words: tuple[str, ...], source: str
+) -> None:
+    """A directory that holds a model or an adapter may be replaced, but not by what is made of it."""
+    base, copy = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_path, base)
+    shutil.copytree(tmp_path / "home" / "adapters" / adapter, copy)
+    before = sorted(file.name for file in (tmp_path / source).iterdir())
+    named = (copy,) if words[0] == "adapters" else ("--adapter", copy)
+    for out in (tmp_path / source, tmp_path / source / "inside"):
+        ran = run(*words, *named, "--model", base, "--out", out, "--force")
+        assert ran.code == 1 and f"the {'model' if source == 'base' else 'adapter'} itself" in ran.err
+    assert sorted(file.name for file in (tmp_path / source).iterdir()) == before

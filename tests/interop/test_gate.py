@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lora.errors import CannotFuse
+from mlx_lora.errors import CannotFuse, NotFinite
 from mlx_lora.interop.gate import (
     TopTokens,
     check,
@@ -43,7 +43,7 @@ def test_the_divergence_is_that_of_the_whole_distributions_where_all_tokens_are_
     for before, after in zip(BASE, BASE + EFFECT, strict=True):
         p, q = softmax(before), softmax(after)
         (one,), (other,) = listed(before[None]), listed(after[None])
-        assert divergence(one, other) == pytest.approx((p * np.log(p / q)).sum(), rel=1e-6)
+        assert divergence(one, other, most=VOCABULARY) == pytest.approx((p * np.log(p / q)).sum(), rel=1e-6)
         (top,) = listed(before[None], 100)  # the rest as one token says no more than the whole does
         assert 0 <= divergence(top, other) <= (p * np.log(p / q)).sum() + 1e-9
         assert divergence(one, one) == pytest.approx(0, abs=1e-9)
@@ -52,6 +52,16 @@ def test_the_divergence_is_that_of_the_whole_distributions_where_all_tokens_are_
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_kept_is_the_share_of_the_effect_that_is_there(share: float) -> None:
     assert kept(BASE + share * EFFECT) == pytest.approx(share, abs=1e-6)
+
+
+def test_tokens_that_only_one_side_lists_count_as_the_rest() -> None:
+    """A base lists more tokens than another program tells: what isn't told must not pass for nearly impossible."""
+    before, after = BASE[:1], BASE[:1] + 0.1 * NOISE[:1]
+    (whole,), (told,) = listed(before), listed(after, 50)
+    (all_told,) = listed(after)
+    assert 0 < divergence(whole, told) < 2 * divergence(whole, all_told) < 0.05
+    (apart,) = listed(-BASE[:1], 50)
+    assert divergence(whole, apart) > 1
 
 
 def test_noise_that_has_nothing_to_do_with_the_adapter_leaves_it_kept() -> None:
@@ -63,12 +73,50 @@ def test_noise_that_has_nothing_to_do_with_the_adapter_leaves_it_kept() -> None:
     assert gone.kept == pytest.approx(0.0, abs=0.35) and gone.lost
 
 
+def test_a_weak_adapter_in_a_coarse_format_is_measured_beside_that_format_alone() -> None:
+    """Requantizing moves far more than the adapter did: beside the base, nothing is sure; beside the format, all is."""
+    live, noisy = listed(BASE + 0.05 * EFFECT, 100), BASE + 0.8 * NOISE
+    beside_base = check("llama.cpp", live, listed(BASE), listed(noisy + 0.05 * EFFECT))
+    assert beside_base.kept_error > 0.5 and not beside_base.lost
+    beside_format = check("llama.cpp", live, listed(BASE), listed(noisy + 0.05 * EFFECT), plain=listed(noisy))
+    assert beside_format.kept == pytest.approx(1, abs=0.02) and beside_format.kept_error < 0.02
+    assert check("llama.cpp", live, listed(BASE), listed(noisy), plain=listed(noisy)).lost
+
+
+def test_text_without_positions_is_refused() -> None:
+    with pytest.raises(CannotFuse, match="no text to compare"):
+        check("llama.cpp", [], [], [])
+
+
 def test_an_artefact_without_the_adapter_is_refused_with_its_figures() -> None:
-    checked = check("llama.cpp", listed(BASE + EFFECT, 100), listed(BASE), listed(BASE), plain=listed(BASE + NOISE))
+    checked = check(
+        "llama.cpp", listed(BASE + EFFECT, 100), listed(BASE), listed(BASE + NOISE), plain=listed(BASE + NOISE)
+    )
     assert checked.quantization_kl is not None and checked.quantization_kl > 0.1
-    with pytest.raises(CannotFuse, match="llama.cpp says that only 0% of the adapter's effect"):
+    with pytest.raises(CannotFuse, match="llama.cpp says that 0% of the adapter's effect"):
         refuse_lost(checked)
     refuse_lost(check("llama.cpp", listed(BASE + EFFECT, 100), listed(BASE), listed(BASE + EFFECT)))
+
+
+@pytest.mark.parametrize("times", [3.0, 10.0])
+def test_an_adapter_that_is_there_too_strongly_is_refused(times: float) -> None:
+    """A wrong alpha in a converter."""
+    checked = check("llama.cpp", listed(BASE + EFFECT, 100), listed(BASE), listed(BASE + times * EFFECT))
+    with pytest.raises(CannotFuse, match=f"{times:.0%} of the adapter's effect"):
+        refuse_lost(checked)
+    refuse_lost(checked, force=True)
+
+
+def test_a_model_that_says_other_things_altogether_is_refused_though_nothing_is_sure_of_the_adapter() -> None:
+    live, damaged = listed(BASE + 0.3 * EFFECT, 100), listed(3 * NOISE)
+    checked = check("llama.cpp", live, listed(BASE), damaged)
+    assert checked.kl > 1 and checked.kept_error > 1 and checked.lost
+
+
+def test_numbers_that_are_none_are_refused_whatever_is_forced() -> None:
+    checked = check("llama.cpp", listed(BASE + EFFECT, 100), listed(BASE), listed(BASE * np.nan))
+    with pytest.raises(NotFinite, match="isn't finite"):
+        refuse_lost(checked, force=True)
 
 
 def test_an_adapter_without_any_effect_is_not_called_lost() -> None:

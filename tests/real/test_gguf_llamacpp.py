@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mlx_lora.models.gguf import import_gguf
-from mlx_lora.models.gguf_tokenizer import SPLITS, Vocabulary, build_tokenizer
+from mlx_lora.models.gguf.tokenizer import SPLITS, Vocabulary, build_tokenizer
 
 pytestmark = pytest.mark.real
 
@@ -63,8 +63,10 @@ def smollm2_f32_gguf(smollm2: gguf.GGUFReader, smollm2_fields: dict[str, Any], c
     return target
 
 
-def write_f32(target: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    writer = gguf.GGUFWriter(target.with_suffix(".part"), "llama")
+def write_f32(
+    target: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray], architecture: str = "llama"
+) -> None:
+    writer = gguf.GGUFWriter(target.with_suffix(".part"), architecture)
     adders = {
         int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool,
         list: writer.add_array,
@@ -110,6 +112,18 @@ class LlamaCpp:
         )
         steps = answer["choices"][0]["logprobs"]["content"]
         return [(step["id"], {top["id"]: top["logprob"] for top in step["top_logprobs"]}) for step in steps]
+
+    def next_token(self, prompt: list[int], count: int, *, chosen: int) -> dict[int, float]:
+        """Log-probabilities of the `count` likeliest next tokens.
+
+        A server reports none for a token that is half a character, so it is made to choose the token `chosen`, which
+        must be whole characters. The log-probabilities are those before that choice.
+        """
+        answer = self.server.handle_completions(
+            {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": count, "cache_prompt": False,
+             "logit_bias": [[chosen, 1000.0]]}
+        )  # fmt: skip
+        return {top["id"]: top["logprob"] for top in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
 
 
 @pytest.fixture
@@ -295,6 +309,20 @@ def test_sentencepiece_vocabulary_cuts_as_llama_cpp(
     tokenizer = build_tokenizer(Vocabulary.read(fields))
     differing = [t for t in TEXTS if tokenizer.encode(t).ids != peer.tokenize(t, add_special=True)]
     assert differing == []
+
+
+def test_special_tokens_of_phi3_take_the_space_after_them_as_in_llama_cpp(
+    tmp_path: Path, llama_cpp: Callable[..., LlamaCpp]
+) -> None:
+    fields = sentencepiece_fields(tmp_path) | {"general.name": "Phi-3 mini", "tokenizer.ggml.add_space_prefix": False}
+    fields["tokenizer.ggml.tokens"][-1], fields["tokenizer.ggml.token_type"][-1] = "<|endoftext|>", 3
+    write_f32(tmp_path / "tiny.gguf", fields, tiny_tensors(600))
+    peer = llama_cpp(tmp_path / "tiny.gguf")
+    tokenizer = build_tokenizer(Vocabulary.read(fields))
+    texts = ("<|im_start|>user\n Hi<|im_end|>\n\n<|im_start|>assistant\n", "</s> \t x", "<s>  x", "<unk> x<|im_end|> ")
+    for text in (*texts, *TEXTS):
+        assert tokenizer.encode(text).ids == peer.tokenize(text, add_special=True), text
+    assert tokenizer.encode("<|im_end|> x").ids == tokenizer.encode("<|im_end|>x").ids
 
 
 SCALINGS: dict[str, dict[str, Any]] = {

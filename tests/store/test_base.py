@@ -82,7 +82,7 @@ def test_its_source_or_the_same_packed_tensors_serve_a_base_packed_on_loading(tr
 def test_a_repository_in_the_hubs_cache_is_found_by_its_name(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     snapshot = write_model(tmp_path / "hub" / "models--owner--tiny" / "snapshots" / "0123")
     mine = train("mine", snapshot)
     (paths.home() / "fingerprints.json").unlink()

@@ -34,22 +34,31 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "default": _DEFAULT,
-    "gpt-2": (_GPT2,),
+    **dict.fromkeys(("gpt-2", "granite-docling"), (_GPT2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "minerva-7b"), (r"\p{N}", _GPT2)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe"), (_LLAMA3,)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "pixtral", "smaug-bpe", "dbrx"), (_LLAMA3,)),
     **dict.fromkeys(("qwen2", "megrez"), (_QWEN2,)),
     "tekken": (_TEKKEN,),
+    **dict.fromkeys(("gpt-4o", "llama4"), (_O200K,)),
 }
 # With these rules, a word that is itself a token isn't merged from parts, and text begins with the BOS token unless the
 # file says otherwise.
-_WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"}
+WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "pixtral", "tekken"}
 # Tokens that end a turn in common chat templates. They are used in addition to the file's end-of-text token.
-_ENDS_TURN = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"}
+_ENDS_TURN = {
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|return|>", "<|call|>",
+}  # fmt: skip
 _SPACE = "\u2581"
+_KEEPS_SPACE = {"<unk>", "<s>", "<|endoftext|>"}  # Phi-3's special tokens that don't take the space after them
 # The longest tokens of published models are runs of some hundred spaces.
 _LONGEST_TOKEN = 4096
 
@@ -98,7 +107,9 @@ class Vocabulary:
     def ends(self) -> list[int]:
         """Ids that end a generation: the end of text first, then the ends of a turn."""
         ends = [self.ids[name] for name in ("eos", "eot", "eom") if name in self.ids]
-        return list(dict.fromkeys(ends + [i for i in sorted(self.special) if self.tokens[i] in _ENDS_TURN]))
+        # gpt-oss ends a turn with <|return|> or <|call|>; <|end|> is only the end of one of the turn's channels.
+        turns = _ENDS_TURN - {"<|end|>"} if "<|return|>" in self.tokens else _ENDS_TURN
+        return list(dict.fromkeys(ends + [i for i in sorted(self.special) if self.tokens[i] in turns]))
 
 
 def write_tokenizer(fields: dict[str, Any], directory: Path, *, context_length: int) -> dict[str, Any]:
@@ -139,11 +150,21 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
         tokenizer, adds_bos = builders[kind](vocabulary)
         special = vocabulary.special
         added = special | {i for i, kind in enumerate(vocabulary.types) if kind == TokenType.USER_DEFINED}
+        strips = _takes_following_space(vocabulary)
         tokenizer.add_tokens(
-            [AddedToken(vocabulary.tokens[i], special=i in special, normalized=False) for i in sorted(added)]
+            [
+                AddedToken(token, special=i in special, normalized=False, rstrip=strips and token not in _KEEPS_SPACE)
+                for i, token in ((i, vocabulary.tokens[i]) for i in sorted(added))
+            ]
         )
         _add_bos_and_eos(tokenizer, vocabulary, adds_bos)
     return tokenizer
+
+
+def _takes_following_space(vocabulary: Vocabulary) -> bool:
+    """Whether special tokens take the white space after them: Phi-3's do, which a file shows by its name only."""
+    name = str(vocabulary.fields.get("general.name", "")).lower()
+    return "phi-3" in name or "phi3" in name
 
 
 def _byte_level(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
@@ -163,14 +184,14 @@ def _byte_level(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
         models.BPE(
             vocab={token: i for i, token in enumerate(vocabulary.tokens)},
             merges=merges,
-            ignore_merges=rule in _WHOLE_WORDS,
+            ignore_merges=rule in WHOLE_WORDS,
         )
     )
     splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in SPLITS[rule]]
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, rule in _WHOLE_WORDS
+    return tokenizer, rule in WHOLE_WORDS
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
