@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from tests.bench.sides.mixing import ANSWER, RANK, _adapter
 
@@ -52,9 +51,7 @@ def _written(folder: Path, model: str, count: int) -> tuple[Path, list[Path]]:
 
     network, tokenizer, config = utils.load(model, return_config=True)
     network.set_dtype(mx.float32)
-    base = folder / "base"
-    utils.save(base, model, network, tokenizer, {**config, "torch_dtype": "float32"})
-    paths = []
+    base, paths = folder / "base", []
     for index in range(count):
         path = folder / f"adapter-{index}"
         path.mkdir()
@@ -63,10 +60,10 @@ def _written(folder: Path, model: str, count: int) -> tuple[Path, list[Path]]:
         mx.save_safetensors(str(path / "adapters.safetensors"), arrays)
         keys = sorted({at.partition("layers.")[2].partition(".")[2] for at in wrappers})
         settings = {"rank": RANK, "scale": next(iter(wrappers.values())).scale, "dropout": 0.0, "keys": keys}
-        config = {"fine_tune_type": "lora", "num_layers": len(network.layers), "lora_parameters": settings}
-        (path / "adapter_config.json").write_text(json.dumps(config))
+        adapter = {"fine_tune_type": "lora", "num_layers": len(network.layers), "lora_parameters": settings}
+        (path / "adapter_config.json").write_text(json.dumps(adapter))
         paths.append(path)
-    mx.eval([array for _, array in tree_flatten(network.parameters())])
+    utils.save(base, model, network, tokenizer, {**config, "torch_dtype": "float32"})  # which empties the network
     return base, paths
 
 
