@@ -75,7 +75,7 @@ class Adapter(Section):
 
     zero_points: Literal["stored", "float32"] = Field(
         default="stored",
-        description="What qalora trains for: zero-points as the base stores them, or in float32.",
+        description="Zero-points that qalora trains for: as the base stores them, or float32.",
     )
 
     @model_validator(mode="before")

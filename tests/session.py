@@ -49,8 +49,9 @@ def run(session: str, home: Path) -> str:
 
 
 def words(session: str) -> str:
-    """A session without its numbers and their units."""
-    return re.sub(r" +", " ", NUMBER.sub("N", session))
+    """A session without its numbers and their units, and without the progress that only slow work shows."""
+    steady = "".join(line for line in session.splitlines(keepends=True) if not line.startswith("reading "))
+    return re.sub(r" +", " ", NUMBER.sub("N", steady))
 
 
 if __name__ == "__main__":

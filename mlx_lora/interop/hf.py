@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -118,23 +119,31 @@ def top_tokens(
     With `adapter` PEFT puts that over the model. Raises ModelError where one of them doesn't load, with its own words.
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(path), local_files_only=True, dtype="auto").eval()
-        if adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    except Exception as error:  # whatever it raises: this directory isn't one that transformers loads
-        program = "transformers" if adapter is None else "PEFT"
-        said = f"{type(error).__name__}: {error}"
-        raise ModelError(f"{program} doesn't load what was written: {said}") from error
     found: TopTokens = []
-    with torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # they are about what these libraries will rename
+        model = _loaded(path, adapter)
         for prompt in prompts:
             logits = model(torch.tensor([list(prompt)])).logits[0, -1:]
             found += most_likely(np.asarray(logits.float().numpy()), count=count)
     return found
+
+
+def _loaded(path: Path, adapter: Path | None) -> Any:
+    """The model as transformers loads it, with PEFT's adapter over it if one is given."""
+    from transformers import AutoModelForCausalLM
+
+    program = "transformers"
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(str(path), local_files_only=True, dtype="auto")
+        if adapter is not None:
+            from peft import PeftModel
+
+            program = "PEFT"
+            model = PeftModel.from_pretrained(model, str(adapter))
+        return model.eval()
+    except Exception as error:  # whatever it raises: this isn't anything that the program loads
+        raise ModelError(f"{program} doesn't load what was written: {type(error).__name__}: {error}") from error

@@ -137,7 +137,9 @@ def test_every_mode_trains_and_answers(run: Run, tiny_path: Path, data: Path, mo
 def test_fuse_measures_and_writes_a_model(trained: Ran, run: Run, tiny_path: Path, data: Path, tmp_path: Path) -> None:
     words = ["fuse", "--model", tiny_path, "--adapter", "mine", "--out", tmp_path / "fused"]
     ran = run(*words, "--data", data, "--json")
-    assert ran.json.keys() == {"out", "bits", "kl", "top1_agreement", "delta_survival", "bytes", "carried"}
+    assert ran.json.keys() == {
+        "out", "bits", "kl", "top1_agreement", "delta_survival", "bytes", "carried", "zero_points_bytes",
+    }  # fmt: skip
     assert ran.json["delta_survival"] > 0.99 and ran.json["kl"] < 1e-3
     assert run(*words).code == 1
     assert run(*words, "--force").code == 0  # measured on generated text this time

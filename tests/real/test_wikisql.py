@@ -125,3 +125,10 @@ def test_fused_model_generates_in_mlx_lm(shell: Shell, trained: dict[str, Any], 
     assert report["bits"] == "mixed" and report["delta_survival"] > 0.5 and report["top1_agreement"] > 0.9
     model, _ = mlx_lm.utils.load(str(out))
     assert np.isfinite(np.array(model(mx.array([[1, 2, 3]])))).all()
+
+
+def test_transformers_runs_the_exported_model(shell: Shell, trained: dict[str, Any], tmp_path: Path) -> None:
+    """What it says of the next token is what base and adapter say."""
+    report = shell.json("export", "hf", "--adapter", "wikisql", "--out", tmp_path / "out")
+    assert report["check"]["program"] == "transformers" and report["check"]["kept"] > 0.9
+    assert report["check"]["kl"] < 1e-3 < report["check"]["adapter_kl"]
