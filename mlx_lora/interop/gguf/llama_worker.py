@@ -42,7 +42,7 @@ def _said(log: Any) -> str | None:
 
 
 def _open(request: dict[str, Any]) -> Any:
-    import xllamacpp  # type: ignore[import-untyped]
+    import xllamacpp
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = request["file"]
