@@ -60,6 +60,7 @@ class Scheduler:
         self._started = self._closing = self._ended = False
         self._beat = time.monotonic()
         self._status = Status(alive=False, running=0, waiting=0, quiet_seconds=0.0)
+        self._loaded: LoadedModel | None = None
 
     # ---- any thread ----
 
@@ -92,6 +93,12 @@ class Scheduler:
             time.sleep(0.02)
         self._inbox.put(None)
         self._thread.join(timeout)
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The base, once it has started. Its model belongs to the scheduler's thread, its tokenizer to nobody."""
+        assert self._loaded is not None, "not started"
+        return self._loaded
 
     @property
     def alive(self) -> bool:
@@ -179,7 +186,8 @@ class Scheduler:
         try:
             try:
                 options = {"wake": lambda: self._inbox.put(lambda _: None), **self._residence_options}
-                worker = Worker(self._open_base(), self.limits, self._leave, **options)
+                self._loaded = self._open_base()
+                worker = Worker(self._loaded, self.limits, self._leave, **options)
                 self._prepare(worker.residence)
                 self._status = worker.status()
             except BaseException as fault:
