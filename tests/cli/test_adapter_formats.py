@@ -36,6 +36,7 @@ def test_mlx_lm_runs_what_was_written_and_the_record_says_so(
     assert unasked["check"] is None and unasked["unchecked"] == "not asked for"
 
 
+@pytest.mark.real
 def test_an_adapter_that_mlx_lm_would_scale_otherwise_is_not_written(
     run: Run, trained: Ran, tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +79,7 @@ def test_an_adapter_goes_out_to_peft_and_comes_back(run: Run, trained: Ran, tiny
     assert said[0] == said[1]
 
 
+@pytest.mark.real
 def test_the_nearest_lora_is_written_with_its_error(run: Run, trained: Ran, tiny_path: Path, tmp_path: Path) -> None:
     words = ["adapters", "export", "mine", "--to", "mlx-lm", "--model", tiny_path]
     ran = run(*words, "--out", tmp_path / "two", "--as-lora", 2)

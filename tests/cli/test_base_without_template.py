@@ -46,8 +46,7 @@ def test_an_unknown_template_is_an_error_that_names_the_nearest(run: Run, bare: 
     "template",
     [
         "chatml",
-        "own.jinja",
-        *(pytest.param(name, marks=pytest.mark.real) for name in ("llama3", "gemma", "mistral", "alpaca")),
+        *(pytest.param(name, marks=pytest.mark.real) for name in ("own.jinja", "llama3", "gemma", "mistral", "alpaca")),
     ],
 )
 def test_it_answers_through_chat_eval_fuse_and_unmodified_mlx_lm(

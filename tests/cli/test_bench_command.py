@@ -19,6 +19,7 @@ def test_results_have_a_name_a_value_and_a_unit(run: Callable[..., Ran], tiny_pa
     assert all(entry.keys() == {"name", "value", "unit"} for entry in ran.json["results"])
 
 
+@pytest.mark.real
 def test_the_embedded_base_is_the_default_and_people_get_a_table(run: Callable[..., Ran]) -> None:
     ran = run(*WORDS)
     assert ran.code == 0

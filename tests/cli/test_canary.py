@@ -144,7 +144,8 @@ def until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.real), signal.SIGKILL])
+@pytest.mark.real
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_nor_of_a_run_that_was_broken_off(
     number: signal.Signals, start: Start, home: Path, secret: Path, tiny_path: Path, tokenizer: Any
 ) -> None:
@@ -161,6 +162,7 @@ def test_nor_of_a_run_that_was_broken_off(
     assert not any(piece in said for piece in pieces())
 
 
+@pytest.mark.real
 def test_nor_of_what_was_typed_on_a_terminal(home: Path, tiny_path: Path, tokenizer: Any, tmp_path: Path) -> None:
     """A terminal's line editor likes to keep a history: not in the home, and not in the user's own directory."""
     user = tmp_path / "user"

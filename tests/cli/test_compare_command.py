@@ -75,6 +75,7 @@ def test_people_get_a_table_and_what_won(run: Run, recipes: Path, tmp_path: Path
     assert {"r1-lr0.01", "r1-lr1e-06", "r4-lr0.01", "r4-lr1e-06"} < runs.keys()
 
 
+@pytest.mark.real
 def test_what_is_done_is_kept_and_what_has_changed_is_done_again(
     run: Run, recipes: Path, data: Path, trained: list[str]
 ) -> None:

@@ -14,6 +14,7 @@ from tests.cli.conftest import Ran
 Run = Callable[..., Ran]
 
 
+@pytest.mark.real
 def test_a_csv_of_questions_and_answers_goes_from_file_to_chat(
     run: Run, tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

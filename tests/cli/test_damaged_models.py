@@ -99,6 +99,7 @@ def test_fuse_is_measured_on_no_token_beyond_the_embedding(
     assert ran.code == 1 and f"{file}:1: {ADDED}" in ran.err and not out.exists()
 
 
+@pytest.mark.real
 def test_a_tokenizer_of_another_model_ends_no_process(tmp_path: Path, write_rows: Callable[..., Path]) -> None:
     path = write_model(tmp_path / "other")
     far = 500_000_000  # rows beyond the embedding, where nothing can be read

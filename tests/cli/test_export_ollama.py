@@ -175,6 +175,7 @@ def test_names_that_ollama_takes() -> None:
     ]
 
 
+@pytest.mark.real
 def test_lm_studio_finds_a_fused_model(run: Run, mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     refused = run("export", "lmstudio", "--adapter", mine)

@@ -197,9 +197,13 @@ DIRECTORIES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "a template that writes on": (templated("{{ 'a' * 20000000 }}"), "wrote 20000000 characters"),
     "a template that reads": (templated("{% include '/etc/passwd' %}"), "refuses this conversation"),
 }  # fmt: skip
+# They run until their time is over.
+SLOW = ("a template without end", "a template that doubles")
 
 
-@pytest.mark.parametrize("case", DIRECTORIES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.real if case in SLOW else ()) for case in DIRECTORIES]
+)
 def test_hostile_model_directories_are_refused(
     run: Run, tmp_path: Path, outside: Path, data: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ def test_a_signal_saves_the_adapter(home: Path, tiny_path: Path, data: Path, num
     assert len(list((home / "runs" / "mine").glob("checkpoint-*"))) == 1
 
 
+@pytest.mark.real
 def test_a_signal_before_training_leaves_nothing(
     home: Path, tiny_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,7 @@ def open_umask() -> Iterator[None]:
     os.umask(before)
 
 
+@pytest.mark.real
 def test_what_is_in_the_home_is_the_users_alone(
     run: Run, home: Path, data: Path, tiny_path: Path, tmp_path: Path, open_umask: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

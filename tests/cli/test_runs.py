@@ -72,6 +72,7 @@ def until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.real
 def test_kill_after_a_few_steps_loses_little_without_a_setting(
     run: Run, home: Path, tiny_path: Path, data: Path
 ) -> None:
@@ -87,7 +88,8 @@ def test_kill_after_a_few_steps_loses_little_without_a_setting(
     assert "mlx-lora train --name mine --resume goes on from step" in run("runs", "show", "mine").err
 
 
-@pytest.mark.parametrize("number", [2, pytest.param(15, marks=pytest.mark.real)])
+@pytest.mark.real
+@pytest.mark.parametrize("number", [2, 15])
 def test_a_signal_under_force_keeps_the_finished_adapter(
     run: Run, trained: Any, home: Path, tiny_path: Path, data: Path, number: int
 ) -> None:
@@ -107,6 +109,7 @@ def test_a_signal_under_force_keeps_the_finished_adapter(
     assert entry["state"] == "finished" and runs.read("mine").state == "unfinished"
 
 
+@pytest.mark.real
 def test_adapters_list_says_unfinished_after_an_interruption(run: Run, home: Path, tiny_path: Path, data: Path) -> None:
     words = ["train", "--model", str(tiny_path), "--data", str(data), "--name", "mine", "train.iters=100000"]
     process = start(home, *words)

@@ -310,6 +310,7 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.real
 def test_importing_leaves_file_limits_and_yaml_as_they_were() -> None:
     """Importing a library must not change the process's limits."""
     code = (
@@ -321,6 +322,7 @@ def test_importing_leaves_file_limits_and_yaml_as_they_were() -> None:
     assert run_python(code) == "True"
 
 
+@pytest.mark.real
 def test_pull_without_a_network_is_an_error_that_says_to_go_on(home: Path) -> None:
     """Whatever the hub's HTTP library raises; nothing listens on port 9."""
     code = (

@@ -100,6 +100,7 @@ def pull(hub: Hub, home: Path, tmp_path: Path) -> Callable[..., subprocess.Compl
     return run
 
 
+@pytest.mark.real
 def test_a_model_is_pulled_without_code_or_pickles(
     pull: Callable[..., subprocess.CompletedProcess[str]], home: Path
 ) -> None:

@@ -111,6 +111,7 @@ def test_templates_without_end_are_stopped(tokenizer_with: Make, case: str, monk
     assert render(tokenizer_with("x"), MESSAGES, (), prompt=False) == tokenizer.encode("x")
 
 
+@pytest.mark.real
 def test_a_template_at_fault_ends_the_reading_of_rows(tokenizer_with: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit is the template's fault: with a row's, every row would wait for it again."""
     monkeypatch.setattr(template, "MOST_SECONDS", 0.3)
@@ -192,6 +193,7 @@ def test_the_worker_ends_with_its_input() -> None:
     worker.stop()
 
 
+@pytest.mark.real
 def test_an_interrupt_ends_the_process_however_long_the_template_takes(tmp_path: Path) -> None:
     """The pool's thread waits for a worker then, and Python waits for the thread."""
     write_tokenizer(tmp_path, template=ENDLESS["loop"])

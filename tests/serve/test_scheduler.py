@@ -361,6 +361,7 @@ def test_what_loading_raises_is_raised_by_start() -> None:
         Scheduler(fails).start()
 
 
+@pytest.mark.real
 def test_a_process_whose_schedulers_have_ended_ends_well(tiny_path: Path) -> None:
     """MLX aborts a process at its end where a thread has left its streams behind, more often than not."""
     code = (

@@ -164,6 +164,7 @@ def finish(recipe: Recipe, expected: bytes) -> None:
         assert weights() == expected
 
 
+@pytest.mark.real
 def test_a_fault_leaves_what_was_there(recipe: Recipe, home: Path) -> None:
     inject(recipe, home, iter(range(5, 1000, 13)))
 

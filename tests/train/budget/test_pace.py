@@ -11,6 +11,7 @@ from mlx_lora.train.budget import learn, pace
 from tests.train.budget.test_costs import cost
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("bits", [None, 4])
 def test_a_multiplication_takes_the_same_in_wide_and_narrow_products_about(
     bits: int | None, monkeypatch: pytest.MonkeyPatch
