@@ -31,6 +31,9 @@ from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
 from mlx_lora.store.base import base_for
 
+# Seconds for the thread that generates to end the pass that it is in.
+ENDING = 30.0
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -251,4 +254,4 @@ def open_service(
             scheduler.load(name)
         yield service
     finally:
-        scheduler.close(finish=finish)
+        scheduler.close(finish=finish, timeout=ENDING)

@@ -26,8 +26,8 @@ from mlx_lora.serve.ways import Way, find_way, mixing_fault
 TURN = 8
 # Tokens of a chunk of a prompt at most: what runs beside it waits that long for its next token.
 CHUNK = 256
-# Seconds between two passes that loading adapters may take.
-LOADING = 0.01
+# Seconds between two passes that loading adapters may take, and between two looks at what has arrived without passes.
+LOADING, ONLY_LOADING = 0.01, 1.0
 
 Done = Callable[[BaseException | None], None]
 
@@ -46,17 +46,24 @@ class Limits:
 
 @dataclass(frozen=True)
 class Status:
-    """What a scheduler does. `quiet_seconds` since the thread last did something, 0 while there is nothing to do."""
+    """What a scheduler does. `quiet_seconds` since the thread last did something, 0 while there is nothing to do.
+
+    `stuck` after it was given up; `slowest_seconds` is the longest that it took from one pass to the next.
+    """
 
     alive: bool
     running: int
     waiting: int
     quiet_seconds: float
+    stuck: bool = False
+    slowest_seconds: float = 0.0
     passes: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     prompt_cache_bytes: int = 0
+    prompt_cache_hits: int = 0
+    prompt_cache_misses: int = 0
     adapter_bytes: int = 0
     adapters: tuple[str, ...] = ()
     alone: tuple[tuple[str, str], ...] = ()
@@ -86,7 +93,7 @@ class Worker:
         self._lanes: dict[Hashable | None, Lane] = {None: self._lane(None)}
         self._turn = 0
         self._installed: tuple[Hashable | None, int] | None = None
-        self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "passes": 0}
+        self._counts: dict[str, Any] = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "passes": 0}
 
     def _try_mixing(self, mixed: Mixed, key: Hashable, wrappers: Wrappers) -> str | None:
         """`residence.Trial`: why an adapter has passes of its own on this model, by name."""
@@ -113,7 +120,7 @@ class Worker:
     def turn(self) -> None:
         """Go on loading adapters, begin the rows that can begin, and run one pass."""
         running = any(lane.rows for lane in self._lanes.values())
-        self.residence.load_on(LOADING if running else 60.0)
+        self.residence.load_on(LOADING if running else ONLY_LOADING)
         self._tell_wanted()
         self._admit()
         if (lane := self._next_lane()) is not None:
@@ -286,6 +293,7 @@ class Worker:
         return Status(
             alive=True, running=sum(len(lane.rows) for lane in self._lanes.values()), waiting=len(self.waiting),
             quiet_seconds=0.0, **self._counts, prompt_cache_bytes=self.prompts.nbytes,
+            prompt_cache_hits=self.prompts.hits, prompt_cache_misses=self.prompts.misses,
             adapter_bytes=self.residence.nbytes, adapters=tuple(self.residence.names()),
             alone=tuple(self.residence.why_alone().items()), way=self.way,
         )  # fmt: skip
