@@ -40,18 +40,20 @@ log = logging.getLogger(__name__)
 class Scheduler:
     """Answers requests on a base that `open_base` loads in the scheduler's own thread.
 
-    `prepare(residence)` runs there before the first request. Use as a context manager, or `start` and `close`.
+    `limits` may be found from the loaded base. `prepare(residence)` runs in that thread before the first request. Use
+    as a context manager, or `start` and `close`.
     """
 
     def __init__(
         self,
         open_base: Callable[[], LoadedModel],
         *,
-        limits: Limits | None = None,
+        limits: Limits | Callable[[LoadedModel], Limits] | None = None,
         prepare: Callable[[Residence], None] = lambda residence: None,
         **residence: Any,
     ):
-        self.limits = limits or Limits()
+        self.limits = limits if isinstance(limits, Limits) else Limits()
+        self._find_limits = limits if callable(limits) else lambda loaded: self.limits
         self._open_base, self._prepare, self._residence_options = open_base, prepare, residence
         self._inbox: queue.SimpleQueue[Action | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
@@ -213,6 +215,7 @@ class Scheduler:
             try:
                 options = {"wake": lambda: self._inbox.put(lambda _: None), **self._residence_options}
                 self._loaded = self._open_base()
+                self.limits = self._find_limits(self._loaded)
                 start = time.monotonic()
                 worker = Worker(self._loaded, self.limits, self._leave, **options)
                 self._slowest = time.monotonic() - start  # of the passes that try the model out
