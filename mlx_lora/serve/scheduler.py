@@ -26,7 +26,8 @@ from mlx_lora.models.load import LoadedModel
 from mlx_lora.serve.lane import Row
 from mlx_lora.serve.requests import LOOK, Answer, Deliver, Failed, Request
 from mlx_lora.serve.residence import Residence
-from mlx_lora.serve.worker import Limits, Status, Worker
+from mlx_lora.serve.status import Limits, Status
+from mlx_lora.serve.worker import Worker
 
 __all__ = ["Limits", "Scheduler", "Status"]
 

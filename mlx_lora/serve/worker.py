@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any
 
 from mlx_lora.adapters.attach import Wrappers, put
@@ -19,8 +18,10 @@ from mlx_lora.serve.prefill import chunk_size
 from mlx_lora.serve.prompt_cache import PromptCache
 from mlx_lora.serve.requests import Failed
 from mlx_lora.serve.residence import Residence
+from mlx_lora.serve.room import Room
 from mlx_lora.serve.rows import RowsModel
-from mlx_lora.serve.ways import Way, find_way, mixing_fault
+from mlx_lora.serve.status import Limits, Status
+from mlx_lora.serve.ways import find_way, mixing_fault
 
 # Passes of a lane before the next lane's turn: putting other wrappers into a model takes a few milliseconds.
 TURN = 8
@@ -32,42 +33,6 @@ LOADING, ONLY_LOADING = 0.01, 1.0
 Done = Callable[[BaseException | None], None]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`rows` are answered at once and `waiting` may wait; bytes of prompt caches and of adapters in memory."""
-
-    rows: int = 32
-    waiting: int = 256
-    prompt_cache_bytes: int = 1 << 30
-    adapter_bytes: int = 2 << 30
-
-
-@dataclass(frozen=True)
-class Status:
-    """What a scheduler does. `quiet_seconds` since the thread last did something, 0 while there is nothing to do.
-
-    `stuck` after it was given up; `slowest_seconds` is the longest that it took from one pass to the next.
-    """
-
-    alive: bool
-    running: int
-    waiting: int
-    quiet_seconds: float
-    stuck: bool = False
-    slowest_seconds: float = 0.0
-    passes: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    prompt_cache_bytes: int = 0
-    prompt_cache_hits: int = 0
-    prompt_cache_misses: int = 0
-    adapter_bytes: int = 0
-    adapters: tuple[str, ...] = ()
-    alone: tuple[tuple[str, str], ...] = ()
-    way: Way | None = None
 
 
 class Worker:
@@ -89,6 +54,7 @@ class Worker:
         self.way = find_way(loaded.model, self._name)
         if self.way.note:
             log.info(self.way.note)
+        self._room = Room(loaded.model, self.prompts)
         self._chunk = min(CHUNK, chunk_size(loaded.model))
         self._lanes: dict[Hashable | None, Lane] = {None: self._lane(None)}
         self._turn = 0
@@ -122,9 +88,18 @@ class Worker:
         running = any(lane.rows for lane in self._lanes.values())
         self.residence.load_on(LOADING if running else ONLY_LOADING)
         self._tell_wanted()
+        self._keep_room()
         self._admit()
         if (lane := self._next_lane()) is not None:
             self._pass(lane)
+
+    def _keep_room(self) -> None:
+        """Where the machine is about to swap, give up what is kept of prompts, then the row that began last."""
+        rows = [row for lane in self._lanes.values() for row in lane.rows.values()]
+        if rows and (fault := self._room.fault()) is not None:
+            last = max(rows, key=lambda row: row.begun)
+            self._lanes[last.key if last.held and last.held.alone else None].remove(last)
+            self._fail(last, fault)
 
     def want(self, name: str, done: Done) -> None:
         """Bring an adapter into memory, and call `done` with None or with what went wrong."""
@@ -173,7 +148,7 @@ class Worker:
         lane = self._lanes.get(row.key if own else None)
         if lane is None:
             lane = self._lanes[row.key] = self._lane(row.held)
-        if not lane.takes(row):
+        if not lane.takes(row) or not self._room.admits(row, running=any(one.rows for one in self._lanes.values())):
             return False
         layers, cached = self.prompts.find(row.key, row.tokens)
         lane.insert(row, layers, cached, self.prompts.shared(row.key, row.tokens))
