@@ -13,6 +13,7 @@ import re
 import threading
 import weakref
 from collections import OrderedDict
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -50,9 +51,18 @@ class Grammars:
             return _known[tokenizer]
 
     def prepare(self) -> None:
-        """Prepare the vocabulary before the first request needs it; raises ApiError as `compiled`."""
+        """Prepare the vocabulary before the first request needs it. Raises ApiError as `compiled`."""
         with self._lock:
             _ = self.vocabulary
+
+    def prepare_in_background(self) -> None:
+        """The same in a thread; where it can't be done, the first request that needs it says why."""
+
+        def run() -> None:
+            with suppress(ApiError):
+                self.prepare()
+
+        threading.Thread(target=run, name="grammars", daemon=True).start()
 
     @cached_property
     def vocabulary(self) -> Any:

@@ -60,8 +60,8 @@ class Penalties:
         every = np.array(tokens)
         if self._repetition != 1:
             seen = mx.array(np.unique(every[every >= 0]).astype(np.int32))
-            picked = logits[:, seen]
-            logits[:, seen] = mx.where(picked > 0, picked / self._repetition, picked * self._repetition)
+            factors = mx.where(logits[:, seen] > 0, 1 / self._repetition, self._repetition).astype(logits.dtype)
+            logits = logits.at[:, seen].multiply(factors)
         if (self._presence or self._frequency) and len(every) > start:
             ids, counts = np.unique(every[start:], return_counts=True)
             taken = mx.array((self._presence + self._frequency * counts).astype(np.float32))

@@ -55,12 +55,12 @@ def _chat(service: Service, body: ChatBody) -> Asked:
     target = find_model(service, body.model)
     form = _form(target, body)
     prompt = _prompt(target, body, form)
-    opened, thinks = _reasoning(target, prompt)
+    opened = _ends_with(target, prompt, target.format.think[:1])
     calls = None
     if form is not None and body.tool_choice != "none":
         calls = Calls(form, body.shown_tools, body.parallel_tool_calls)
     found = rules(body, form, Grammars.of(service.tokenizer))
-    constrained = None if found is None else _constrained(target, found, form, prompt, opened, thinks)
+    constrained = None if found is None else _constrained(target, found, form, prompt, opened)
 
     def choice() -> Choice:
         marks = (calls.format.start, calls.format.end) if calls else None
@@ -129,28 +129,25 @@ def _prompt(target: Target, body: ChatBody, form: ToolFormat | None) -> Prompt:
     return prompt
 
 
-def _reasoning(target: Target, prompt: Prompt) -> tuple[bool, bool]:
-    """Whether the prompt has opened reasoning, and whether the answer may open it."""
-    if target.trained.template == "none" or not target.format.thinks:
-        return False, False
-    tail = target.service.tokenizer.decode(prompt.tokens[-64:]).rstrip()
-    start, end = target.format.think
-    return tail.endswith(start), not tail.endswith((start, end))
+def _ends_with(target: Target, prompt: Prompt, marks: tuple[str, ...]) -> bool:
+    """Whether the template has written one of `marks` at the end of the prompt."""
+    tail = target.service.tokenizer.decode(prompt.tokens[-64:])
+    return target.trained.template != "none" and tail.rstrip().endswith(marks)
 
 
-def _constrained(
-    target: Target, found: Rules, form: ToolFormat | None, prompt: Prompt, opened: bool, thinks: bool
-) -> Constrained:
+def _constrained(target: Target, found: Rules, form: ToolFormat | None, prompt: Prompt, opened: bool) -> Constrained:
     """The processor of a grammar. Raises ApiError for one that is refused."""
-    think: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-    if opened or thinks:
-        start, end = map(target.tokens, target.format.think)
-        special = start and (len(start) == 1 or start[0] in target.service.tokenizer.added_tokens_decoder)
-        think = (start if special and thinks else (), end)
-    trigger = target.tokens(form.start) if form and found.triggered else ()
-    text = found.text(after_reasoning=bool(opened or think[0]) and not found.triggered)
+    start, end = map(target.tokens, target.format.think)
+    may = not opened and target.format.thinks and not _ends_with(target, prompt, target.format.think)
+    special = len(start) == 1 or start[0] in target.service.tokenizer.added_tokens_decoder
+    gate = Gate(
+        opened,
+        (start if may and special else (), end),
+        target.tokens(form.start) if form and found.triggered else (),
+    )
+    text = found.text(after_reasoning=bool(opened or gate.think[0]) and not found.triggered)
     matcher = Grammars.of(target.service.tokenizer).compiled(text, found.param)
-    return Constrained(matcher, len(prompt.tokens), Gate(opened, think, trigger), target.format.ends)
+    return Constrained(matcher, len(prompt.tokens), gate, target.format.ends)
 
 
 def _rows(target: Target, body: Common, request: Request, constrained: Constrained | None) -> list[Request]:
