@@ -80,7 +80,8 @@ class Worker:
     def idle(self) -> bool:
         """Whether there is nothing to do until something arrives; rows may wait for a file that is being read."""
         running = any(lane.rows for lane in self._lanes.values())
-        waiting = [row for row in self.waiting if not row.loading]
+        awaits = self.residence.awaits
+        waiting = [row for row in self.waiting if not (row.loading and awaits(row.request.adapter))]
         return not (running or waiting or self.residence.loading)
 
     def turn(self) -> None:
