@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_lora.errors import AdapterError, Busy, MlxLoraError, NotFinite, Stopped
+from mlx_lora.errors import AdapterError, Busy, MlxLoraError, NoMemory, NotFinite, Stopped
 
 
 class ApiError(MlxLoraError):
@@ -35,6 +35,8 @@ def api_error(error: BaseException) -> ApiError:
     text = f"{error.message}; {error.hint}" if error.hint else error.message
     if isinstance(error, Busy):
         return ApiError(429, "busy", text)
+    if isinstance(error, NoMemory):
+        return ApiError(503, "no_memory", text)
     if isinstance(error, Stopped):
         return ApiError(503, "stopped", text)
     if isinstance(error, NotFinite):
