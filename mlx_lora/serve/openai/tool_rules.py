@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from mlx_lora.serve.openai.grammar import Grammars, json_rule
 
 # Calls of one answer that a grammar allows.
 MOST_CALLS = 16
+# Bytes of the schemas of all tools together.
+MOST_TOOL_BYTES = 1 << 18
 # What JSON values of these types are read from.
 AS_JSON = ("integer", "number", "boolean", "null", "object", "array")
 # Keywords of a text that only annotate it.
@@ -20,6 +23,8 @@ TEXT_KEYS = {"type", "description", "title", "default", "examples", "enum"}
 
 def call_rules(tools: Sequence[Function], shape: Shape, grammars: Grammars, *, several: bool) -> list[str]:
     """The rules of `calls`: one or several, each of one of the tools. Raises ApiError for what can't be enforced."""
+    if sum(len(json.dumps(tool.parameters)) for tool in tools) > MOST_TOOL_BYTES:
+        raise refused("tools", f"the schemas of all tools have more than {MOST_TOOL_BYTES:,} bytes")
     literal = grammars.literal
     more = f"{{0,{MOST_CALLS - 1}}}" if several and shape.many else "{0}"
     repeated = f" ({literal(shape.between)} call){more}" if shape.between else f" call{more}"
@@ -48,7 +53,7 @@ def _object(tool: Function, grammars: Grammars, name: str) -> tuple[str, list[st
     """Arguments as one JSON object; any object where the tool isn't strict and its schema can't be enforced."""
     try:
         rule = json_rule({"type": "object", **tool.parameters}, _param(tool))
-        grammars.compiled(f"start: {rule}\n", _param(tool))
+        grammars.check(rule, _param(tool))
     except ApiError as error:
         if tool.strict or error.status == 501:
             raise
@@ -83,7 +88,7 @@ def _value(tool: Function, schema: Any, grammars: Grammars, name: str, after: st
         }
         try:
             rule = json_rule({**shared, **schema}, _param(tool))
-            grammars.compiled(f"start: {rule}\n", _param(tool))
+            grammars.check(rule, _param(tool))
         except ApiError as error:
             if tool.strict or error.status == 501:
                 raise

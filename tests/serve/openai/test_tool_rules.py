@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,6 +103,19 @@ def test_texts_are_written_as_they_are_where_the_format_has_fields(tooled: Servi
     strict = Function(name="say", strict=True, parameters={"properties": {"text": {"type": "string", "maxLength": 3}}})
     with pytest.raises(ApiError, match="can't be enforced with strict"):
         matcher(tooled, form, [strict])
+
+
+def test_many_tools_are_checked_once_and_bounded(tooled: Service) -> None:
+    form, grammars = found("json_tools"), Grammars.of(tooled.tokenizer)
+    assert form.shape
+    many = [Function(name=f"f{index}", parameters={"properties": {f"p{index}": {}}}) for index in range(128)]
+    call_rules(many, form.shape, grammars, several=True)
+    start = time.monotonic()
+    call_rules(many, form.shape, grammars, several=True)
+    assert time.monotonic() - start < 0.5
+    large = [Function(name=f"f{index}", parameters={"description": "x" * 60_000}) for index in range(5)]
+    with pytest.raises(ApiError, match="all tools"):
+        call_rules(large, form.shape, grammars, several=True)
 
 
 def test_a_format_is_known_by_the_template_alone() -> None:
