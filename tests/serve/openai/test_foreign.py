@@ -38,7 +38,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 def test_strange_values_anywhere_are_answered_or_refused(tooled: Service) -> None:
     draw, refused = random.Random(8), 0
-    for _ in range(150):
+    for _ in range(100):
         body = copy.deepcopy(BODY) | {"model": tooled.base}
         for _ in range(draw.randint(1, 2)):
             where, key = draw.choice(places(body))
@@ -49,7 +49,7 @@ def test_strange_values_anywhere_are_answered_or_refused(tooled: Service) -> Non
             refused += 1
             assert error.status in (400, 404), (error.message, body)
             assert len(error.message) < 1000
-    assert 75 < refused < 150
+    assert 50 < refused < 100
 
 
 def test_strange_completions_are_answered_or_refused(tooled: Service) -> None:
