@@ -3,7 +3,7 @@
 mlx_lm has a reader for most formats and finds it by the chat template. Two formats that it lacks are here: the JSON
 that Llama 3 answers with, and DeepSeek V3's.
 
-A `Shape` is a format whose arguments are JSON, written down so that a grammar can be made of it.
+A `Shape` is a format written down so that a grammar can be made of it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from mlx_lora.machine import allocation
 with allocation.file_limits_kept():
     from mlx_lm import tokenizer_utils
 
-NAME, ARGUMENTS, NUMBER = "$NAME", "$ARGUMENTS", "$NUMBER"
+NAME, ARGUMENTS, NUMBER, KEY, VALUE = "$NAME", "$ARGUMENTS", "$NUMBER", "$KEY", "$VALUE"
 
 
 @dataclass(frozen=True)
 class Shape:
     """One answer's calls: `before`, then calls with `between` between them, then `after`.
 
-    `call` has NAME, ARGUMENTS (a JSON object) and perhaps NUMBER where they belong. Not `many`: one call an answer.
+    `call` has NAME, ARGUMENTS and perhaps NUMBER where they belong. Not `many`: one call an answer. Arguments are a
+    JSON object, or where there is a `field` one after another as that says, with KEY and VALUE: texts as they are, and
+    JSON for anything else.
     """
 
     call: str
+    field: str = ""
     before: str = ""
     between: str = "\n"
     after: str = ""
@@ -93,16 +96,22 @@ def _read_deepseek(text: str, tools: Sequence[Any]) -> list[dict[str, Any]]:
 
 SHAPES = {
     "json_tools": Shape(f'<tool_call>\n{{"name": "{NAME}", "arguments": {ARGUMENTS}}}\n</tool_call>'),
+    "qwen3_coder": Shape(
+        f"<tool_call>\n<function={NAME}>\n{ARGUMENTS}</function>\n</tool_call>",
+        f"<parameter={KEY}>\n{VALUE}\n</parameter>\n",
+    ),
     "kimi_k2": Shape(
         f"<|tool_call_begin|>functions.{NAME}:{NUMBER}<|tool_call_argument_begin|>{ARGUMENTS}<|tool_call_end|>",
-        "<|tool_calls_section_begin|>", "", "<|tool_calls_section_end|>",
+        before="<|tool_calls_section_begin|>", between="", after="<|tool_calls_section_end|>",
     ),
     "mistral": Shape(f"[TOOL_CALLS]{NAME}[ARGS]{ARGUMENTS}", between=""),
-    "mistral list": Shape(f'{{"name": "{NAME}", "arguments": {ARGUMENTS}}}', "[TOOL_CALLS][", ", ", "]"),
+    "mistral list": Shape(
+        f'{{"name": "{NAME}", "arguments": {ARGUMENTS}}}', before="[TOOL_CALLS][", between=", ", after="]"
+    ),
     "llama": Shape(f'{{"name": "{NAME}", "parameters": {ARGUMENTS}}}', many=False),
     "deepseek_v3": Shape(
         f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{NAME}\n```json\n{ARGUMENTS}\n```<｜tool▁call▁end｜>",
-        "<｜tool▁calls▁begin｜>", "\n", "<｜tool▁calls▁end｜>",
+        before="<｜tool▁calls▁begin｜>", after="<｜tool▁calls▁end｜>",
     ),
 }  # fmt: skip
 OWN = {

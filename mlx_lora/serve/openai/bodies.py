@@ -6,6 +6,7 @@ are in HARMLESS. A field that is null counts as absent.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -188,6 +189,12 @@ def read(kind: type[B], body: Any) -> B:
     """A request's body. Raises ApiError naming the field at fault."""
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_body", "the body is not a JSON object")
+    try:
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "invalid_body", "a text in the body has half of a surrogate pair") from None
+    except (ValueError, RecursionError):
+        raise ApiError(400, "invalid_body", "the body has NaN or infinity, or is too deep") from None
     kept = {key: value for key, value in body.items() if value is not None and key not in HARMLESS}
     known = {field.alias or name for name, field in kind.model_fields.items()}
     for key in [key for key in kept if key not in known]:

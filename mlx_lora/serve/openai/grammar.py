@@ -7,13 +7,13 @@ llguidance's own limits bound compiling and every step after it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
 import threading
 import weakref
 from collections import OrderedDict
-from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,8 @@ MOST_MULTIPLE = 1000
 # White space between the parts of JSON, a space or a new line with its indent: without a bound, a small model may write
 # nothing else.
 WHITE_SPACE = r"( |\n[ \t]{0,24})"
-KEPT = 32  # compiled grammars
+# Compiled grammars, and schemas whose verdict is known.
+KEPT, KNOWN = 32, 1024
 
 log = logging.getLogger(__name__)
 _known: weakref.WeakKeyDictionary[Any, Grammars] = weakref.WeakKeyDictionary()
@@ -41,6 +42,7 @@ class Grammars:
         self._ends = sorted(tokenizer.eos_token_ids)
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._faults: OrderedDict[bytes, str | None] = OrderedDict()
 
     @staticmethod
     def of(tokenizer: Any) -> Grammars:
@@ -54,15 +56,6 @@ class Grammars:
         """Prepare the vocabulary before the first request needs it. Raises ApiError as `compiled`."""
         with self._lock:
             _ = self.vocabulary
-
-    def prepare_in_background(self) -> None:
-        """The same in a thread; where it can't be done, the first request that needs it says why."""
-
-        def run() -> None:
-            with suppress(ApiError):
-                self.prepare()
-
-        threading.Thread(target=run, name="grammars", daemon=True).start()
 
     @cached_property
     def vocabulary(self) -> Any:
@@ -95,20 +88,39 @@ class Grammars:
 
     def compiled(self, grammar: str, param: str) -> Any:
         """A matcher at the beginning of a grammar. Raises ApiError, for the field `param`, where it is refused."""
-        library = _llguidance()
         with self._lock:
             matcher = self._compiled.get(grammar)
             if matcher is None:
-                matcher = library.LLMatcher(
-                    self.vocabulary, grammar, log_level=0, limits=library.LLParserLimits(verbose_errors=False)
-                )
-                if fault := _fault(matcher.deep_copy()):
+                matcher, fault = self._made(grammar)
+                if fault is not None:
                     raise refused(param, f"the grammar can't be enforced: {fault}")
-                self._compiled[grammar] = matcher
+                _keep(self._compiled, grammar, matcher, KEPT)
             self._compiled.move_to_end(grammar)
-            while len(self._compiled) > KEPT:
-                self._compiled.popitem(last=False)
             return matcher.deep_copy()
+
+    def check(self, rule: str, param: str) -> None:
+        """Raise ApiError where a grammar of this one rule is refused; verdicts are remembered."""
+        key = hashlib.sha256(rule.encode()).digest()
+        with self._lock:
+            if key not in self._faults:
+                _keep(self._faults, key, self._made(f"start: {rule}\n")[1], KNOWN)
+            fault = self._faults[key]
+        if fault is not None:
+            raise refused(param, f"the schema can't be enforced: {fault}")
+
+    def _made(self, grammar: str) -> tuple[Any, str | None]:
+        """A matcher of a grammar, and what is wrong with it."""
+        library = _llguidance()
+        limits = library.LLParserLimits(verbose_errors=False)
+        matcher = library.LLMatcher(self.vocabulary, grammar, log_level=0, limits=limits)
+        return matcher, _fault(matcher.deep_copy())
+
+
+def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Keep a value, and let the oldest ones go."""
+    kept[key] = value
+    while len(kept) > most:
+        kept.popitem(last=False)
 
 
 def json_rule(schema: dict[str, Any] | bool, param: str) -> str:

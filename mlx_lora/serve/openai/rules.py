@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from mlx_lora.models.tool_calls import ARGUMENTS, NAME, NUMBER, Shape, ToolFormat
-from mlx_lora.serve.openai.bodies import ChatBody, Function, NamedTool
+from mlx_lora.models.tool_calls import ToolFormat
+from mlx_lora.serve.openai.bodies import ChatBody, NamedTool
 from mlx_lora.serve.openai.errors import ApiError, refused
 from mlx_lora.serve.openai.grammar import Grammars, json_rule
+from mlx_lora.serve.openai.tool_rules import call_rules
 
-# Calls of one answer that a grammar allows.
-MOST_CALLS = 16
 SCHEMA = "response_format"
 
 
@@ -51,7 +49,7 @@ def rules(body: ChatBody, form: ToolFormat | None, grammars: Grammars) -> Rules 
             raise _unknown(form, "tool_choice" if forced else SCHEMA if answer else "tools")
         return None
     try:
-        calls = _calls(tools, form.shape, grammars, several=body.parallel_tool_calls)
+        calls = call_rules(tools, form.shape, grammars, several=body.parallel_tool_calls)
     except ApiError as error:
         if forced or answer or strict or error.status != 501:
             raise
@@ -71,35 +69,3 @@ def _unknown(form: ToolFormat | None, param: str) -> ApiError:
     known = f"the format {form.name}" if form else "this model's tool calls"
     what = {"tool_choice": "tool_choice", SCHEMA: "response_format beside tools", "tools": "strict: true"}[param]
     return refused(param, f"{what} can't be enforced for {known}", "unsupported_value")
-
-
-def _calls(tools: Sequence[Function], shape: Shape, grammars: Grammars, *, several: bool) -> list[str]:
-    """The rules of `calls`: one or several, each of one of the tools."""
-    literal = grammars.literal
-    more = (
-        f" ({literal(shape.between)} call){{0,{MOST_CALLS - 1}}}" if shape.between else f" call{{0,{MOST_CALLS - 1}}}"
-    )
-    parts = [literal(shape.before), f"call{more if several and shape.many else ''}", literal(shape.after)]
-    lines = [f"calls: {' '.join(part for part in parts if part)}"]
-    lines.append(f"call: {' | '.join(f'call{index}' for index in range(len(tools)))}")
-    for index, tool in enumerate(tools):
-        before, _, after = shape.call.replace(NAME, tool.name).partition(ARGUMENTS)
-        start, number, middle = before.partition(NUMBER)
-        numbered = [literal(start), *(["/[0-9]{1,2}/", literal(middle)] if number else [])]
-        lines.append(f"call{index}: {' '.join(part for part in numbered if part)} args{index} {literal(after)}")
-        lines.append(f"args{index}: {_arguments(tool, grammars)}")
-    return lines
-
-
-def _arguments(tool: Function, grammars: Grammars) -> str:
-    """The arguments of a tool; any object where it isn't strict and its schema can't be enforced."""
-    schema = {"type": "object", **tool.parameters}
-    param = f"tools.{tool.name}.parameters"
-    try:
-        rule = json_rule(schema, param)
-        grammars.compiled(f"start: {rule}\n", param)
-        return rule
-    except ApiError as error:
-        if tool.strict or error.status == 501:
-            raise
-        return json_rule({"type": "object"}, param)

@@ -12,6 +12,7 @@ from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.context import context_length
 from mlx_lora.serve.conversation import Trained
 from mlx_lora.serve.openai.errors import ApiError, refused
+from mlx_lora.serve.residence import identity
 from mlx_lora.serve.service import Prompt, Service
 
 
@@ -37,8 +38,9 @@ class Target:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What an answer to the same request depends on, as far as the server knows: base, adapter, its settings."""
-        known = [self.service.base, self.service.config, self.adapter, str(self.trained)]
+        """What an answer depends on beside its request: the base, and the adapter with its files as they are now."""
+        files = None if self.adapter is None else identity(self.service.find(self.adapter))
+        known = [self.service.base, self.service.config, self.adapter, str(self.trained), str(files)]
         return "fp_" + hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def tokens(self, text: str) -> tuple[int, ...]:

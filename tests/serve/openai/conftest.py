@@ -11,7 +11,7 @@ from tests.conftest import write_model, write_tokenizer
 from tests.serve.openai.drive import TOOL_TEMPLATE
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     path = write_model(tmp_path_factory.mktemp("models") / "tooled", max_position_embeddings=2048)
     write_tokenizer(path, template=TOOL_TEMPLATE)

@@ -24,7 +24,7 @@ def asked(service: Service, **fields: Any) -> Asked:
 def test_a_joined_stream_is_the_whole_object(tooled: Service) -> None:
     parts = ["yes", " no", "<think>", "</think>", "\n", CALL, "<tool_call>", "{", "ä€", "</tool_call>", "stop", "  "]
     draw = random.Random(5)
-    for round in range(120):
+    for round in range(80):
         text = "".join(draw.choices(parts, k=draw.randint(0, 8)))
         fields: dict[str, Any] = {"stop": ["stop", "o y"]} if round % 3 == 0 else {}
         fields |= {"tools": TOOLS, "parallel_tool_calls": round % 4 != 1} if round % 2 else {}

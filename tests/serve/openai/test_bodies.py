@@ -22,7 +22,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "audio": ({"modalities": ["text", "audio"]}, "modalities", "isn't supported"),
     "verbosity": ({"verbosity": "high"}, "verbosity", "isn't supported"),
     "hot": ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
-    "not a number": ({"temperature": float("nan")}, "temperature", ""),
+    "not a number": ({"temperature": float("nan")}, None, "NaN"),
     "text for a number": ({"max_tokens": "5"}, "max_tokens", "integer"),
     "no tokens": ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     "many choices": ({"n": 17}, "n", "less than or equal to 16"),
