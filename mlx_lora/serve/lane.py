@@ -6,6 +6,7 @@ own. How many rows a lane runs together is what the trial of its model allows (`
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class Row:
 
     The answer has at most `most` tokens; `shown` of them have been delivered. A `suspect` was in a pass that failed: it
     runs by itself until it has made a token. While `loading` its adapter is on the way. Where caches are `untrimmable`,
-    those of the row's beginning are kept.
+    those of the row's beginning are kept. `begun` is when it came into its lane.
     """
 
     request: Request
@@ -49,6 +50,7 @@ class Row:
     held: Held | None = None
     prompt: list[int] = field(default_factory=list)
     answer: list[Token] = field(default_factory=list)
+    begun: float = 0.0
     ends: frozenset[int] = frozenset()
     most: int = 0
     shown: int = 0
@@ -141,7 +143,7 @@ class Lane:
             logits_processors=[[_GuardedProcessor(row, one) for one in row.request.processors]],
             stop_sequences=[StopSequences([*ends, *row.request.stop])],
         )
-        self.rows[row.uid] = row
+        self.rows[row.uid], row.begun = row, time.monotonic()
 
     def step(self) -> Iterator[Ended | Kept]:
         """One pass: deliver what it gave, yield the rows that it ended, and what is worth keeping of others."""

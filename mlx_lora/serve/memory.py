@@ -6,6 +6,8 @@ time and no memory, and its caches have their shapes all the same.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lora import ui
 from mlx_lora.machine import allocation
 from mlx_lora.models.unpack import layers_to_unpack, unpacked_bytes
-from mlx_lora.serve.worker import Limits
+from mlx_lora.serve.status import Limits
 
 with allocation.file_limits_kept():
     from mlx_lm.models.cache import make_prompt_cache
@@ -81,14 +83,28 @@ class ServingPlan:
 
 def row_bytes(model: nn.Module, tokens: int) -> int:
     """Bytes of the keys, values and states of one row of `tokens` tokens, at most. Nothing is evaluated."""
-    total, steps = 0, -(-tokens // STEP)
-    for layer, after_one, after_two in zip(_caches(model, 0), _caches(model, 1), _caches(model, 2), strict=True):
-        grows = _nbytes(after_two) - _nbytes(after_one)
-        window = getattr(layer, "max_size", None) or getattr(layer, "chunk_size", None)
+    return row_growth(model)(tokens)
+
+
+def row_growth(model: nn.Module) -> Callable[[int], int]:
+    """`row_bytes` of a model for any number of tokens. The model has no adapters now, and may have some later."""
+    layers = [
+        (_nbytes(after_one), _nbytes(after_two) - _nbytes(after_one), _window(layer))
+        for layer, after_one, after_two in zip(_caches(model, 0), _caches(model, 1), _caches(model, 2), strict=True)
+    ]
+
+    def total(tokens: int) -> int:
+        steps = -(-tokens // STEP)
         # beside a window, what a chunk of a prompt brings is held
-        held = min(steps, -(-window // STEP) + 1) if isinstance(window, int) else steps
-        total += _nbytes(after_one) + grows * (held - 1)
+        return sum(first + grows * int(min(steps, held) - 1) for first, grows, held in layers)
+
     return total
+
+
+def _window(layer: Any) -> float:
+    """How many steps a cache holds at most."""
+    window = getattr(layer, "max_size", None) or getattr(layer, "chunk_size", None)
+    return -(-window // STEP) + 1 if isinstance(window, int) else math.inf
 
 
 def _caches(model: nn.Module, steps: int) -> list[Any]:

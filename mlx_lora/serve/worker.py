@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any
 
 from mlx_lora.adapters.attach import Wrappers, put
@@ -19,48 +18,21 @@ from mlx_lora.serve.prefill import chunk_size
 from mlx_lora.serve.prompt_cache import PromptCache
 from mlx_lora.serve.requests import Failed
 from mlx_lora.serve.residence import Residence
+from mlx_lora.serve.room import Room
 from mlx_lora.serve.rows import RowsModel
-from mlx_lora.serve.ways import Way, find_way, mixing_fault
+from mlx_lora.serve.status import Limits, Status
+from mlx_lora.serve.ways import find_way, mixing_fault
 
 # Passes of a lane before the next lane's turn: putting other wrappers into a model takes a few milliseconds.
 TURN = 8
 # Tokens of a chunk of a prompt at most: what runs beside it waits that long for its next token.
 CHUNK = 256
-# Seconds between two passes that loading adapters may take.
-LOADING = 0.01
+# Seconds between two passes that loading adapters may take, and between two looks at what has arrived without passes.
+LOADING, ONLY_LOADING = 0.01, 1.0
 
 Done = Callable[[BaseException | None], None]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`rows` are answered at once and `waiting` may wait; bytes of prompt caches and of adapters in memory."""
-
-    rows: int = 32
-    waiting: int = 256
-    prompt_cache_bytes: int = 1 << 30
-    adapter_bytes: int = 2 << 30
-
-
-@dataclass(frozen=True)
-class Status:
-    """What a scheduler does. `quiet_seconds` since the thread last did something, 0 while there is nothing to do."""
-
-    alive: bool
-    running: int
-    waiting: int
-    quiet_seconds: float
-    passes: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    prompt_cache_bytes: int = 0
-    adapter_bytes: int = 0
-    adapters: tuple[str, ...] = ()
-    alone: tuple[tuple[str, str], ...] = ()
-    way: Way | None = None
 
 
 class Worker:
@@ -82,11 +54,12 @@ class Worker:
         self.way = find_way(loaded.model, self._name)
         if self.way.note:
             log.info(self.way.note)
+        self._room = Room(loaded.model, self.prompts)
         self._chunk = min(CHUNK, chunk_size(loaded.model))
         self._lanes: dict[Hashable | None, Lane] = {None: self._lane(None)}
         self._turn = 0
         self._installed: tuple[Hashable | None, int] | None = None
-        self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "passes": 0}
+        self._counts: dict[str, Any] = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "passes": 0}
 
     def _try_mixing(self, mixed: Mixed, key: Hashable, wrappers: Wrappers) -> str | None:
         """`residence.Trial`: why an adapter has passes of its own on this model, by name."""
@@ -107,17 +80,27 @@ class Worker:
     def idle(self) -> bool:
         """Whether there is nothing to do until something arrives; rows may wait for a file that is being read."""
         running = any(lane.rows for lane in self._lanes.values())
-        waiting = [row for row in self.waiting if not row.loading]
+        awaits = self.residence.awaits
+        waiting = [row for row in self.waiting if not (row.loading and awaits(row.request.adapter))]
         return not (running or waiting or self.residence.loading)
 
     def turn(self) -> None:
         """Go on loading adapters, begin the rows that can begin, and run one pass."""
         running = any(lane.rows for lane in self._lanes.values())
-        self.residence.load_on(LOADING if running else 60.0)
+        self.residence.load_on(LOADING if running else ONLY_LOADING)
         self._tell_wanted()
+        self._keep_room()
         self._admit()
         if (lane := self._next_lane()) is not None:
             self._pass(lane)
+
+    def _keep_room(self) -> None:
+        """Where the machine is about to swap, give up what is kept of prompts, then the row that began last."""
+        rows = [row for lane in self._lanes.values() for row in lane.rows.values()]
+        if rows and (fault := self._room.fault()) is not None:
+            last = max(rows, key=lambda row: row.begun)
+            self._lanes[last.key if last.held and last.held.alone else None].remove(last)
+            self._fail(last, fault)
 
     def want(self, name: str, done: Done) -> None:
         """Bring an adapter into memory, and call `done` with None or with what went wrong."""
@@ -166,7 +149,7 @@ class Worker:
         lane = self._lanes.get(row.key if own else None)
         if lane is None:
             lane = self._lanes[row.key] = self._lane(row.held)
-        if not lane.takes(row):
+        if not lane.takes(row) or not self._room.admits(row, running=any(one.rows for one in self._lanes.values())):
             return False
         layers, cached = self.prompts.find(row.key, row.tokens)
         lane.insert(row, layers, cached, self.prompts.shared(row.key, row.tokens))
@@ -286,6 +269,7 @@ class Worker:
         return Status(
             alive=True, running=sum(len(lane.rows) for lane in self._lanes.values()), waiting=len(self.waiting),
             quiet_seconds=0.0, **self._counts, prompt_cache_bytes=self.prompts.nbytes,
+            prompt_cache_hits=self.prompts.hits, prompt_cache_misses=self.prompts.misses,
             adapter_bytes=self.residence.nbytes, adapters=tuple(self.residence.names()),
             alone=tuple(self.residence.why_alone().items()), way=self.way,
         )  # fmt: skip

@@ -1,0 +1,43 @@
+"""What a scheduler may take, and what it does: plain values that may cross threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_lora.serve.ways import Way
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`rows` are answered at once and `waiting` may wait; bytes of prompt caches and of adapters in memory."""
+
+    rows: int = 32
+    waiting: int = 256
+    prompt_cache_bytes: int = 1 << 30
+    adapter_bytes: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a scheduler does. `quiet_seconds` since the thread last did something, 0 while there is nothing to do.
+
+    `stuck` after it was given up; `slowest_seconds` is the longest that it took from one pass to the next.
+    """
+
+    alive: bool
+    running: int
+    waiting: int
+    quiet_seconds: float
+    stuck: bool = False
+    slowest_seconds: float = 0.0
+    passes: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    prompt_cache_bytes: int = 0
+    prompt_cache_hits: int = 0
+    prompt_cache_misses: int = 0
+    adapter_bytes: int = 0
+    adapters: tuple[str, ...] = ()
+    alone: tuple[tuple[str, str], ...] = ()
+    way: Way | None = None
