@@ -36,11 +36,13 @@ class Models:
         return self._entry(self.service.base, None, self._started)
 
     def _adapter(self, name: str) -> dict[str, Any]:
+        """Beside OpenAI's fields, whether it was trained on single questions, which is how the page asks it."""
         try:
             made = int(self.service.find(name).stat().st_mtime)
+            single = self.service.trained(name).single_questions
         except (AdapterError, OSError):  # it has just been removed
-            made = self._started
-        return self._entry(name, self.service.base, made)
+            made, single = self._started, False
+        return self._entry(name, self.service.base, made) | {"single_questions": single}
 
     def _entry(self, name: str, parent: str | None, created: int) -> dict[str, Any]:
         return {
