@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_lora import ui
-from mlx_lora.cli.options import Adapter, Json, MaxTokens, Model
+from mlx_lora.cli.options import Adapter, Json, MaxTokens, Model, Seed, System, Temperature, Think
 
 if TYPE_CHECKING:
     from mlx_lora.serve.conversation import Trained
@@ -17,12 +17,6 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     app.command()(generate)
     app.command()(chat)
-
-
-System = Annotated[str | None, typer.Option("--system", help="A system message, as in training rows that have one.")]
-
-
-Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Ask a model that can think to think, or not.")]
 
 
 def _engine(model: str | None, adapter: str | None) -> tuple[Engine, Trained]:
@@ -55,10 +49,8 @@ def generate(
     adapter: Adapter = None,
     system: System = None,
     max_tokens: MaxTokens = 256,
-    temp: Annotated[float, typer.Option("--temp", min=0.0, help="Temperature; 0 is greedy.")] = 0.0,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Seed of the sampling; without it, every run differs.")
-    ] = None,
+    temp: Temperature = 0.0,
+    seed: Seed = None,
     raw: Annotated[bool, typer.Option("--raw", help="Encode the prompt as it is, without a chat template.")] = False,
     think: Think = None,
     json: Json = False,
