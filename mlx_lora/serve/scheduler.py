@@ -23,10 +23,11 @@ import mlx.core as mx
 from mlx_lora.errors import Busy, Stopped
 from mlx_lora.machine import allocation
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.serve.lane import Row
 from mlx_lora.serve.requests import LOOK, Answer, Deliver, Failed, Request
 from mlx_lora.serve.residence import Residence
-from mlx_lora.serve.worker import Limits, Status, Worker
+from mlx_lora.serve.running import Row
+from mlx_lora.serve.status import Limits, Status
+from mlx_lora.serve.worker import Worker
 
 __all__ = ["Limits", "Scheduler", "Status"]
 
@@ -39,7 +40,8 @@ log = logging.getLogger(__name__)
 class Scheduler:
     """Answers requests on a base that `open_base` loads in the scheduler's own thread.
 
-    `prepare(residence)` runs there before the first request. Use as a context manager, or `start` and `close`.
+    `prepare(residence)` runs there before the first request. With `lookup`, a greedy request that is answered by itself
+    has its tokens drafted where that is faster (`serve.lookup`). Use as a context manager, or `start` and `close`.
     """
 
     def __init__(
@@ -48,10 +50,12 @@ class Scheduler:
         *,
         limits: Limits | None = None,
         prepare: Callable[[Residence], None] = lambda residence: None,
+        lookup: bool = True,
         **residence: Any,
     ):
         self.limits = limits or Limits()
         self._open_base, self._prepare, self._residence_options = open_base, prepare, residence
+        self._lookup = lookup
         self._inbox: queue.SimpleQueue[Action | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
         self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -187,7 +191,7 @@ class Scheduler:
             try:
                 options = {"wake": lambda: self._inbox.put(lambda _: None), **self._residence_options}
                 self._loaded = self._open_base()
-                worker = Worker(self._loaded, self.limits, self._leave, **options)
+                worker = Worker(self._loaded, self.limits, self._leave, lookup=self._lookup, **options)
                 self._prepare(worker.residence)
                 self._status = worker.status()
             except BaseException as fault:

@@ -222,6 +222,7 @@ def open_service(
     adapters: Sequence[str] = (),
     *,
     limits: Limits | None = None,
+    lookup: bool = True,
     stage: Callable[[str], None] = lambda text: None,
     finish: float = 0.0,
 ) -> Iterator[Service]:
@@ -243,7 +244,7 @@ def open_service(
         return places.get(name) or registry.find_by_name(name)
 
     stage(f"loading {model or registry.base_name(opened.path)}")
-    scheduler = Scheduler(open_base, limits=limits, find=find)
+    scheduler = Scheduler(open_base, limits=limits, lookup=lookup, find=find)
     try:
         scheduler.start()
         service = Service(scheduler, scheduler.loaded, places)

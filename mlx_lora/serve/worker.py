@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any
 
 from mlx_lora.adapters.attach import Wrappers, put
@@ -14,13 +13,16 @@ from mlx_lora.errors import MlxLoraError
 from mlx_lora.models import token_ids
 from mlx_lora.models.context import context_length
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.serve.lane import Ended, Kept, Lane, Row
+from mlx_lora.serve.lane import Lane
+from mlx_lora.serve.lookup import Passes, find_passes
 from mlx_lora.serve.prefill import chunk_size
 from mlx_lora.serve.prompt_cache import PromptCache
 from mlx_lora.serve.requests import Failed
 from mlx_lora.serve.residence import Residence
 from mlx_lora.serve.rows import RowsModel
-from mlx_lora.serve.ways import Way, find_way, mixing_fault
+from mlx_lora.serve.running import Ended, Kept, Row
+from mlx_lora.serve.status import Limits, Status
+from mlx_lora.serve.ways import find_way, mixing_fault
 
 # Passes of a lane before the next lane's turn: putting other wrappers into a model takes a few milliseconds.
 TURN = 8
@@ -34,42 +36,21 @@ Done = Callable[[BaseException | None], None]
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """`rows` are answered at once and `waiting` may wait; bytes of prompt caches and of adapters in memory."""
-
-    rows: int = 32
-    waiting: int = 256
-    prompt_cache_bytes: int = 1 << 30
-    adapter_bytes: int = 2 << 30
-
-
-@dataclass(frozen=True)
-class Status:
-    """What a scheduler does. `quiet_seconds` since the thread last did something, 0 while there is nothing to do."""
-
-    alive: bool
-    running: int
-    waiting: int
-    quiet_seconds: float
-    passes: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    prompt_cache_bytes: int = 0
-    adapter_bytes: int = 0
-    adapters: tuple[str, ...] = ()
-    alone: tuple[tuple[str, str], ...] = ()
-    way: Way | None = None
-
-
 class Worker:
     """The rows of a scheduler on a loaded base. `leave(row)` notes that a row has ended, and says whether it was open.
 
     Made and used in one thread.
     """
 
-    def __init__(self, loaded: LoadedModel, limits: Limits, leave: Callable[[Row], bool], **residence: Any):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        limits: Limits,
+        leave: Callable[[Row], bool],
+        *,
+        lookup: bool = True,
+        **residence: Any,
+    ):
         self.loaded, self.limits, self._leave = loaded, limits, leave
         put(loaded.model, {})
         self.waiting: deque[Row] = deque()
@@ -82,11 +63,15 @@ class Worker:
         self.way = find_way(loaded.model, self._name)
         if self.way.note:
             log.info(self.way.note)
+        passes = find_passes(loaded.model, self._name) if lookup else "lookup is turned off"
+        self._passes = passes if isinstance(passes, Passes) else None
+        self.no_lookup = None if isinstance(passes, Passes) else passes
         self._chunk = min(CHUNK, chunk_size(loaded.model))
         self._lanes: dict[Hashable | None, Lane] = {None: self._lane(None)}
         self._turn = 0
         self._installed: tuple[Hashable | None, int] | None = None
         self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "passes": 0}
+        self._counts |= {"drafted_tokens": 0, "held_tokens": 0}
 
     def _try_mixing(self, mixed: Mixed, key: Hashable, wrappers: Wrappers) -> str | None:
         """`residence.Trial`: why an adapter has passes of its own on this model, by name."""
@@ -98,7 +83,7 @@ class Worker:
 
     def _lane(self, held: Any) -> Lane:
         model = RowsModel(self.loaded.model, self.residence.mixed.rows)
-        lane = Lane(model, self.way, adapter=held, rows=self.limits.rows, chunk=self._chunk)
+        lane = Lane(model, self.way, adapter=held, rows=self.limits.rows, chunk=self._chunk, passes=self._passes)
         if held is not None:
             model.publish = lane.only_own
         return lane
@@ -221,7 +206,7 @@ class Worker:
             self._installed = wanted
 
     def _pass(self, lane: Lane) -> None:
-        before = lane.model.passes
+        before, drafted, held = lane.model.passes, lane.drafted, lane.held
         try:
             self._install(lane)
             for result in lane.step():
@@ -231,6 +216,8 @@ class Worker:
         except Exception as error:
             self._run_again(lane, error)
         self._counts["passes"] += lane.model.passes - before
+        self._counts["drafted_tokens"] += lane.drafted - drafted
+        self._counts["held_tokens"] += lane.held - held
 
     def _run_again(self, lane: Lane, error: Exception) -> None:
         """After a pass that failed: its rows begin again one by one, and one that fails by itself gets the error."""
@@ -288,4 +275,5 @@ class Worker:
             quiet_seconds=0.0, **self._counts, prompt_cache_bytes=self.prompts.nbytes,
             adapter_bytes=self.residence.nbytes, adapters=tuple(self.residence.names()),
             alone=tuple(self.residence.why_alone().items()), way=self.way,
+            no_lookup=self.no_lookup,
         )  # fmt: skip

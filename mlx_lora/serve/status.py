@@ -1,0 +1,42 @@
+"""What a scheduler may take, and what it does: plain values that may cross threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_lora.serve.ways import Way
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`rows` are answered at once and `waiting` may wait; bytes of prompt caches and of adapters in memory."""
+
+    rows: int = 32
+    waiting: int = 256
+    prompt_cache_bytes: int = 1 << 30
+    adapter_bytes: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a scheduler does. `quiet_seconds` since the thread last did something, 0 while there is nothing to do.
+
+    `drafted_tokens` were proposed by prompt lookup, `held_tokens` of them were right; `no_lookup` is why none are.
+    """
+
+    alive: bool
+    running: int
+    waiting: int
+    quiet_seconds: float
+    passes: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    prompt_cache_bytes: int = 0
+    adapter_bytes: int = 0
+    adapters: tuple[str, ...] = ()
+    alone: tuple[tuple[str, str], ...] = ()
+    way: Way | None = None
+    drafted_tokens: int = 0
+    held_tokens: int = 0
+    no_lookup: str | None = None
