@@ -108,9 +108,12 @@ def test_an_interrupted_file_goes_on_and_asks_no_row_twice(
         out.write('{"index": 7, "answer": "half a li')  # as a process that was killed leaves it
     asked: list[int] = []
     request = task._Filling._request
-    monkeypatch.setattr(
-        task._Filling, "_request", lambda self, row: asked.append(row.index) or request(self, row)
-    )  # fmt: skip
+
+    def noted(self: Any, row: prompts.PromptRow) -> Any:
+        asked.append(row.index)
+        return request(self, row)
+
+    monkeypatch.setattr(task._Filling, "_request", noted)
     done = answer(rows)
     assert sorted([*asked, *(line["index"] for line in kept)]) == list(range(12))
     assert written(tmp_path) == whole and done.before == 5 and not (tmp_path / "out.jsonl.unfinished").exists()
@@ -211,6 +214,6 @@ def test_a_long_file_is_read_a_window_at_a_time(
 
         yield advance
 
-    monkeypatch.setattr(task.prompts, "rows", counted)
+    monkeypatch.setattr(prompts, "rows", counted)
     answer(rows_of(60), bar=bar, max_tokens=1)
     assert ended == 60 and max(ahead) <= (task.WINDOW + task.AHEAD) * 3
