@@ -12,6 +12,7 @@ import typer
 from mlx_lora import ui
 from mlx_lora.cli.options import Base, Json, RecipeWords, Rows, progress
 from mlx_lora.cli.settings import RecipeCommand
+from mlx_lora.errors import RecipeError
 
 if TYPE_CHECKING:
     from mlx_lora.train.budget.choose import Plan
@@ -33,12 +34,15 @@ def plan(
     device: Annotated[
         Device | None, typer.Option("--device", help="Plan for a Mac's GPU, or for a processor; this one's by default.")
     ] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Plan for answering with it instead of training it.")] = False,
     json: Json = False,
 ) -> None:
     """Say what training will take in memory and time before anything is loaded, and what would fit."""
     from mlx_lora.recipe import load_recipe
     from mlx_lora.tasks.plan import plan_recipe
 
+    if serve:
+        return _plan_serving(model, settings, data, memory_gb, device, json)
     words = list(settings or [])
     file = Path(words.pop(0)) if words and "=" not in words[0] else None
     given = {key: value for key, value in (("model", model), ("data.path", data)) if value is not None}
@@ -50,6 +54,28 @@ def plan(
         ui.as_json(made.as_dict())
     else:
         _show(made)
+
+
+def _plan_serving(
+    model: str | None,
+    settings: list[str] | None,
+    data: str | None,
+    memory_gb: float | None,
+    device: Device | None,
+    json: bool,
+) -> None:
+    from mlx_lora.tasks.plan_serving import plan_serving
+
+    if settings or data:
+        raise RecipeError("--serve plans for a base alone, without recipe and data", hint="--serve --model MODEL")
+    made = plan_serving(model, memory_gb=memory_gb, gpu=None if device is None else device == Device.gpu)
+    if json:
+        return ui.as_json(made.as_dict())
+    ui.table(["part", "memory"], [(part.replace("_", " "), ui.size(size)) for part, size in made.parts.items()])
+    ui.result(
+        f"peak {ui.size(made.peak)} of {ui.size(made.limit)}: {'fits' if made.fits else 'has no room for a request'}"
+    )
+    ui.result(f"{made}")
 
 
 def _show(made: Plan) -> None:

@@ -28,7 +28,9 @@ def run(
     seed: Seed = None,
     raw: Annotated[bool, typer.Option("--raw", help="Encode prompts as they are, without a chat template.")] = False,
     think: Think = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows are answered at once.")] = 32,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="Rows answered at once; by default as many as memory allows.")
+    ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:

@@ -13,6 +13,7 @@ Knows no file and no program: what an artefact says comes from its caller.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ import numpy as np
 
 from mlx_lora.data.rows import Row
 from mlx_lora.errors import CannotFuse, NotFinite
+
+log = logging.getLogger(__name__)
 
 COUNT = 100
 MOST_POSITIONS = 64
@@ -158,17 +161,20 @@ def _slope(effects: np.ndarray) -> tuple[float, float]:
 
 
 def refuse_lost(checked: Checked, *, force: bool = False) -> None:
-    """Raise CannotFuse where the adapter isn't in the artefact as it was trained, unless forced; NotFinite always."""
+    """Raise CannotFuse where the adapter isn't in the artefact as trained, or warn if forced; NotFinite always."""
     if not checked.finite:
         raise NotFinite(
             f"what {checked.program} says of the exported model isn't finite", hint="export in another number format"
         )
-    if checked.lost and not force:
-        raise CannotFuse(
-            f"{checked.program} says that {max(checked.kept, 0):.0%} of the adapter's effect is in the exported model "
-            f"(KL to base and adapter {checked.kl:.4f} nats, the adapter's own {checked.adapter_kl:.4f})",
-            hint="export with more bits, or --force to write it anyway",
-        )
+    if not checked.lost:
+        return
+    said = (
+        f"{checked.program} says that {max(checked.kept, 0):.0%} of the adapter's effect is in the exported model "
+        f"(KL to base and adapter {checked.kl:.4f} nats, the adapter's own {checked.adapter_kl:.4f})"
+    )
+    if not force:
+        raise CannotFuse(said, hint="export with more bits, or --force to write it anyway")
+    log.warning("%s; it is written, as --force asks", said)
 
 
 def mean_divergence(one: TopTokens, other: TopTokens) -> float:

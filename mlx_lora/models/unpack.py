@@ -35,9 +35,9 @@ def unpack_once(loaded: LoadedModel) -> bool:
     layers = [] if device.on_gpu() else layers_to_unpack(loaded.model)
     if not layers:
         return False
-    needed = sum(4 * output_dims(layer) * input_dims(layer) for layer in layers)
+    needed = dense_bytes(layers)
     free = limits.limit_bytes() - mx.get_active_memory()
-    if needed > SHARE * free:
+    if not unpacked_bytes(layers, free):
         log.info(
             "packed weights are unpacked for every token, which is slower: unpacked once they would take %s, "
             "more than half of the %s of free memory", ui.size(needed), ui.size(free),
@@ -60,6 +60,17 @@ def layers_to_unpack(model: nn.Module) -> list[nn.Module]:
         module for module in modules if isinstance(module, EMBEDDING) and output_dims(module) not in outputs
     ]  # fmt: skip
     return [*linear, *tied]
+
+
+def dense_bytes(layers: list[nn.Module]) -> int:
+    """Bytes of float32 copies of packed layers."""
+    return sum(4 * output_dims(layer) * input_dims(layer) for layer in layers)
+
+
+def unpacked_bytes(layers: list[nn.Module], free: int) -> int:
+    """Bytes of the copies where they fit into `free` bytes, else 0: then none are made."""
+    needed = dense_bytes(layers)
+    return needed if needed <= SHARE * free else 0
 
 
 def output_dims(layer: nn.Module) -> int:

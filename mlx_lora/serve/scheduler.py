@@ -40,20 +40,22 @@ log = logging.getLogger(__name__)
 class Scheduler:
     """Answers requests on a base that `open_base` loads in the scheduler's own thread.
 
-    `prepare(residence)` runs there before the first request. With `lookup`, a greedy request that is answered by itself
-    has its tokens drafted where that is faster (`serve.lookup`). Use as a context manager, or `start` and `close`.
+    `limits` may be found from the loaded base. `prepare(residence)` runs in that thread before the first request. With
+    `lookup`, a greedy request that is answered by itself has its tokens drafted where that is faster (`serve.lookup`).
+    Use as a context manager, or `start` and `close`.
     """
 
     def __init__(
         self,
         open_base: Callable[[], LoadedModel],
         *,
-        limits: Limits | None = None,
+        limits: Limits | Callable[[LoadedModel], Limits] | None = None,
         prepare: Callable[[Residence], None] = lambda residence: None,
         lookup: bool = True,
         **residence: Any,
     ):
-        self.limits = limits or Limits()
+        self.limits = limits if isinstance(limits, Limits) else Limits()
+        self._find_limits = limits if callable(limits) else lambda loaded: self.limits
         self._open_base, self._prepare, self._residence_options = open_base, prepare, residence
         self._lookup = lookup
         self._inbox: queue.SimpleQueue[Action | None] = queue.SimpleQueue()
@@ -191,6 +193,7 @@ class Scheduler:
             try:
                 options = {"wake": lambda: self._inbox.put(lambda _: None), **self._residence_options}
                 self._loaded = self._open_base()
+                self.limits = self._find_limits(self._loaded)
                 worker = Worker(self._loaded, self.limits, self._leave, lookup=self._lookup, **options)
                 self._prepare(worker.residence)
                 self._status = worker.status()

@@ -6,6 +6,7 @@ manifests are used here, in the threads that ask.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +15,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_lora.config import Data
 from mlx_lora.data.encode import Encoder
 from mlx_lora.data.example import Example
 from mlx_lora.errors import AdapterError, DataError, Problem
+from mlx_lora.machine import limits as machine_limits
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.unpack import unpack_once
+from mlx_lora.serve import memory
 from mlx_lora.serve.answer import first_answer
 from mlx_lora.serve.conversation import Message, Trained, trained
 from mlx_lora.serve.prefill import OnPrompt
@@ -30,6 +35,8 @@ from mlx_lora.serve.text import Piece, TextStream
 from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
 from mlx_lora.store.base import base_for
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -216,20 +223,29 @@ class Service:
         return Reply(self.scheduler.submit(request), stream, on_prompt)
 
 
+def _fitting(loaded: LoadedModel, rows: int | None) -> Limits:
+    """The limits that this machine's memory allows beside a base that has just been loaded; `rows` as asked, if so."""
+    made = memory.plan(loaded.model, base=mx.get_active_memory(), limit=machine_limits.limit_bytes())
+    log.info("memory for %s", made)
+    return made.limits if rows is None else replace(made.limits, rows=rows)
+
+
 @contextmanager
 def open_service(
     model: str | None,
     adapters: Sequence[str] = (),
     *,
     limits: Limits | None = None,
+    rows: int | None = None,
     lookup: bool = True,
     stage: Callable[[str], None] = lambda text: None,
     finish: float = 0.0,
 ) -> Iterator[Service]:
     """A base with its scheduler, and `adapters` (names or paths) in memory; names of the home may be asked for too.
 
-    Without `model`, the base that the adapters belong to. When the block ends, answers that run have `finish` seconds
-    left. Raises what opening the base or loading an adapter raises.
+    Without `model`, the base that the adapters belong to. Without `limits`, those that this machine's memory allows
+    (`serve.memory`). When the block ends, answers that run have `finish` seconds left. Raises what opening the base or
+    loading an adapter raises.
     """
     stored = [store.read(registry.find(adapter)) for adapter in adapters]
     opened = base_for(model, stored)
@@ -244,7 +260,7 @@ def open_service(
         return places.get(name) or registry.find_by_name(name)
 
     stage(f"loading {model or registry.base_name(opened.path)}")
-    scheduler = Scheduler(open_base, limits=limits, lookup=lookup, find=find)
+    scheduler = Scheduler(open_base, limits=limits or (lambda loaded: _fitting(loaded, rows)), lookup=lookup, find=find)
     try:
         scheduler.start()
         service = Service(scheduler, scheduler.loaded, places)

@@ -21,7 +21,6 @@ from mlx_lora.data.prompts import PromptRow
 from mlx_lora.data.read import sha256
 from mlx_lora.errors import DataError, MlxLoraError, Stopped
 from mlx_lora.serve.requests import LOOK, Event, Failed, Finished, Request, Sampling, Token
-from mlx_lora.serve.scheduler import Limits
 from mlx_lora.serve.service import Prompt, Service, open_service
 from mlx_lora.serve.text import Piece, TextStream
 from mlx_lora.store import adapter as store
@@ -38,7 +37,8 @@ RESULTS = ("index", "answer", "error", "finish_reason", "prompt_tokens", "genera
 
 @dataclass(frozen=True)
 class Asking:
-    """How rows are asked that don't say it themselves. `rows` are answered at once.
+    """How rows are asked that don't say it themselves. `rows` are answered at once, by default as many as memory
+    allows.
 
     `system` is a system message for rows without one, None for the adapter's own. With `raw`, prompts are encoded
     without a template. A row's seed is `seed` plus its index.
@@ -50,7 +50,7 @@ class Asking:
     system: str | None = None
     raw: bool = False
     thinking: bool | None = None
-    rows: int = 32
+    rows: int | None = None
 
 
 @dataclass
@@ -95,8 +95,7 @@ def answer_file(
         raise MlxLoraError(f"{out} holds the prompts", hint="--out FILE names another one")
     stage(f"reading {found}")
     scanned = prompts.scan(found)
-    limits = Limits(rows=asking.rows, waiting=AHEAD * asking.rows)
-    with open_service(model, [adapter] if adapter else [], limits=limits, stage=stage) as service:
+    with open_service(model, [adapter] if adapter else [], rows=asking.rows, stage=stage) as service:
         default = registry.label(registry.find(adapter)) if adapter else None
         made_of = _made_of(service, found, {*scanned.adapters, *([default] if default else [])}, asking, default)
         with Answers(out, scanned.rows, made_of, force=force) as answers:
@@ -142,6 +141,8 @@ class _Filling:
 
     def __init__(self, service: Service, answers: Answers, asking: Asking, adapter: str | None, advance: Advance):
         self.service, self.answers, self.asking, self.adapter = service, answers, asking, adapter
+        limits = service.scheduler.limits
+        self.rows, self.most = limits.rows, min(AHEAD * limits.rows, limits.rows + limits.waiting)
         self.generated, self.failed = 0, 0
         self._advance, self._start = advance, time.perf_counter()
         self._events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
@@ -160,7 +161,7 @@ class _Filling:
         requests = self._requests(rows)
         more = True
         while more or self._running:
-            while more and len(self._running) < AHEAD * self.asking.rows:
+            while more and len(self._running) < self.most:
                 if (found := next(requests, None)) is None:
                     more = False
                     break
@@ -175,7 +176,7 @@ class _Filling:
 
     def _requests(self, rows: Iterator[PromptRow]) -> Iterator[tuple[PromptRow, Request]]:
         """Rows with what is asked, the shorter ones of a window first; those that can't be asked are written so."""
-        while window := list(islice(rows, WINDOW * self.asking.rows)):
+        while window := list(islice(rows, WINDOW * self.rows)):
             asked: list[tuple[PromptRow, Request]] = []
             for row in window:
                 try:

@@ -44,7 +44,8 @@ def test_an_artefact_that_lost_the_adapter_is_not_written_unless_forced(
     ran = run("export", "hf", "--adapter", adapter, "--out", tmp_path / "out")
     assert ran.code == 1 and "0% of the adapter's effect" in ran.err
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
-    assert run("export", "hf", "--adapter", adapter, "--out", tmp_path / "out", "--force").code == 0
+    forced = run("export", "hf", "--adapter", adapter, "--out", tmp_path / "out", "--force")
+    assert forced.code == 0 and "0% of the adapter's effect" in forced.err and "as --force asks" in forced.err
 
 
 def of_the_base(folder: Path, before: Any) -> gate.Checked:

@@ -83,3 +83,13 @@ def test_a_first_plan_tells_a_time_from_a_short_measurement_and_which_it_is(run:
     assert "products timed on this machine" in run(*words).out
     elsewhere = run(*words, "--memory-gb", 8, "--device", "gpu", "--json").json
     assert elsewhere["seconds"] is None and elsewhere["seconds_from"] is None, "another machine's pace isn't known here"
+
+
+def test_plan_serve_says_how_many_requests_fit(run: Run, tiny_path: Path) -> None:
+    facts = run("plan", "--serve", "--model", tiny_path, "--memory-gb", 16, "--json").json
+    assert facts["fits"] and facts["rows"] == 32 and facts["row_tokens"] == 2048
+    assert sum(facts["parts"].values()) == facts["peak_memory_bytes"] <= facts["limit_bytes"]
+    shown = run("plan", "--serve", "--model", tiny_path)
+    assert "prompt cache" in shown.out and ": fits" in shown.out and "32 requests of 2,048 tokens" in shown.out
+    refused = run("plan", "--serve", "--model", tiny_path, "train.iters=3")
+    assert refused.code != 0 and "without recipe" in refused.err

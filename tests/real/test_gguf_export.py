@@ -27,6 +27,7 @@ from mlx_lora.models.open import load_tokenizer
 from mlx_lora.study.evaluate import questions
 from tests.models.tiny_gguf import OWN, write_tiny
 from tests.real.conftest import ROOT, Shell
+from tests.real.test_gguf_llamacpp import PROMPTS as FIRST_PROMPTS
 from tests.real.test_gguf_llamacpp import greedy
 
 pytestmark = pytest.mark.real
@@ -102,11 +103,7 @@ def test_a_merged_model_says_in_llama_cpp_what_base_and_adapter_say(
 
 
 PROMPTS = (
-    "The capital of France is",
-    "Once upon a time, in a small village by the sea,",
-    "def fibonacci(n):\n    ",
-    "Water boils at 100 degrees Celsius because",
-    "1. Eat well\n2. Sleep enough\n3.",
+    *FIRST_PROMPTS,
     "Dear Sir or Madam,\n",
     "Q: What is the tallest mountain?\nA:",
     "The three primary colours are",
