@@ -19,6 +19,10 @@ from mlx_lora.serve.lookup import Lookup, Passes, take_back
 Responses = tuple[list[Any], list[Any]]
 
 
+# The next token of a row and the log-probabilities (1, V) that it is chosen from, not evaluated yet.
+_Next = tuple[mx.array, mx.array]
+
+
 @dataclass
 class _Row:
     uid: int
@@ -32,6 +36,7 @@ class _Row:
     matcher: Any
     made: int = 0
     lookup: Lookup | None = None
+    ahead: _Next | None = None
 
 
 def _progress(row: _Row, done: int, *, end: bool) -> Any:
@@ -41,6 +46,7 @@ def _progress(row: _Row, done: int, *, end: bool) -> Any:
 class OneRowGenerator:
     """Takes one row; `next` reads a chunk of its prompt, or makes a token of its answer and those that were drafted.
 
+    Without drafts a pass begins before the token before it has been read, so that the device doesn't wait for Python.
     `passes` says whether drafts are worth it, None without lookup. `drafted` tokens were verified, and `held` of them
     were right. Ids of rows are negative, so that they are never those of a BatchGenerator.
     """
@@ -73,7 +79,7 @@ class OneRowGenerator:
         return [self._uid]
 
     def follow(self, lookup: Lookup) -> None:
-        """Draft the row's tokens out of `lookup`, which is told every token that was made."""
+        """Draft the row's tokens out of `lookup`, which is told every token from now on."""
         if self._row is not None:
             self._row.lookup = lookup
 
@@ -85,15 +91,21 @@ class OneRowGenerator:
         if len(row.segments) > 1:
             return [self._read(row)], []
         read = [_progress(row, row.total, end=True)] if not row.made else []
-        draft = []
-        if row.lookup is not None and self.passes is not None and row.made:
-            draft = row.lookup.draft(self.passes, row.most - row.made - 1)
-        return read, self._answer(row, draft)
+        start = time.perf_counter()
+        draft = [] if row.ahead is not None else self._draft(row)
+        made = self._verified(row, draft) if draft else [self._token(row)]
+        if self.passes is not None and not read and not row.processors:
+            self.passes.saw(1 + len(draft), time.perf_counter() - start)
+        return read, self._answer(row, draft, made)
 
-    def _answer(self, row: _Row, draft: list[int]) -> list[Any]:
-        """A pass over the last token and a draft; the tokens that it gave, up to the end of the answer."""
-        given, responses = row.segments[0], list[Any]()
-        made = self._tokens(row, draft)
+    def _draft(self, row: _Row) -> list[int]:
+        if row.lookup is None or self.passes is None or not row.made:
+            return []
+        return row.lookup.draft(self.passes, row.most - row.made - 1)
+
+    def _answer(self, row: _Row, draft: list[int], made: list[tuple[int, mx.array]]) -> list[Any]:
+        """The tokens that a pass gave, up to the end of the answer; what the caches hold beyond it is taken back."""
+        responses = list[Any]()
         for token, log_probabilities in made:
             row.made += 1
             reason = "length" if row.made >= row.most else None
@@ -102,11 +114,15 @@ class OneRowGenerator:
                 uid=row.uid, token=token, logprobs=log_probabilities, finish_reason=reason, prompt_cache=None,
                 all_tokens=None,
             ))  # fmt: skip
+            if row.lookup is not None:
+                row.lookup.push(token)
             if reason:
                 break
         take_back(row.cache, len(draft) + 1 - len(responses))
-        row.tokens += [*given, *(response.token for response in responses[:-1])]
+        row.tokens += [*row.segments[0], *(response.token for response in responses[:-1])]
         row.segments = [[responses[-1].token]]
+        if row.ahead is not None:  # a pass over the last token has begun
+            row.tokens, row.segments = row.tokens + row.segments[0], [[]]
         self.drafted += len(draft)
         self.held += len(responses) - 1
         if responses[-1].finish_reason:
@@ -122,21 +138,37 @@ class OneRowGenerator:
         row.tokens += chunk
         return _progress(row, row.total - sum(map(len, row.segments)), end=not rest)
 
-    def _tokens(self, row: _Row, draft: list[int]) -> list[tuple[int, mx.array]]:
+    def _token(self, row: _Row) -> tuple[int, mx.array]:
+        """The next token, and the log-probabilities (V,) that it was chosen from."""
+        token, log_probabilities = row.ahead or self._pass(row, mx.array(row.segments))
+        row.ahead = None
+        if not row.processors and row.made + 1 < row.most and not self._draft(row):
+            row.ahead = self._pass(row, token[:, None])
+            mx.async_eval(row.ahead)
+        return int(token.item()), log_probabilities[0]
+
+    def _pass(self, row: _Row, tokens: mx.array) -> _Next:
+        """What comes behind `tokens` (1, T)."""
+        logits = self.model(tokens, cache=row.cache)[:, -1, :]
+        for processor in row.processors:
+            logits = processor(mx.array(row.tokens + row.segments[0]), logits)
+        log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return row.sampler(log_probabilities), log_probabilities
+
+    def _verified(self, row: _Row, draft: list[int]) -> list[tuple[int, mx.array]]:
         """The tokens behind the last one while the draft holds, with the log-probabilities (V,) they were chosen from.
 
         A processor sees what it would see without a draft: tokens that hold, one after another.
         """
-        start = time.perf_counter()
         given = row.segments[0]
-        logits = self.model(mx.array([[*given, *draft]]), cache=row.cache)[0, len(given) - 1 :]
+        logits = self.model(mx.array([[*given, *draft]]), cache=row.cache)[0]
         made: list[tuple[int, mx.array]] = []
         if not row.processors:
             log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             chosen: list[int] = row.sampler(log_probabilities).tolist()  # type: ignore[assignment]
             right = next((i for i, token in enumerate(draft) if chosen[i] != token), len(draft))
-            made = [(int(chosen[i]), log_probabilities[i]) for i in range(right + 1)]
-        for place in range(len(draft) + 1) if row.processors else ():
+            return [(int(chosen[i]), log_probabilities[i]) for i in range(right + 1)]
+        for place in range(len(draft) + 1):
             one, context = logits[place : place + 1], mx.array([*row.tokens, *given, *draft[:place]])
             for processor in row.processors:
                 one = processor(context, one)
@@ -144,8 +176,6 @@ class OneRowGenerator:
             made.append((int(row.sampler(log_probabilities).item()), log_probabilities[0]))
             if place < len(draft) and made[-1][0] != draft[place]:
                 break
-        if self.passes is not None and len(given) == 1 and not row.processors:
-            self.passes.saw(1 + len(draft), time.perf_counter() - start)
         return made
 
     def extract_cache(self, uids: list[int]) -> dict[int, Any]:

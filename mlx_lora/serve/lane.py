@@ -193,7 +193,7 @@ class Lane:
         token = int(response.token)
         if token not in row.ends:
             row.answer.append(as_token(token, response.logprobs, row.request.logprobs))
-            if row.lookup is not None:
+            if row.lookup is not None and response.uid >= 0:  # else its generator has told it
                 row.lookup.push(token)
         reason = response.finish_reason
         self._show(row, final=reason is not None, stopped=reason == "stop" and token not in row.ends)

@@ -22,7 +22,7 @@ from mlx_lora.serve.residence import Residence
 from mlx_lora.serve.rows import RowsModel
 from mlx_lora.serve.running import Ended, Kept, Row
 from mlx_lora.serve.status import Limits, Status
-from mlx_lora.serve.ways import find_way, mixing_fault
+from mlx_lora.serve.ways import ALONE, Way, find_way, mixing_fault
 
 # Passes of a lane before the next lane's turn: putting other wrappers into a model takes a few milliseconds.
 TURN = 8
@@ -60,7 +60,8 @@ class Worker:
         )
         self._wanted: list[tuple[str, Done]] = []
         self._name = str(loaded.config.get("model_type", "this model"))
-        self.way = find_way(loaded.model, self._name)
+        # a row by itself needs no trial
+        self.way = find_way(loaded.model, self._name) if limits.rows > 1 else Way(ALONE, 1)
         if self.way.note:
             log.info(self.way.note)
         passes = find_passes(loaded.model, self._name) if lookup else "lookup is turned off"
