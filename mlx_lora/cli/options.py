@@ -26,6 +26,13 @@ System = Annotated[str | None, typer.Option("--system", help="A system message, 
 Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Ask a model that can think to think, or not.")]
 Temperature = Annotated[float, typer.Option("--temp", min=0.0, help="Temperature; 0 is greedy.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the sampling; without it, every run differs.")]
+Lookup = Annotated[
+    bool,
+    typer.Option("--lookup/--no-lookup", help="Draft what an answer copies out of its prompt where that is faster."),
+]
+KvBits = Annotated[
+    int | None, typer.Option("--kv-bits", help="Bits of keys and values, 8 or 4: less memory for a prompt.")
+]
 RecipeWords = Annotated[
     list[str] | None, typer.Argument(metavar="[RECIPE] [key=value]…", help="A recipe file, then its overrides.")
 ]

@@ -6,6 +6,7 @@ time and no memory, and its caches have their shapes all the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lora import ui
 from mlx_lora.machine import allocation
 from mlx_lora.models.unpack import layers_to_unpack, unpacked_bytes
+from mlx_lora.serve.quantized import QuantizedCaches
 from mlx_lora.serve.status import Limits
 
 with allocation.file_limits_kept():
@@ -79,10 +81,10 @@ class ServingPlan:
         )
 
 
-def row_bytes(model: nn.Module, tokens: int) -> int:
+def row_bytes(model: nn.Module, tokens: int, make_cache: Callable[[Any], list[Any]] = make_prompt_cache) -> int:
     """Bytes of the keys, values and states of one row of `tokens` tokens, at most. Nothing is evaluated."""
     total, steps = 0, -(-tokens // STEP)
-    for layer, after_one, after_two in zip(_caches(model, 0), _caches(model, 1), _caches(model, 2), strict=True):
+    for layer, after_one, after_two in zip(*(_caches(model, count, make_cache) for count in (0, 1, 2)), strict=True):
         grows = _nbytes(after_two) - _nbytes(after_one)
         window = getattr(layer, "max_size", None) or getattr(layer, "chunk_size", None)
         # beside a window, what a chunk of a prompt brings is held
@@ -91,12 +93,16 @@ def row_bytes(model: nn.Module, tokens: int) -> int:
     return total
 
 
-def _caches(model: nn.Module, steps: int) -> list[Any]:
+def _caches(model: nn.Module, steps: int, make_cache: Callable[[Any], list[Any]]) -> list[Any]:
     """The caches of the layers after a prompt of so many steps, not evaluated."""
-    layers = make_prompt_cache(model)
+    layers = make_cache(model)
     if steps:
         model(mx.zeros((1, steps * STEP), mx.int32), cache=layers)
     return [part for layer in layers for part in getattr(layer, "caches", [layer])]
+
+
+def _name(model: nn.Module) -> str:
+    return str(getattr(model, "model_type", "this model"))
 
 
 def _nbytes(layer: Any) -> int:
@@ -113,13 +119,15 @@ def base_bytes(model: nn.Module, limit: int, *, gpu: bool) -> int:
     return packed if gpu else packed + unpacked_bytes(layers_to_unpack(model), limit - packed)
 
 
-def plan(model: nn.Module, *, base: int, limit: int) -> ServingPlan:
+def plan(model: nn.Module, *, base: int, limit: int, kv_bits: int | None = None) -> ServingPlan:
     """Share what `base` bytes leave of `limit` bytes. `model` may be without weights (`models.shapes`).
 
-    Where not even one row has room the plan doesn't fit.
+    With `kv_bits` one row runs at a time. Where not even one row has room the plan doesn't fit. Raises ModelError where
+    the caches can't have so many bits.
     """
-    row, free = max(row_bytes(model, ROW_TOKENS), 1), max(limit - base, 0)
-    rows = min(max(int(FOR_ROWS * free / row), 1), MOST_ROWS)
+    make_cache = make_prompt_cache if kv_bits is None else QuantizedCaches(model, _name(model), kv_bits)
+    row, free = max(row_bytes(model, ROW_TOKENS, make_cache), 1), max(limit - base, 0)
+    rows = min(max(int(FOR_ROWS * free / row), 1), MOST_ROWS if kv_bits is None else 1)
     prompts, adapters = min(FOR_PROMPTS * free, MOST_FOR_PROMPTS), min(FOR_ADAPTERS * free, MOST_FOR_ADAPTERS)
     passes = (1 - FOR_ROWS - FOR_PROMPTS - FOR_ADAPTERS) * free
     return ServingPlan(base, int(adapters), int(prompts), row, rows, int(passes), limit)

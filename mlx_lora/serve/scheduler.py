@@ -42,7 +42,8 @@ class Scheduler:
 
     `limits` may be found from the loaded base. `prepare(residence)` runs in that thread before the first request. With
     `lookup`, a greedy request that is answered by itself has its tokens drafted where that is faster (`serve.lookup`).
-    Use as a context manager, or `start` and `close`.
+    `kv_bits` are those of keys and values, which then have one row (`serve.quantized`). Use as a context manager, or
+    `start` and `close`.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class Scheduler:
         limits: Limits | Callable[[LoadedModel], Limits] | None = None,
         prepare: Callable[[Residence], None] = lambda residence: None,
         lookup: bool = True,
+        kv_bits: int | None = None,
         **residence: Any,
     ):
         self.limits = limits if isinstance(limits, Limits) else Limits()
         self._find_limits = limits if callable(limits) else lambda loaded: self.limits
         self._open_base, self._prepare, self._residence_options = open_base, prepare, residence
-        self._lookup = lookup
+        self._single: dict[str, Any] = {"lookup": lookup, "kv_bits": kv_bits}
         self._inbox: queue.SimpleQueue[Action | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
         self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -194,7 +196,7 @@ class Scheduler:
                 options = {"wake": lambda: self._inbox.put(lambda _: None), **self._residence_options}
                 self._loaded = self._open_base()
                 self.limits = self._find_limits(self._loaded)
-                worker = Worker(self._loaded, self.limits, self._leave, lookup=self._lookup, **options)
+                worker = Worker(self._loaded, self.limits, self._leave, **self._single, **options)
                 self._prepare(worker.residence)
                 self._status = worker.status()
             except BaseException as fault:

@@ -223,9 +223,9 @@ class Service:
         return Reply(self.scheduler.submit(request), stream, on_prompt)
 
 
-def _fitting(loaded: LoadedModel, rows: int | None) -> Limits:
+def _fitting(loaded: LoadedModel, rows: int | None, kv_bits: int | None) -> Limits:
     """The limits that this machine's memory allows beside a base that has just been loaded; `rows` as asked, if so."""
-    made = memory.plan(loaded.model, base=mx.get_active_memory(), limit=machine_limits.limit_bytes())
+    made = memory.plan(loaded.model, base=mx.get_active_memory(), limit=machine_limits.limit_bytes(), kv_bits=kv_bits)
     log.info("memory for %s", made)
     return made.limits if rows is None else replace(made.limits, rows=rows)
 
@@ -238,6 +238,7 @@ def open_service(
     limits: Limits | None = None,
     rows: int | None = None,
     lookup: bool = True,
+    kv_bits: int | None = None,
     stage: Callable[[str], None] = lambda text: None,
     finish: float = 0.0,
 ) -> Iterator[Service]:
@@ -260,7 +261,13 @@ def open_service(
         return places.get(name) or registry.find_by_name(name)
 
     stage(f"loading {model or registry.base_name(opened.path)}")
-    scheduler = Scheduler(open_base, limits=limits or (lambda loaded: _fitting(loaded, rows)), lookup=lookup, find=find)
+    scheduler = Scheduler(
+        open_base,
+        limits=limits or (lambda loaded: _fitting(loaded, rows, kv_bits)),
+        lookup=lookup,
+        kv_bits=kv_bits,
+        find=find,
+    )
     try:
         scheduler.start()
         service = Service(scheduler, scheduler.loaded, places)

@@ -17,6 +17,7 @@ from mlx_lora.serve.lane import Lane
 from mlx_lora.serve.lookup import Passes, find_passes
 from mlx_lora.serve.prefill import chunk_size
 from mlx_lora.serve.prompt_cache import PromptCache
+from mlx_lora.serve.quantized import QuantizedCaches
 from mlx_lora.serve.requests import Failed
 from mlx_lora.serve.residence import Residence
 from mlx_lora.serve.rows import RowsModel
@@ -49,6 +50,7 @@ class Worker:
         leave: Callable[[Row], bool],
         *,
         lookup: bool = True,
+        kv_bits: int | None = None,
         **residence: Any,
     ):
         self.loaded, self.limits, self._leave = loaded, limits, leave
@@ -60,11 +62,11 @@ class Worker:
         )
         self._wanted: list[tuple[str, Done]] = []
         self._name = str(loaded.config.get("model_type", "this model"))
-        # a row by itself needs no trial
-        self.way = find_way(loaded.model, self._name) if limits.rows > 1 else Way(ALONE, 1)
+        self._make_cache = self._caches(kv_bits)
+        self.way = self._find_way(kv_bits)
         if self.way.note:
             log.info(self.way.note)
-        passes = find_passes(loaded.model, self._name) if lookup else "lookup is turned off"
+        passes = find_passes(loaded.model, self._name, self._make_cache) if lookup else "lookup is turned off"
         self._passes = passes if isinstance(passes, Passes) else None
         self.no_lookup = None if isinstance(passes, Passes) else passes
         self._chunk = min(CHUNK, chunk_size(loaded.model))
@@ -73,6 +75,18 @@ class Worker:
         self._installed: tuple[Hashable | None, int] | None = None
         self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "passes": 0}
         self._counts |= {"drafted_tokens": 0, "held_tokens": 0}
+
+    def _caches(self, bits: int | None) -> QuantizedCaches | None:
+        if bits is None:
+            return None
+        caches = QuantizedCaches(self.loaded.model, self._name, bits)
+        caches.check(self.loaded.model)
+        return caches
+
+    def _find_way(self, bits: int | None) -> Way:
+        if bits is not None:
+            return Way(ALONE, 1, f"{self._name}: requests are answered one by one, because caches have {bits} bits")
+        return find_way(self.loaded.model, self._name) if self.limits.rows > 1 else Way(ALONE, 1)
 
     def _try_mixing(self, mixed: Mixed, key: Hashable, wrappers: Wrappers) -> str | None:
         """`residence.Trial`: why an adapter has passes of its own on this model, by name."""
@@ -84,7 +98,10 @@ class Worker:
 
     def _lane(self, held: Any) -> Lane:
         model = RowsModel(self.loaded.model, self.residence.mixed.rows)
-        lane = Lane(model, self.way, adapter=held, rows=self.limits.rows, chunk=self._chunk, passes=self._passes)
+        lane = Lane(
+            model, self.way, adapter=held, rows=self.limits.rows, chunk=self._chunk, passes=self._passes,
+            make_cache=self._make_cache,
+        )  # fmt: skip
         if held is not None:
             model.publish = lane.only_own
         return lane
