@@ -26,7 +26,7 @@ from mlx_lora.models.load import LoadedModel
 from mlx_lora.serve.requests import LOOK, Answer, Deliver, Failed, Request
 from mlx_lora.serve.residence import Residence
 from mlx_lora.serve.running import Row
-from mlx_lora.serve.status import Limits, Status
+from mlx_lora.serve.status import Limits, Options, Status
 from mlx_lora.serve.worker import Worker
 
 __all__ = ["Limits", "Scheduler", "Status"]
@@ -59,7 +59,7 @@ class Scheduler:
         self.limits = limits if isinstance(limits, Limits) else Limits()
         self._find_limits = limits if callable(limits) else lambda loaded: self.limits
         self._open_base, self._prepare, self._residence_options = open_base, prepare, residence
-        self._single: dict[str, Any] = {"lookup": lookup, "kv_bits": kv_bits}
+        self._options = Options(lookup, kv_bits)
         self._inbox: queue.SimpleQueue[Action | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
         self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -196,7 +196,7 @@ class Scheduler:
                 options = {"wake": lambda: self._inbox.put(lambda _: None), **self._residence_options}
                 self._loaded = self._open_base()
                 self.limits = self._find_limits(self._loaded)
-                worker = Worker(self._loaded, self.limits, self._leave, **self._single, **options)
+                worker = Worker(self._loaded, self.limits, self._leave, self._options, **options)
                 self._prepare(worker.residence)
                 self._status = worker.status()
             except BaseException as fault:

@@ -18,6 +18,22 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Options:
+    """`lookup` drafts tokens of a row by itself where that is faster (`serve.lookup`).
+
+    `kv_bits` are those of keys and values, None for the model's own (`serve.quantized`). With `any_length`, prompts and
+    answers may be longer than the model's context.
+    """
+
+    lookup: bool = True
+    kv_bits: int | None = None
+    any_length: bool = False
+
+
+DEFAULT = Options()
+
+
+@dataclass(frozen=True)
 class Status:
     """What a scheduler does. `quiet_seconds` since the thread last did something, 0 while there is nothing to do.
 

@@ -22,7 +22,7 @@ from mlx_lora.serve.requests import Failed
 from mlx_lora.serve.residence import Residence
 from mlx_lora.serve.rows import RowsModel
 from mlx_lora.serve.running import Ended, Kept, Row
-from mlx_lora.serve.status import Limits, Status
+from mlx_lora.serve.status import DEFAULT, Limits, Options, Status
 from mlx_lora.serve.ways import ALONE, Way, find_way, mixing_fault
 
 # Passes of a lane before the next lane's turn: putting other wrappers into a model takes a few milliseconds.
@@ -33,6 +33,7 @@ CHUNK = 256
 LOADING = 0.01
 
 Done = Callable[[BaseException | None], None]
+Leave = Callable[[Row], bool]
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +44,9 @@ class Worker:
     Made and used in one thread.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        limits: Limits,
-        leave: Callable[[Row], bool],
-        *,
-        lookup: bool = True,
-        kv_bits: int | None = None,
-        **residence: Any,
-    ):
+    def __init__(self, loaded: LoadedModel, limits: Limits, leave: Leave, options: Options = DEFAULT, **residence: Any):
         self.loaded, self.limits, self._leave = loaded, limits, leave
+        self._context = None if options.any_length else context_length(loaded.config)
         put(loaded.model, {})
         self.waiting: deque[Row] = deque()
         self.prompts = PromptCache(limits.prompt_cache_bytes)
@@ -62,13 +55,13 @@ class Worker:
         )
         self._wanted: list[tuple[str, Done]] = []
         self._name = str(loaded.config.get("model_type", "this model"))
-        self._make_cache = self._caches(kv_bits)
-        self.way = self._find_way(kv_bits)
+        self._make_cache = self._caches(options.kv_bits)
+        self.way = self._find_way(options.kv_bits)
         if self.way.note:
             log.info(self.way.note)
-        passes = find_passes(loaded.model, self._name, self._make_cache) if lookup else "lookup is turned off"
+        passes = find_passes(loaded.model, self._name, self._make_cache) if options.lookup else None
         self._passes = passes if isinstance(passes, Passes) else None
-        self.no_lookup = None if isinstance(passes, Passes) else passes
+        self.no_lookup = passes if isinstance(passes, str) else None
         self._chunk = min(CHUNK, chunk_size(loaded.model))
         self._lanes: dict[Hashable | None, Lane] = {None: self._lane(None)}
         self._turn = 0
@@ -84,9 +77,11 @@ class Worker:
         return caches
 
     def _find_way(self, bits: int | None) -> Way:
+        if self.limits.rows == 1:
+            return Way(ALONE, 1)
         if bits is not None:
             return Way(ALONE, 1, f"{self._name}: requests are answered one by one, because caches have {bits} bits")
-        return find_way(self.loaded.model, self._name) if self.limits.rows > 1 else Way(ALONE, 1)
+        return find_way(self.loaded.model, self._name)
 
     def _try_mixing(self, mixed: Mixed, key: Hashable, wrappers: Wrappers) -> str | None:
         """`residence.Trial`: why an adapter has passes of its own on this model, by name."""
@@ -142,6 +137,12 @@ class Worker:
     def end_all(self) -> None:
         for row in self._rows():
             self._end(row, "cancelled")
+        self.close()
+
+    def close(self) -> None:
+        """Give up what runs without telling anybody."""
+        for lane in self._lanes.values():
+            lane.close()
         self.residence.close()
 
     def _rows(self) -> list[Row]:
@@ -196,7 +197,7 @@ class Worker:
     def _check_length(self, row: Row) -> None:
         """An answer ends where the model's context does; raises MlxLoraError for a prompt that is longer."""
         row.most = row.request.max_tokens
-        if (context := context_length(self.loaded.config)) is None:
+        if (context := self._context) is None:
             return
         if len(row.prompt) > context:
             raise MlxLoraError(f"the prompt has {len(row.prompt):,} tokens, this model's context is {context:,}")
