@@ -26,13 +26,14 @@ from mlx_lora.models.load import LoadedModel
 from mlx_lora.serve.requests import LOOK, Answer, Deliver, Failed, Request
 from mlx_lora.serve.residence import Residence
 from mlx_lora.serve.running import Row
-from mlx_lora.serve.status import Limits, Options, Status
+from mlx_lora.serve.status import DEFAULT, Limits, Options, Status
 from mlx_lora.serve.worker import Worker
 
 __all__ = ["Limits", "Scheduler", "Status"]
 
 # What is sent to the thread: something to do there, None to end.
 Action = Callable[[Worker], None]
+FindLimits = Callable[[LoadedModel], Limits]
 
 log = logging.getLogger(__name__)
 
@@ -40,26 +41,23 @@ log = logging.getLogger(__name__)
 class Scheduler:
     """Answers requests on a base that `open_base` loads in the scheduler's own thread.
 
-    `limits` may be found from the loaded base. `prepare(residence)` runs in that thread before the first request. With
-    `lookup`, a greedy request that is answered by itself has its tokens drafted where that is faster (`serve.lookup`).
-    `kv_bits` are those of keys and values, which then have one row (`serve.quantized`). Use as a context manager, or
-    `start` and `close`.
+    `limits` may be found from the loaded base. `prepare(residence)` runs in that thread before the first request. Use
+    as a context manager, or `start` and `close`.
     """
 
     def __init__(
         self,
         open_base: Callable[[], LoadedModel],
         *,
-        limits: Limits | Callable[[LoadedModel], Limits] | None = None,
+        limits: Limits | FindLimits | None = None,
         prepare: Callable[[Residence], None] = lambda residence: None,
-        lookup: bool = True,
-        kv_bits: int | None = None,
+        options: Options = DEFAULT,
         **residence: Any,
     ):
         self.limits = limits if isinstance(limits, Limits) else Limits()
         self._find_limits = limits if callable(limits) else lambda loaded: self.limits
         self._open_base, self._prepare, self._residence_options = open_base, prepare, residence
-        self._options = Options(lookup, kv_bits)
+        self._options = options
         self._inbox: queue.SimpleQueue[Action | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
         self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()

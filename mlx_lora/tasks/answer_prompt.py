@@ -12,6 +12,7 @@ from mlx_lora.serve.prefill import OnPrompt
 from mlx_lora.serve.requests import Sampling
 from mlx_lora.serve.scheduler import Limits
 from mlx_lora.serve.service import Prompt, Service, open_service
+from mlx_lora.serve.status import Options
 from mlx_lora.store import registry
 
 Say = Callable[[str], None]
@@ -21,7 +22,7 @@ Say = Callable[[str], None]
 class Question:
     """A prompt and how it is answered. `system` None is the adapter's own; with `raw` there is no chat template.
 
-    `thinking` None is as the adapter was trained. `lookup` and `kv_bits` as `Scheduler` takes them.
+    `thinking` None is as the adapter was trained. `lookup` and `kv_bits` as `serve.status.Options` has them.
     """
 
     text: str
@@ -44,14 +45,8 @@ def answer_prompt(
     """
     check_prompt(question.text)
     limits = Limits(rows=1, waiting=1, prompt_cache_bytes=0)
-    with open_service(
-        model,
-        [adapter] if adapter else [],
-        limits=limits,
-        lookup=question.lookup,
-        kv_bits=question.kv_bits,
-        stage=stage,
-    ) as service:
+    options = Options(question.lookup, question.kv_bits)
+    with open_service(model, [adapter] if adapter else [], limits=limits, options=options, stage=stage) as service:
         name = registry.label(registry.find(adapter)) if adapter else None
         trained = service.trained(name)
         trained = replace(

@@ -15,6 +15,7 @@ from mlx_lora.serve import worker
 from mlx_lora.serve.lookup import MOST, START, Lookup, Passes, find_passes
 from mlx_lora.serve.requests import Finished, Request, Sampling, Token
 from mlx_lora.serve.scheduler import Limits, Scheduler
+from mlx_lora.serve.status import Options
 from tests.models.tiny import mixed, plain
 from tests.models.tiny.build import build
 from tests.serve.requests import assert_same_or_tied, by_itself, giving, prompt, random_adapter
@@ -100,7 +101,7 @@ def test_greedy_answers_are_what_they_are_without_drafts(
 ) -> None:
     request = Request(repeating(16), adapter, max_tokens=60)
     if adapter == "soft":
-        with Scheduler(lambda: load(tiny.path), prepare=giving(ADAPTERS), lookup=False) as without:
+        with Scheduler(lambda: load(tiny.path), prepare=giving(ADAPTERS), options=Options(lookup=False)) as without:
             expected = without.submit(request).tokens()
             assert without.status().drafted_tokens == 0
     else:

@@ -16,6 +16,7 @@ from mlx_lora.serve.lookup import Passes
 from mlx_lora.serve.quantized import QuantizedCaches
 from mlx_lora.serve.requests import Request
 from mlx_lora.serve.scheduler import Scheduler
+from mlx_lora.serve.status import Options
 from tests.conftest import write_model
 from tests.models.tiny import mixed, plain
 from tests.models.tiny.build import build
@@ -33,7 +34,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kept_bytes(path: Path, kv_bits: int | None) -> tuple[list[int], int]:
     """The answer to a prompt, and the bytes of its caches: 256 tokens, which is a step in which they grow."""
-    with Scheduler(lambda: load(path), kv_bits=kv_bits, lookup=False) as running:
+    with Scheduler(lambda: load(path), options=Options(lookup=False, kv_bits=kv_bits)) as running:
         answer = running.submit(Request(prompt(236), max_tokens=20)).tokens()
         return answer, running.status().prompt_cache_bytes
 
@@ -58,7 +59,7 @@ def test_one_row_at_a_time_with_drafts_and_adapters(wide: Path, monkeypatch: pyt
     found = []
     for lookup in (False, True):
         monkeypatch.setattr(worker, "find_passes", lambda *_: Passes({1: 1.0, 4: 1.0, 16: 1.0}))
-        with Scheduler(lambda: load(wide), prepare=prepare, kv_bits=8, lookup=lookup) as running:
+        with Scheduler(lambda: load(wide), prepare=prepare, options=Options(lookup, 8)) as running:
             answers = [running.submit(request) for request in requests]
             found.append([answer.tokens() for answer in answers] + [running.submit(longer).tokens()])
             status = running.status()
@@ -76,7 +77,7 @@ def test_caches_that_cant_be_quantized_are_refused_by_name(family: str) -> None:
         return LoadedModel(build(family, CONFIGS[family]), tokenizer, config, Path(), mx.float32)
 
     with pytest.raises(ModelError, match=f"{family}: its caches can't be quantized") as refused:
-        Scheduler(opened, kv_bits=8).start()
+        Scheduler(opened, options=Options(kv_bits=8)).start()
     assert refused.value.hint == "leave --kv-bits out"
 
 
