@@ -11,6 +11,7 @@
     ├── TrainingError            training can't go on (non-finite losses, nothing to train)
     │   └── PeerFailed           another process of the same run failed, which ends all of them
     ├── Busy                     more requests wait than may; asking again later helps
+    ├── NoMemory                 an answer would make the machine swap
     ├── Stopped                  the thread that generates has ended, with every request that it had
     └── NetworkBlocked           something tried to leave the machine outside `pull`
 
@@ -67,6 +68,10 @@ class PeerFailed(TrainingError):
 
 class Busy(MlxLoraError):
     """More requests are waiting than may wait; asking again later helps."""
+
+
+class NoMemory(MlxLoraError):
+    """The machine would swap: an answer doesn't begin, or ends early, so that the others go on."""
 
 
 class Stopped(MlxLoraError):

@@ -39,6 +39,14 @@ def limit_bytes(*, memory_gb: float | None = None, setting: float | None = None)
     return int(mx.get_active_memory() + min(FOR_ARRAYS * available, available - LEAST_FREE))
 
 
+def free_bytes() -> int:
+    """Bytes that arrays may still take before the machine swaps; less than 0 where it is about to."""
+    left = int(psutil.virtual_memory().available) - LEAST_FREE
+    if device.on_gpu():
+        left = min(left, int(mx.device_info()["max_recommended_working_set_size"]) - mx.get_active_memory())
+    return left
+
+
 def too_large(size: int) -> str | None:
     """Why another program shouldn't load `size` bytes of weights now, or None: the machine would swap."""
     free = int(psutil.virtual_memory().available)

@@ -3,6 +3,7 @@
 The guard is a Python audit hook, so it sees connections made by any library in the process, not only those that
 go through this package. It can't see what native code does behind Python's back (`unshare -n` in the tests does): a
 host name handed straight to a socket's `connect` is looked up before the hook hears of the connection it refuses.
+Nothing comes in either: a socket is bound only where `may_listen` allows it, which is for `serve` alone.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ QUIET_VARIABLES = {
 LOOK_UPS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo")
 
 _guarded = False
+_listening: frozenset[tuple[str, int]] = frozenset()  # where sockets may be bound
 _installed = False
 
 
@@ -65,6 +67,10 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         host = arguments[0][0] if isinstance(arguments[0], tuple) else _text(arguments[0])
         if not is_local((host,)):
             raise NetworkBlocked(f"blocked a name look-up of {host}", hint="only `pull` may connect")
+    elif event == "socket.bind":
+        bound: Any = arguments[1]
+        if isinstance(bound, tuple) and bound[:2] not in _listening:
+            raise NetworkBlocked(f"blocked listening at {bound[0]}:{bound[1]}", hint="only `serve` may listen")
 
 
 def _text(host: str | bytes) -> str:
@@ -83,3 +89,14 @@ def network_guard() -> Iterator[None]:
         yield
     finally:
         _guarded = before
+
+
+@contextlib.contextmanager
+def may_listen(host: str, port: int) -> Iterator[None]:
+    """Let sockets be bound to this address while the block runs, and to no other. `host` is a numeric address."""
+    global _listening
+    before, _listening = _listening, _listening | {(host, port)}
+    try:
+        yield
+    finally:
+        _listening = before

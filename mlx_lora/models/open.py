@@ -67,10 +67,14 @@ class OpenModel:
     @property
     def ends(self) -> Any:
         """`eos_token_id` of generation_config.json, which mlx_lm takes before that of config.json."""
+        return self.generation.get("eos_token_id") or self.config.get("eos_token_id")
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """generation_config.json, how the model's makers want it sampled; empty where there is none."""
         file = self.path / "generation_config.json"
-        generation = files.read_json(file, ModelError) if file.exists() else {}
-        of_generation = generation.get("eos_token_id") if isinstance(generation, dict) else None
-        return of_generation or self.config.get("eos_token_id")
+        found = files.read_json(file, ModelError) if file.exists() else {}
+        return found if isinstance(found, dict) else {}
 
 
 # What stands for a model: one that is open, its directory, or a word that the user gave.

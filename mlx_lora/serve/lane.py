@@ -95,7 +95,7 @@ class Lane:
         row.untrimmable = not trimmable(layers, len(tokens))
         places = sorted({place for place in (shared, len(tokens) - 1) if cached < place < len(tokens)})
         edges = [cached, *(places if row.untrimmable else []), len(tokens)]
-        row.cached, row.sample = cached, sampler(row.request.sampling)
+        row.cached, row.sample, row.begun = cached, sampler(row.request.sampling), time.monotonic()
         if isinstance(row.sample, Drawing):
             row.sample.drawn = len(row.answer)
         self._begin(self.generator, row, layers, edges)

@@ -6,6 +6,7 @@ time and no memory, and its caches have their shapes all the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ FOR_ROWS, FOR_PROMPTS, FOR_ADAPTERS = 0.5, 0.2, 0.15
 MOST_FOR_PROMPTS, MOST_FOR_ADAPTERS = 4 << 30, 2 << 30
 # Lengths at which a row is looked at: MLX's caches grow by steps of 256 tokens.
 STEP = 256
+
+MakeCache = Callable[[Any], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -81,21 +84,36 @@ class ServingPlan:
         )
 
 
-def row_bytes(model: nn.Module, tokens: int, make_cache: Callable[[Any], list[Any]] = make_prompt_cache) -> int:
+def row_bytes(model: nn.Module, tokens: int, make_cache: MakeCache | None = None) -> int:
     """Bytes of the keys, values and states of one row of `tokens` tokens, at most. Nothing is evaluated."""
-    total, steps = 0, -(-tokens // STEP)
-    for layer, after_one, after_two in zip(*(_caches(model, count, make_cache) for count in (0, 1, 2)), strict=True):
-        grows = _nbytes(after_two) - _nbytes(after_one)
-        window = getattr(layer, "max_size", None) or getattr(layer, "chunk_size", None)
+    return row_growth(model, make_cache)(tokens)
+
+
+def row_growth(model: nn.Module, make_cache: MakeCache | None = None) -> Callable[[int], int]:
+    """`row_bytes` of a model for any number of tokens. The model has no adapters now, and may have some later."""
+    one, two = _caches(model, 1, make_cache), _caches(model, 2, make_cache)
+    layers = [
+        (_nbytes(after_one), _nbytes(after_two) - _nbytes(after_one), _window(layer))
+        for layer, after_one, after_two in zip(_caches(model, 0, make_cache), one, two, strict=True)
+    ]
+
+    def total(tokens: int) -> int:
+        steps = -(-tokens // STEP)
         # beside a window, what a chunk of a prompt brings is held
-        held = min(steps, -(-window // STEP) + 1) if isinstance(window, int) else steps
-        total += _nbytes(after_one) + grows * (held - 1)
+        return sum(first + grows * int(min(steps, held) - 1) for first, grows, held in layers)
+
     return total
 
 
-def _caches(model: nn.Module, steps: int, make_cache: Callable[[Any], list[Any]]) -> list[Any]:
+def _window(layer: Any) -> float:
+    """How many steps a cache holds at most."""
+    window = getattr(layer, "max_size", None) or getattr(layer, "chunk_size", None)
+    return -(-window // STEP) + 1 if isinstance(window, int) else math.inf
+
+
+def _caches(model: nn.Module, steps: int, make_cache: MakeCache | None) -> list[Any]:
     """The caches of the layers after a prompt of so many steps, not evaluated."""
-    layers = make_cache(model)
+    layers = (make_cache or make_prompt_cache)(model)
     if steps:
         model(mx.zeros((1, steps * STEP), mx.int32), cache=layers)
     return [part for layer in layers for part in getattr(layer, "caches", [layer])]
@@ -125,7 +143,7 @@ def plan(model: nn.Module, *, base: int, limit: int, kv_bits: int | None = None)
     With `kv_bits` one row runs at a time. Where not even one row has room the plan doesn't fit. Raises ModelError where
     the caches can't have so many bits.
     """
-    make_cache = make_prompt_cache if kv_bits is None else QuantizedCaches(model, _name(model), kv_bits)
+    make_cache = None if kv_bits is None else QuantizedCaches(model, _name(model), kv_bits)
     row, free = max(row_bytes(model, ROW_TOKENS, make_cache), 1), max(limit - base, 0)
     rows = min(max(int(FOR_ROWS * free / row), 1), MOST_ROWS if kv_bits is None else 1)
     prompts, adapters = min(FOR_PROMPTS * free, MOST_FOR_PROMPTS), min(FOR_ADAPTERS * free, MOST_FOR_ADAPTERS)

@@ -50,6 +50,11 @@ class QuantizedCaches:
     def __call__(self, model: Any) -> list[Any]:
         return [QuantizedKVCache(group_size=self.group_size, bits=self.bits) for _ in range(self.layers)]
 
+    @property
+    def note(self) -> str:
+        """Why rows don't share passes."""
+        return f"{self.name}: requests are answered one by one, because caches have {self.bits} bits"
+
     def check(self, model: nn.Module) -> None:
         """Raise ModelError unless the model, without adapters, answers with 8 bits nearly as without."""
         plain, packed = make_prompt_cache(model), [QuantizedKVCache(self.group_size, 8) for _ in range(self.layers)]
@@ -68,3 +73,12 @@ class QuantizedCaches:
                 f"{self.name}: its caches can't be quantized: answers are off by a KL divergence of {away:.2g}",
                 hint="leave --kv-bits out",
             )
+
+
+def quantized(model: nn.Module, name: str, bits: int | None) -> QuantizedCaches | None:
+    """Caches of `bits` bits that have been tried on the model, None for None. Raises as QuantizedCaches."""
+    if bits is None:
+        return None
+    caches = QuantizedCaches(model, name, bits)
+    caches.check(model)
+    return caches

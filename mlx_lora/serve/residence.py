@@ -160,6 +160,11 @@ class Residence:
         """Whether `load_on` has something to do now."""
         return any(load.digest.done() and load.error is None for load in self._loads.values())
 
+    def awaits(self, name: str | None) -> bool:
+        """Whether an adapter of this name is on its way, and hasn't failed."""
+        load = None if name is None else self._loads.get(name)
+        return load is not None and load.error is None
+
     def load_on(self, seconds: float) -> None:
         """Go on loading for about so many seconds: other rows wait that long."""
         end = time.monotonic() + seconds

@@ -19,7 +19,7 @@ class Row:
 
     The answer has at most `most` tokens; `shown` of them have been delivered. A `suspect` was in a pass that failed: it
     runs by itself until it has made a token. While `loading` its adapter is on the way. Where caches are `untrimmable`,
-    those of the row's beginning are kept.
+    those of the row's beginning are kept. `begun` is when it came into its lane.
     """
 
     request: Request
@@ -27,6 +27,7 @@ class Row:
     held: Held | None = None
     prompt: list[int] = field(default_factory=list)
     answer: list[Token] = field(default_factory=list)
+    begun: float = 0.0
     ends: frozenset[int] = frozenset()
     most: int = 0
     shown: int = 0

@@ -34,6 +34,7 @@ __all__ = ["Limits", "Scheduler", "Status"]
 # What is sent to the thread: something to do there, None to end.
 Action = Callable[[Worker], None]
 FindLimits = Callable[[LoadedModel], Limits]
+STUCK = "the thread that generates doesn't move"
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,9 @@ class Scheduler:
         self._lock = threading.Lock()
         self._open: set[Row] = set()  # every row that has no end yet; guarded by the lock
         self._started = self._closing = self._ended = False
-        self._beat = time.monotonic()
+        self._beat = time.monotonic()  # when the thread last began a turn, or got work after none
+        self._slowest = 0.0  # seconds of its longest turn
+        self._given_up: float | None = None  # the beat at which it was given up
         self._status = Status(alive=False, running=0, waiting=0, quiet_seconds=0.0)
         self._loaded: LoadedModel | None = None
 
@@ -124,11 +127,33 @@ class Scheduler:
                 raise Stopped("the thread that generates has ended", hint="start again")
             if self._closing:
                 raise Stopped("no more requests are taken: it is about to end")
+            if self.stuck:
+                raise Stopped(STUCK, hint="start again")
             if len(self._open) >= self.limits.rows + self.limits.waiting:
                 raise Busy(f"{len(self._open)} requests are being answered or wait", hint="ask again in a moment")
+            if not self._open:
+                self._beat = time.monotonic()
             self._open.add(row)
         self._inbox.put(lambda worker: worker.waiting.append(row))
         return answer
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it was given up and hasn't moved since."""
+        return self._given_up is not None and self._given_up == self._beat
+
+    def give_up(self, reason: str) -> None:
+        """End every open request with an error now, because the thread doesn't: it is stuck, or has ended badly.
+
+        No requests are taken until it moves again. A request whose row it still holds is cancelled then.
+        """
+        with self._lock:
+            self._given_up = self._beat
+            left, self._open = self._open, set()
+        for row in left:
+            deliver, row.deliver = row.deliver, lambda event: None
+            deliver(Failed(Stopped(reason, hint="start again")))
+            self._cancel(row)
 
     def _cancel(self, row: Row) -> None:
         self._inbox.put(lambda worker: worker.cancel(row))
@@ -140,7 +165,8 @@ class Scheduler:
         quiet = time.monotonic() - self._beat if rows else 0.0
         running = self._status.running
         return replace(
-            self._status, alive=self.alive, waiting=max(rows - running, 0), quiet_seconds=quiet
+            self._status, alive=self.alive, stuck=self.stuck, waiting=max(rows - running, 0), quiet_seconds=quiet,
+            slowest_seconds=self._slowest,
         )  # fmt: skip
 
     def load(self, name: str, *, timeout: float | None = None) -> None:
@@ -194,7 +220,9 @@ class Scheduler:
                 options = {"wake": lambda: self._inbox.put(lambda _: None), **self._residence_options}
                 self._loaded = self._open_base()
                 self.limits = self._find_limits(self._loaded)
+                start = time.monotonic()
                 worker = Worker(self._loaded, self.limits, self._leave, self._options, **options)
+                self._slowest = time.monotonic() - start  # of the passes that try the model out
                 self._prepare(worker.residence)
                 self._status = worker.status()
             except BaseException as fault:
@@ -216,8 +244,9 @@ class Scheduler:
 
     def _loop(self, worker: Worker) -> None:
         while self._listen(worker):
-            self._beat = time.monotonic()
+            start = self._beat = time.monotonic()
             worker.turn()
+            self._slowest = max(self._slowest, time.monotonic() - start)
             self._status = worker.status()
         worker.end_all()
 

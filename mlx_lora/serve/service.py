@@ -23,6 +23,7 @@ from mlx_lora.data.example import Example
 from mlx_lora.errors import AdapterError, DataError, Problem
 from mlx_lora.machine import limits as machine_limits
 from mlx_lora.models.load import LoadedModel
+from mlx_lora.models.open import OpenModel
 from mlx_lora.models.unpack import unpack_once
 from mlx_lora.serve import memory
 from mlx_lora.serve.answer import first_answer
@@ -38,6 +39,9 @@ from mlx_lora.store import registry
 from mlx_lora.store.base import base_for
 
 log = logging.getLogger(__name__)
+
+# Seconds for the thread that generates to end the pass that it is in.
+ENDING = 30.0
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class Service:
         self.scheduler, self.places = scheduler, dict(places)
         self.tokenizer, self.config = loaded.tokenizer, loaded.config
         self.base = registry.base_name(loaded.path)
+        self.generation = OpenModel(loaded.path).generation
         self._loaded = loaded
         self._known: dict[str, tuple[Identity, Trained | AdapterError, bool]] = {}
         self._lock = threading.Lock()  # tokenizers are used by one thread at a time
@@ -270,4 +275,4 @@ def open_service(
             scheduler.load(name)
         yield service
     finally:
-        scheduler.close(finish=finish)
+        scheduler.close(finish=finish, timeout=ENDING)

@@ -37,6 +37,7 @@ DEFAULT = Options()
 class Status:
     """What a scheduler does. `quiet_seconds` since the thread last did something, 0 while there is nothing to do.
 
+    `stuck` after it was given up; `slowest_seconds` is the longest that it took from one pass to the next.
     `drafted_tokens` were proposed by prompt lookup, `held_tokens` of them were right; `no_lookup` is why none are.
     """
 
@@ -44,11 +45,15 @@ class Status:
     running: int
     waiting: int
     quiet_seconds: float
+    stuck: bool = False
+    slowest_seconds: float = 0.0
     passes: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     prompt_cache_bytes: int = 0
+    prompt_cache_hits: int = 0
+    prompt_cache_misses: int = 0
     adapter_bytes: int = 0
     adapters: tuple[str, ...] = ()
     alone: tuple[tuple[str, str], ...] = ()

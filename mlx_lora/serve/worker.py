@@ -17,9 +17,10 @@ from mlx_lora.serve.lane import Lane
 from mlx_lora.serve.lookup import Passes, find_passes
 from mlx_lora.serve.prefill import chunk_size
 from mlx_lora.serve.prompt_cache import PromptCache
-from mlx_lora.serve.quantized import QuantizedCaches
+from mlx_lora.serve.quantized import quantized
 from mlx_lora.serve.requests import Failed
 from mlx_lora.serve.residence import Residence
+from mlx_lora.serve.room import Room
 from mlx_lora.serve.rows import RowsModel
 from mlx_lora.serve.running import Ended, Kept, Row
 from mlx_lora.serve.status import DEFAULT, Limits, Options, Status
@@ -29,8 +30,8 @@ from mlx_lora.serve.ways import ALONE, Way, find_way, mixing_fault
 TURN = 8
 # Tokens of a chunk of a prompt at most: what runs beside it waits that long for its next token.
 CHUNK = 256
-# Seconds between two passes that loading adapters may take.
-LOADING = 0.01
+# Seconds between two passes that loading adapters may take, and between two looks at what has arrived without passes.
+LOADING, ONLY_LOADING = 0.01, 1.0
 
 Done = Callable[[BaseException | None], None]
 Leave = Callable[[Row], bool]
@@ -55,33 +56,21 @@ class Worker:
         )
         self._wanted: list[tuple[str, Done]] = []
         self._name = str(loaded.config.get("model_type", "this model"))
-        self._make_cache = self._caches(options.kv_bits)
-        self.way = self._find_way(options.kv_bits)
+        self._make_cache = make_cache = quantized(loaded.model, self._name, options.kv_bits)
+        alone = Way(ALONE, 1, make_cache.note if make_cache and limits.rows > 1 else None)
+        self.way = alone if make_cache or limits.rows == 1 else find_way(loaded.model, self._name)
         if self.way.note:
             log.info(self.way.note)
-        passes = find_passes(loaded.model, self._name, self._make_cache) if options.lookup else None
+        passes = find_passes(loaded.model, self._name, make_cache) if options.lookup else None
         self._passes = passes if isinstance(passes, Passes) else None
         self.no_lookup = passes if isinstance(passes, str) else None
+        self._room = Room(loaded.model, self.prompts, make_cache)
         self._chunk = min(CHUNK, chunk_size(loaded.model))
         self._lanes: dict[Hashable | None, Lane] = {None: self._lane(None)}
         self._turn = 0
         self._installed: tuple[Hashable | None, int] | None = None
-        self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "passes": 0}
+        self._counts: dict[str, Any] = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "passes": 0}
         self._counts |= {"drafted_tokens": 0, "held_tokens": 0}
-
-    def _caches(self, bits: int | None) -> QuantizedCaches | None:
-        if bits is None:
-            return None
-        caches = QuantizedCaches(self.loaded.model, self._name, bits)
-        caches.check(self.loaded.model)
-        return caches
-
-    def _find_way(self, bits: int | None) -> Way:
-        if self.limits.rows == 1:
-            return Way(ALONE, 1)
-        if bits is not None:
-            return Way(ALONE, 1, f"{self._name}: requests are answered one by one, because caches have {bits} bits")
-        return find_way(self.loaded.model, self._name)
 
     def _try_mixing(self, mixed: Mixed, key: Hashable, wrappers: Wrappers) -> str | None:
         """`residence.Trial`: why an adapter has passes of its own on this model, by name."""
@@ -105,17 +94,27 @@ class Worker:
     def idle(self) -> bool:
         """Whether there is nothing to do until something arrives; rows may wait for a file that is being read."""
         running = any(lane.rows for lane in self._lanes.values())
-        waiting = [row for row in self.waiting if not row.loading]
+        awaits = self.residence.awaits
+        waiting = [row for row in self.waiting if not (row.loading and awaits(row.request.adapter))]
         return not (running or waiting or self.residence.loading)
 
     def turn(self) -> None:
         """Go on loading adapters, begin the rows that can begin, and run one pass."""
         running = any(lane.rows for lane in self._lanes.values())
-        self.residence.load_on(LOADING if running else 60.0)
+        self.residence.load_on(LOADING if running else ONLY_LOADING)
         self._tell_wanted()
+        self._keep_room()
         self._admit()
         if (lane := self._next_lane()) is not None:
             self._pass(lane)
+
+    def _keep_room(self) -> None:
+        """Where the machine is about to swap, give up what is kept of prompts, then the row that began last."""
+        rows = [row for lane in self._lanes.values() for row in lane.rows.values()]
+        if rows and (fault := self._room.fault()) is not None:
+            last = max(rows, key=lambda row: row.begun)
+            self._lanes[last.key if last.held and last.held.alone else None].remove(last)
+            self._fail(last, fault)
 
     def want(self, name: str, done: Done) -> None:
         """Bring an adapter into memory, and call `done` with None or with what went wrong."""
@@ -170,7 +169,7 @@ class Worker:
         lane = self._lanes.get(row.key if own else None)
         if lane is None:
             lane = self._lanes[row.key] = self._lane(row.held)
-        if not lane.takes(row):
+        if not lane.takes(row) or not self._room.admits(row, running=any(one.rows for one in self._lanes.values())):
             return False
         layers, cached = self.prompts.find(row.key, row.tokens)
         lane.insert(row, layers, cached, self.prompts.shared(row.key, row.tokens))
@@ -292,6 +291,7 @@ class Worker:
         return Status(
             alive=True, running=sum(len(lane.rows) for lane in self._lanes.values()), waiting=len(self.waiting),
             quiet_seconds=0.0, **self._counts, prompt_cache_bytes=self.prompts.nbytes,
+            prompt_cache_hits=self.prompts.hits, prompt_cache_misses=self.prompts.misses,
             adapter_bytes=self.residence.nbytes, adapters=tuple(self.residence.names()),
             alone=tuple(self.residence.why_alone().items()), way=self.way,
             no_lookup=self.no_lookup,

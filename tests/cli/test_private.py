@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,11 +107,13 @@ def test_no_command_but_pull_tries_to_connect(
     ]
     known = set(every_command(typer.main.get_command(app)))
     tried = {words[:2] if words[:2] in known else words[:1] for words in commands}
-    assert tried == known - {("pull",)}, "a command is missing here"
+    assert tried == known - {("pull",), ("serve",)}, "a command is missing here"
     for words in commands:
         monkeypatch.setattr("sys.stdin", io.StringIO("/set max_tokens 2\nhello\n"))
         ran = run(*words)
         assert ran.code == 0, (words, ran.err)
+    monkeypatch.setattr("mlx_lora.cli.serve._say", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    assert run("serve", *base, "--port", 0).code == 130
     missing = run("generate", "--model", "someone/some-model", "--prompt", "x")
     assert missing.code == 1 and attempts == []
 

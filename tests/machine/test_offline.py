@@ -62,11 +62,30 @@ def test_every_way_out_is_refused(way: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_this_machine_can_be_reached(host: str) -> None:
-    with offline.network_guard(), socket.create_server(("127.0.0.1", 0)) as server:
+    listening = offline.may_listen("127.0.0.1", 0)
+    with offline.network_guard(), listening, socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         socket.create_connection((host, port), timeout=1).close()
         udp(("127.0.0.1", port))
         assert socket.getaddrinfo(host, port) and socket.getaddrinfo(None, port)
+
+
+def test_sockets_listen_where_they_may_and_nowhere_else() -> None:
+    def listen(host: str, port: int = 0, family: int = socket.AF_INET) -> None:
+        with socket.socket(family) as server:
+            server.bind((host, port))
+
+    with offline.network_guard():
+        for host in ("127.0.0.1", "0.0.0.0", "", "localhost"):
+            with pytest.raises(NetworkBlocked, match="blocked listening at"):
+                listen(host)
+        with offline.may_listen("127.0.0.1", 0):
+            listen("127.0.0.1")
+            with pytest.raises(NetworkBlocked):
+                listen("0.0.0.0")
+        with pytest.raises(NetworkBlocked) as caught:
+            listen("127.0.0.1")
+        assert "serve" in (caught.value.hint or "")
 
 
 def test_unix_sockets_and_pairs_can_be_used(tmp_path: Path) -> None:

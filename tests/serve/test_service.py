@@ -14,6 +14,8 @@ from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError
 from mlx_lora.models.load import load_stored
 from mlx_lora.serve.answer import prompt_tokens
+from mlx_lora.serve.requests import Finished, Request
+from mlx_lora.serve.scheduler import Limits
 from mlx_lora.serve.service import Service, open_service
 from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
@@ -83,6 +85,16 @@ def test_an_answer_that_nobody_reads_on_is_cancelled(service: Service) -> None:
     while service.scheduler.status().running:
         pass
     assert service.scheduler.status().generated_tokens < 400
+
+
+def test_a_row_whose_adapter_was_loaded_while_all_places_were_taken_begins_then(home: Path, tiny_path: Path) -> None:
+    save_adapter(home / "adapters/one", tiny_path, 1)
+    with open_service(str(tiny_path), limits=Limits(rows=1)) as service:
+        asked = [Request(service.prompt(QUESTION).tokens, name, max_tokens=150) for name in ("one", None)]
+        answers = [service.scheduler.submit(request) for request in asked]
+        for answer in reversed(answers):
+            while not isinstance(answer.next(timeout=20), Finished):
+                pass
 
 
 def test_an_adapter_that_was_replaced_is_asked_in_its_new_way(service: Service, home: Path, tiny_path: Path) -> None:
