@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_lora import ui
-from mlx_lora.cli.options import Adapter, Json, MaxTokens, Model
+from mlx_lora.cli.options import Adapter, Json, KvBits, Lookup, MaxTokens, Model, Seed, System, Temperature, Think
 
 if TYPE_CHECKING:
     from mlx_lora.serve.conversation import Trained
@@ -17,12 +17,6 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     app.command()(generate)
     app.command()(chat)
-
-
-System = Annotated[str | None, typer.Option("--system", help="A system message, as in training rows that have one.")]
-
-
-Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Ask a model that can think to think, or not.")]
 
 
 def _engine(model: str | None, adapter: str | None) -> tuple[Engine, Trained]:
@@ -55,33 +49,26 @@ def generate(
     adapter: Adapter = None,
     system: System = None,
     max_tokens: MaxTokens = 256,
-    temp: Annotated[float, typer.Option("--temp", min=0.0, help="Temperature; 0 is greedy.")] = 0.0,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Seed of the sampling; without it, every run differs.")
-    ] = None,
+    temp: Temperature = 0.0,
+    seed: Seed = None,
     raw: Annotated[bool, typer.Option("--raw", help="Encode the prompt as it is, without a chat template.")] = False,
     think: Think = None,
+    lookup: Lookup = True,
+    kv_bits: KvBits = None,
     json: Json = False,
 ) -> None:
     """Answer one prompt."""
     import sys
-    from dataclasses import replace
 
-    from mlx_lora.serve.answer import Answer, check_prompt, first_prompt, room_for_answer, stream_text
-    from mlx_lora.serve.engine import Sampling
+    from mlx_lora.serve.answer import Answer
+    from mlx_lora.serve.requests import Sampling
+    from mlx_lora.tasks.answer_prompt import Question, answer_prompt
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    check_prompt(text)
-    engine, trained = _engine(model, adapter)
-    trained = replace(trained, template="none" if raw else trained.template)
-    trained = replace(trained, thinking=trained.thinking if think is None else think)
-    tokens = first_prompt(engine.loaded.tokenizer, text, system=system, trained=trained)
-    room = room_for_answer(engine, tokens, hint="a shorter prompt fits")
-    if room is not None and max_tokens > room:
-        ui.warning(f"this model's context has room for {room:,} tokens of an answer; text beyond may make no sense")
-    answer, sampling = Answer(), Sampling(temperature=temp, seed=seed)
-    with ui.slow_bar("reading the prompt") as on_prompt:
-        for piece in stream_text(engine, tokens, answer, max_tokens=max_tokens, sampling=sampling, on_prompt=on_prompt):
+    sampling = Sampling(temperature=temp, seed=seed)
+    question, answer = Question(text, system, raw, think, max_tokens, sampling, lookup, kv_bits), Answer()
+    with ui.slow_bar("reading the prompt") as read:
+        for piece in answer_prompt(question, model, adapter, answer, stage=ui.note, warn=ui.warning, read=read):
             if not json:
                 ui.piece(piece)
     if json:

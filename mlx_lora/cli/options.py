@@ -22,6 +22,17 @@ Model = Annotated[
 Adapter = Annotated[str | None, typer.Option("--adapter", help="A name in the home, or a directory like ./mine.")]
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="A name, or a directory; repeatable.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate for an answer.")]
+System = Annotated[str | None, typer.Option("--system", help="A system message, as in training rows that have one.")]
+Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Ask a model that can think to think, or not.")]
+Temperature = Annotated[float, typer.Option("--temp", min=0.0, help="Temperature; 0 is greedy.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the sampling; without it, every run differs.")]
+Lookup = Annotated[
+    bool,
+    typer.Option("--lookup/--no-lookup", help="Draft what an answer copies out of its prompt where that is faster."),
+]
+KvBits = Annotated[
+    int | None, typer.Option("--kv-bits", help="Bits of keys and values, 8 or 4: less memory for a prompt.")
+]
 RecipeWords = Annotated[
     list[str] | None, typer.Argument(metavar="[RECIPE] [key=value]…", help="A recipe file, then its overrides.")
 ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_lora import ui
-from mlx_lora.cli.options import Base, Json, RecipeWords, Rows, progress
+from mlx_lora.cli.options import Base, Json, KvBits, RecipeWords, Rows, progress
 from mlx_lora.cli.settings import RecipeCommand
 from mlx_lora.errors import RecipeError
 
@@ -35,6 +35,7 @@ def plan(
         Device | None, typer.Option("--device", help="Plan for a Mac's GPU, or for a processor; this one's by default.")
     ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Plan for answering with it instead of training it.")] = False,
+    kv_bits: KvBits = None,
     json: Json = False,
 ) -> None:
     """Say what training will take in memory and time before anything is loaded, and what would fit."""
@@ -42,7 +43,9 @@ def plan(
     from mlx_lora.tasks.plan import plan_recipe
 
     if serve:
-        return _plan_serving(model, settings, data, memory_gb, device, json)
+        return _plan_serving(model, settings, data, memory_gb, device, kv_bits, json)
+    if kv_bits is not None:
+        raise RecipeError("--kv-bits is about answering", hint="--serve --kv-bits 8")
     words = list(settings or [])
     file = Path(words.pop(0)) if words and "=" not in words[0] else None
     given = {key: value for key, value in (("model", model), ("data.path", data)) if value is not None}
@@ -62,13 +65,16 @@ def _plan_serving(
     data: str | None,
     memory_gb: float | None,
     device: Device | None,
+    kv_bits: int | None,
     json: bool,
 ) -> None:
     from mlx_lora.tasks.plan_serving import plan_serving
 
     if settings or data:
         raise RecipeError("--serve plans for a base alone, without recipe and data", hint="--serve --model MODEL")
-    made = plan_serving(model, memory_gb=memory_gb, gpu=None if device is None else device == Device.gpu)
+    made = plan_serving(
+        model, memory_gb=memory_gb, gpu=None if device is None else device == Device.gpu, kv_bits=kv_bits
+    )
     if json:
         return ui.as_json(made.as_dict())
     ui.table(["part", "memory"], [(part.replace("_", " "), ui.size(size)) for part, size in made.parts.items()])

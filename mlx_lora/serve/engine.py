@@ -23,7 +23,8 @@ from mlx_lora.machine import allocation
 from mlx_lora.models import finite, token_ids
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.serve.prefill import OnPrompt, chunk_size, prefill
-from mlx_lora.serve.requests import Sampling
+from mlx_lora.serve.requests import Request, Sampling
+from mlx_lora.serve.together import Given, answered
 
 with allocation.file_limits_kept():
     from mlx_lm.generate import BatchGenerator, generate_step
@@ -168,6 +169,25 @@ class Engine:
                         yield indices[response.uid], answers.pop(response.uid)
         finally:
             generator.close()
+
+    def together(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
+        """Answer requests that name adapters of this engine, or the base, in common batches.
+
+        Yields (index of the request, its tokens) as they end. Raises as `serve.together.answered`.
+        """
+        if not requests:
+            return
+        current = self.current
+        named = {request.adapter for request in requests}
+        given = {
+            name: Given(wrappers, next(iter(self._own_ends[name]), None))
+            for name, wrappers in self.adapters.items()
+            if name in named
+        }
+        try:
+            yield from answered(self.loaded, requests, given)
+        finally:
+            self.use(current)
 
     @property
     def ends(self) -> set[int]:

@@ -1,15 +1,16 @@
 """A lane: rows that can share a forward pass, and the generator that runs them.
 
 One lane has the rows of the base and of all adapters that join (`adapters.mixed`); each other adapter has a lane of its
-own. How many rows a lane runs together is what the trial of its model allows (`serve.ways`).
+own. How many rows a lane runs together is what the trial of its model allows (`serve.ways`). A greedy row that is by
+itself has its tokens drafted (`serve.lookup`) while that is worth it: it leaves the batch, and returns to it when
+another row comes or the drafts fail.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -19,10 +20,12 @@ from mlx_lora.errors import AdapterError
 from mlx_lora.machine import allocation
 from mlx_lora.models import finite
 from mlx_lora.serve.alone import OneRowGenerator
-from mlx_lora.serve.prompt_cache import trimmable
-from mlx_lora.serve.requests import Deliver, Finished, Reading, Request, Token
+from mlx_lora.serve.lookup import MOST, Lookup, Passes, take_back
+from mlx_lora.serve.prompt_cache import trimmable, trimmable_up_to
+from mlx_lora.serve.requests import Reading
 from mlx_lora.serve.residence import Held
 from mlx_lora.serve.rows import RowsEntry, RowsModel
+from mlx_lora.serve.running import Ended, Kept, Row, as_token, beginning_of, guarded
 from mlx_lora.serve.sampling import Drawing, sampler
 from mlx_lora.serve.ways import ALONE, Way
 
@@ -32,88 +35,50 @@ with allocation.file_limits_kept():
 
 # Tokens of a chunk of one row, at least, where several share what a pass may read.
 LEAST_CHUNK = 16
-# Rows whose prompts are read together.
-PROMPTS = 8
-
-
-@dataclass(eq=False)
-class Row:
-    """A request on its way. `prompt` has the virtual tokens of its adapter, `answer` all tokens that were chosen.
-
-    The answer has at most `most` tokens; `shown` of them have been delivered. A `suspect` was in a pass that failed: it
-    runs by itself until it has made a token. While `loading` its adapter is on the way. Where caches are `untrimmable`,
-    those of the row's beginning are kept. `begun` is when it came into its lane.
-    """
-
-    request: Request
-    deliver: Deliver
-    held: Held | None = None
-    prompt: list[int] = field(default_factory=list)
-    answer: list[Token] = field(default_factory=list)
-    begun: float = 0.0
-    ends: frozenset[int] = frozenset()
-    most: int = 0
-    shown: int = 0
-    cached: int = 0
-    uid: int | None = None
-    suspect: bool = False
-    loading: bool = False
-    untrimmable: bool = False
-    error: BaseException | None = None
-    sample: Any = None
-
-    @property
-    def key(self) -> Hashable | None:
-        return self.held.key if self.held else None
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt + [token.token for token in self.answer]
-
-    def finished(self, reason: str) -> Finished:
-        return Finished(reason, len(self.prompt), self.cached, len(self.answer))
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A row that left a lane, with the caches that it left behind and the tokens that they hold."""
-
-    row: Row
-    reason: str
-    layers: list[Any] | None = None
-    tokens: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Caches of the beginning of a row that goes on; `tokens` are what they hold."""
-
-    row: Row
-    layers: list[Any]
-    tokens: Sequence[int]
+# Passes without a draft after which a row returns to the batch, whose passes don't wait for each other's tokens.
+IDLE = 8
 
 
 class Lane:
-    """`adapter` is that of a lane of its own, None for the lane of all that join."""
+    """`adapter` is that of a lane of its own, None for the lane of all that join.
 
-    def __init__(self, model: RowsModel, way: Way, *, adapter: Held | None, rows: int, chunk: int):
-        self.model, self.way, self.adapter, self.chunk = model, way, adapter, chunk
+    `passes` is what passes of several tokens take, None to draft nothing; `drafted` tokens were verified, and `held` of
+    them were right. `make_cache` makes the caches of a row.
+    """
+
+    def __init__(
+        self, model: RowsModel, way: Way, *, adapter: Held | None, rows: int, chunk: int,
+        passes: Passes | None = None, make_cache: Callable[[Any], list[Any]] | None = None,
+    ):  # fmt: skip
+        self.model, self.way, self.adapter, self.chunk, self.passes = model, way, adapter, chunk, passes
+        self.make_cache = make_cache or make_prompt_cache
         self.rows: dict[int, Row] = {}
         self.most = 1 if way.rows == ALONE else rows
+        self.drafted = self.held = 0
         self._generator: Any = None
+        self._drafting: Any = None  # the generator of a row that left the batch; in a lane of one row, the generator
+        self._idle = 0
+        self._trimmable = trimmable_up_to(self.make_cache(model.model)) if passes is not None else 0
 
     @property
     def generator(self) -> Any:
         """Made when the first row comes: in the thread that runs it."""
         if self._generator is None:
             if self.way.rows == ALONE:
-                self._generator = OneRowGenerator(self.model, prefill_step_size=self.chunk)
+                self._generator = self._drafting = self._one_row()
             else:
                 self._generator = BatchGenerator(
                     self.model, completion_batch_size=self.most, prefill_batch_size=min(self.way.prompts, self.most),
                     prefill_step_size=self.chunk, stream=mx.default_stream(mx.default_device()),
                 )  # fmt: skip
         return self._generator
+
+    def _one_row(self) -> OneRowGenerator:
+        return OneRowGenerator(self.model, prefill_step_size=self.chunk, passes=self.passes)
+
+    def _of(self, uid: int) -> Any:
+        """The generator that has a row."""
+        return self._drafting if uid < 0 else self.generator
 
     def takes(self, row: Row) -> bool:
         """Whether there is room; a row that is suspected to make passes fail gets the lane for itself."""
@@ -126,24 +91,28 @@ class Lane:
         Where caches can't be trimmed, the row stops after `shared` tokens and before its last one, so that its
         caches can be kept.
         """
-        tokens, layers = row.tokens, layers or make_prompt_cache(self.model.model)
+        tokens, layers = row.tokens, layers or self.make_cache(self.model.model)
         row.untrimmable = not trimmable(layers, len(tokens))
         places = sorted({place for place in (shared, len(tokens) - 1) if cached < place < len(tokens)})
         edges = [cached, *(places if row.untrimmable else []), len(tokens)]
-        row.cached, row.sample = cached, sampler(row.request.sampling)
+        row.cached, row.sample, row.begun = cached, sampler(row.request.sampling), time.monotonic()
         if isinstance(row.sample, Drawing):
             row.sample.drawn = len(row.answer)
-        ends = [(end,) for end in sorted(row.ends)]
-        (row.uid,) = self.generator.insert_segments(
+        self._begin(self.generator, row, layers, edges)
+
+    def _begin(self, generator: Any, row: Row, layers: list[Any], edges: list[int]) -> None:
+        """Give a row to a generator, to be read from the first edge, which `layers` reach, in segments up to each."""
+        tokens, ends = row.tokens, [(end,) for end in sorted(row.ends)]
+        (row.uid,) = generator.insert_segments(
             [[tokens[start:end] for start, end in pairwise(edges)]],
             max_tokens=[row.most - len(row.answer)],
             caches=[[RowsEntry([row.key]), *layers]],
-            all_tokens=[tokens[:cached]],
+            all_tokens=[tokens[: edges[0]]],
             samplers=[row.sample],
-            logits_processors=[[_GuardedProcessor(row, one) for one in row.request.processors]],
-            stop_sequences=[StopSequences([*ends, *row.request.stop])],
+            logits_processors=[[guarded(row, one) for one in row.request.processors]],
+            stop_sequences=[_Stops([*ends, *row.request.stop], [token.token for token in row.answer])],
         )
-        self.rows[row.uid], row.begun = row, time.monotonic()
+        self.rows[row.uid] = row
 
     def step(self) -> Iterator[Ended | Kept]:
         """One pass: deliver what it gave, yield the rows that it ended, and what is worth keeping of others."""
@@ -151,18 +120,67 @@ class Lane:
         if self.rows:  # what a pass reads is bounded, however many prompts are read at once
             share = self.chunk // max(min(reading, self.way.prompts), 1)
             self.generator.prefill_step_size = max(share, min(LEAST_CHUNK, self.chunk))
-        prompts, responses = self.generator.next()
+        prompts, responses = self._next()
         for response in prompts:
             row = self.rows.get(response.uid)
             if row is not None and not row.answer and response.progress:
                 done, total = response.progress
                 row.deliver(Reading(row.cached + done, row.cached + total))
                 if row.untrimmable and response.end_of_segment and done < total:
-                    layers, tokens = self.generator.extract_cache([row.uid])[row.uid]
+                    layers, tokens = self._of(response.uid).extract_cache([row.uid])[row.uid]
                     yield Kept(row, list(layers[1:]), list(tokens))
         for response in responses:
-            if ended := self._take(self.rows[response.uid], response):
+            row = self.rows.get(response.uid)  # None after the end, where a pass gave more
+            if row is not None and (ended := self._take(row, response)):
                 yield ended
+
+    def _next(self) -> Any:
+        """A pass of the generator that has the rows, which is told how long it took."""
+        self._draft()
+        generator, one = self._of(next(iter(self.rows), 0)), len(self.rows) == 1
+        drafted, held = getattr(generator, "drafted", 0), getattr(generator, "held", 0)
+        start = time.perf_counter()
+        prompts, responses = generator.next()
+        if generator is self._drafting:
+            self._idle = 0 if generator.drafted > drafted else self._idle + 1
+            self.drafted += generator.drafted - drafted
+            self.held += generator.held - held
+        elif self.passes is not None and one and responses and not prompts:
+            self.passes.saw(1, time.perf_counter() - start)
+        return prompts, responses
+
+    def _able(self) -> Row | None:
+        """The row whose tokens may be drafted: a greedy one by itself, whose caches can take tokens back."""
+        if self.passes is None or len(self.rows) != 1:
+            return None
+        row = next(iter(self.rows.values()))
+        fits = len(row.tokens) + MOST < self._trimmable
+        return row if row.answer and fits and not row.request.sampling.temperature else None
+
+    def _draft(self) -> None:
+        """Let a row that is by itself leave the batch for drafts that are worth it, or bring it back."""
+        row, apart = self._able(), next((row for uid, row in self.rows.items() if uid < 0), None)
+        if row is not None and row.lookup is None:
+            row.lookup = Lookup(row.tokens)
+            if row is apart:
+                self._drafting.follow(row.lookup)
+        if self.way.rows == ALONE:
+            return
+        if apart is not None and (row is None or self._idle >= IDLE):
+            self._move(apart, self.generator)
+        elif apart is None and row is not None and row.lookup is not None and self.passes is not None:
+            if row.lookup.draft(self.passes, row.most - len(row.answer) - 1):
+                self._drafting = self._drafting or self._one_row()
+                self._idle = 0
+                self._move(row, self._drafting)
+                self._drafting.follow(row.lookup)
+
+    def _move(self, row: Row, generator: Any) -> None:
+        """Move a row that answers to another generator, which begins at its last token."""
+        kept, last = self.remove(row, keep=True), len(row.tokens) - 1
+        layers, tokens = kept or (self.make_cache(self.model.model), [])
+        take_back(layers, max(len(tokens) - last, 0))
+        self._begin(generator, row, layers, [min(len(tokens), last), last + 1])
 
     def _take(self, row: Row, response: Any) -> Ended | None:
         """Take a row's next token."""
@@ -174,7 +192,9 @@ class Lane:
         row.suspect = False
         token = int(response.token)
         if token not in row.ends:
-            row.answer.append(_token(token, response.logprobs, row.request.logprobs))
+            row.answer.append(as_token(token, response.logprobs, row.request.logprobs))
+            if row.lookup is not None and response.uid >= 0:  # else its generator has told it
+                row.lookup.push(token)
         reason = response.finish_reason
         self._show(row, final=reason is not None, stopped=reason == "stop" and token not in row.ends)
         if reason is None:
@@ -207,10 +227,10 @@ class Lane:
             return None
         del self.rows[row.uid]
         try:
-            found = self.generator.remove([row.uid], return_prompt_caches=True) if keep else {}
+            found = self._of(row.uid).remove([row.uid], return_prompt_caches=True) if keep else {}
         except Exception:  # caches of rows that have read nothing yet may have nothing to give
             found = {}
-        self.generator.remove([row.uid])
+        self._of(row.uid).remove([row.uid])
         if row.uid not in found:
             return None
         layers, tokens = found[row.uid]
@@ -226,7 +246,7 @@ class Lane:
     def close(self) -> None:
         if self._generator is not None:
             self._generator.close()
-            self._generator = None
+        self._generator = self._drafting = None
 
     @contextmanager
     def only_own(self, keys: Sequence[Hashable | None], tokens: int) -> Iterator[None]:
@@ -237,38 +257,15 @@ class Lane:
         yield
 
 
-def _token(token: int, log_probabilities: mx.array, count: int | None) -> Token:
-    if count is None:
-        return Token(token)
-    count = min(count, log_probabilities.size)
-    top: list[int] = mx.argsort(-log_probabilities)[:count].tolist() if count else []  # type: ignore[assignment]
-    values: list[float] = log_probabilities[mx.array([token, *top])].tolist()  # type: ignore[assignment]
-    return Token(token, values[0], tuple(zip(top, values[1:], strict=True)))
+class _Stops(StopSequences):  # type: ignore[misc]
+    """Stop sequences of a row that has an answer already: one may have begun in it."""
 
+    def __init__(self, sequences: Sequence[tuple[int, ...]], answer: Sequence[int]):
+        super().__init__(sequences)
+        self._answer = answer
 
-def beginning_of(stops: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> int:
-    """How many of the last tokens are the beginning of a stop sequence."""
-    longest = max((len(stop) - 1 for stop in stops), default=0)
-    for count in range(min(longest, len(tokens)), 0, -1):
-        if any(len(stop) > count and tuple(tokens[-count:]) == stop[:count] for stop in stops):
-            return count
-    return 0
-
-
-class _GuardedProcessor:
-    """A processor whose error ends its own row: raised inside a pass it would end all of them."""
-
-    def __init__(self, row: Row, processor: Any):
-        self._row, self._processor = row, processor
-
-    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        if self._row.error is not None:
-            return logits
-        try:
-            found = self._processor(tokens, logits)
-            if found.shape != logits.shape:
-                raise ValueError(f"a logits processor made {found.shape} of {logits.shape}")
-            return found  # type: ignore[no-any-return]
-        except Exception as error:
-            self._row.error = error
-            return logits
+    def matcher(self) -> Any:
+        matcher = super().matcher()
+        for token in self._answer:
+            matcher.advance(token)
+        return matcher

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lora import ui
 from mlx_lora.machine import allocation
 from mlx_lora.models.unpack import layers_to_unpack, unpacked_bytes
+from mlx_lora.serve.quantized import QuantizedCaches
 from mlx_lora.serve.status import Limits
 
 with allocation.file_limits_kept():
@@ -32,6 +33,8 @@ FOR_ROWS, FOR_PROMPTS, FOR_ADAPTERS = 0.5, 0.2, 0.15
 MOST_FOR_PROMPTS, MOST_FOR_ADAPTERS = 4 << 30, 2 << 30
 # Lengths at which a row is looked at: MLX's caches grow by steps of 256 tokens.
 STEP = 256
+
+MakeCache = Callable[[Any], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,17 @@ class ServingPlan:
         )
 
 
-def row_bytes(model: nn.Module, tokens: int) -> int:
+def row_bytes(model: nn.Module, tokens: int, make_cache: MakeCache | None = None) -> int:
     """Bytes of the keys, values and states of one row of `tokens` tokens, at most. Nothing is evaluated."""
-    return row_growth(model)(tokens)
+    return row_growth(model, make_cache)(tokens)
 
 
-def row_growth(model: nn.Module) -> Callable[[int], int]:
+def row_growth(model: nn.Module, make_cache: MakeCache | None = None) -> Callable[[int], int]:
     """`row_bytes` of a model for any number of tokens. The model has no adapters now, and may have some later."""
+    one, two = _caches(model, 1, make_cache), _caches(model, 2, make_cache)
     layers = [
         (_nbytes(after_one), _nbytes(after_two) - _nbytes(after_one), _window(layer))
-        for layer, after_one, after_two in zip(_caches(model, 0), _caches(model, 1), _caches(model, 2), strict=True)
+        for layer, after_one, after_two in zip(_caches(model, 0, make_cache), one, two, strict=True)
     ]
 
     def total(tokens: int) -> int:
@@ -107,12 +111,16 @@ def _window(layer: Any) -> float:
     return -(-window // STEP) + 1 if isinstance(window, int) else math.inf
 
 
-def _caches(model: nn.Module, steps: int) -> list[Any]:
+def _caches(model: nn.Module, steps: int, make_cache: MakeCache | None) -> list[Any]:
     """The caches of the layers after a prompt of so many steps, not evaluated."""
-    layers = make_prompt_cache(model)
+    layers = (make_cache or make_prompt_cache)(model)
     if steps:
         model(mx.zeros((1, steps * STEP), mx.int32), cache=layers)
     return [part for layer in layers for part in getattr(layer, "caches", [layer])]
+
+
+def _name(model: nn.Module) -> str:
+    return str(getattr(model, "model_type", "this model"))
 
 
 def _nbytes(layer: Any) -> int:
@@ -129,13 +137,15 @@ def base_bytes(model: nn.Module, limit: int, *, gpu: bool) -> int:
     return packed if gpu else packed + unpacked_bytes(layers_to_unpack(model), limit - packed)
 
 
-def plan(model: nn.Module, *, base: int, limit: int) -> ServingPlan:
+def plan(model: nn.Module, *, base: int, limit: int, kv_bits: int | None = None) -> ServingPlan:
     """Share what `base` bytes leave of `limit` bytes. `model` may be without weights (`models.shapes`).
 
-    Where not even one row has room the plan doesn't fit.
+    With `kv_bits` one row runs at a time. Where not even one row has room the plan doesn't fit. Raises ModelError where
+    the caches can't have so many bits.
     """
-    row, free = max(row_bytes(model, ROW_TOKENS), 1), max(limit - base, 0)
-    rows = min(max(int(FOR_ROWS * free / row), 1), MOST_ROWS)
+    make_cache = None if kv_bits is None else QuantizedCaches(model, _name(model), kv_bits)
+    row, free = max(row_bytes(model, ROW_TOKENS, make_cache), 1), max(limit - base, 0)
+    rows = min(max(int(FOR_ROWS * free / row), 1), MOST_ROWS if kv_bits is None else 1)
     prompts, adapters = min(FOR_PROMPTS * free, MOST_FOR_PROMPTS), min(FOR_ADAPTERS * free, MOST_FOR_ADAPTERS)
     passes = (1 - FOR_ROWS - FOR_PROMPTS - FOR_ADAPTERS) * free
     return ServingPlan(base, int(adapters), int(prompts), row, rows, int(passes), limit)

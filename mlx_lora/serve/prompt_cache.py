@@ -116,13 +116,20 @@ def common(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
 
 
 def trimmable(layers: Sequence[Any], length: int) -> bool:
-    """Whether caches can be trimmed when they hold `length` tokens: a window that is full has lost what would be next.
+    """Whether caches can be trimmed when they hold `length` tokens."""
+    return length < trimmable_up_to(layers)
+
+
+def trimmable_up_to(layers: Sequence[Any]) -> float:
+    """Caches can be trimmed while they hold fewer tokens than this: a window that is full has lost what would be next.
 
     mlx_lm says so of its rotating windows, and not of those of llama4.
     """
+    if not can_trim_prompt_cache(layers):
+        return 0
     inner = [cache for layer in layers for cache in getattr(layer, "caches", [layer])]
     sizes = [getattr(cache, name, None) for cache in inner for name in ("max_size", "chunk_size")]
-    return bool(can_trim_prompt_cache(layers)) and all(length < size for size in sizes if isinstance(size, int))
+    return min((size for size in sizes if isinstance(size, int)), default=float("inf"))
 
 
 def _usable(entry: _Entry, wanted: NDArray[np.int64]) -> int:

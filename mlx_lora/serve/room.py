@@ -13,9 +13,9 @@ import mlx.nn as nn
 from mlx_lora import ui
 from mlx_lora.errors import NoMemory
 from mlx_lora.machine import limits
-from mlx_lora.serve.lane import Row
-from mlx_lora.serve.memory import row_growth
+from mlx_lora.serve.memory import MakeCache, row_growth
 from mlx_lora.serve.prompt_cache import PromptCache
+from mlx_lora.serve.running import Row
 
 # Tokens of an answer that room is made for at its beginning: few answers are as long as they may be.
 ANSWER = 256
@@ -25,11 +25,14 @@ HINT = "ask again when other answers have ended, or ask for a shorter one"
 
 
 class Room:
-    """For the thread that owns MLX; may let all of `prompts` go. Made while `model` has no adapters."""
+    """For the thread that owns MLX; may let all of `prompts` go. Made while `model` has no adapters.
 
-    def __init__(self, model: nn.Module, prompts: PromptCache):
+    `make_cache` makes the caches of a row, None for the model's own.
+    """
+
+    def __init__(self, model: nn.Module, prompts: PromptCache, make_cache: MakeCache | None = None):
         self._prompts, self._looked = prompts, 0.0
-        self._row_bytes = row_growth(model)
+        self._row_bytes = row_growth(model, make_cache)
 
     def admits(self, row: Row, *, running: bool) -> bool:
         """Whether a row may begin; False where it waits for others that run. Raises NoMemory where there are none."""

@@ -45,6 +45,13 @@ class RowsEntry:
     def finalize(self) -> None:
         """Nor does the end of it."""
 
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, count: int) -> int:
+        """A row that takes tokens back has the same adapter."""
+        return count
+
     def __deepcopy__(self, memo: dict[int, Any]) -> RowsEntry:
         return RowsEntry(self.keys)  # the keys themselves are compared, not owned
 

@@ -23,16 +23,17 @@ import mlx.core as mx
 from mlx_lora.errors import Busy, Stopped
 from mlx_lora.machine import allocation
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.serve.lane import Row
 from mlx_lora.serve.requests import LOOK, Answer, Deliver, Failed, Request
 from mlx_lora.serve.residence import Residence
-from mlx_lora.serve.status import Limits, Status
+from mlx_lora.serve.running import Row
+from mlx_lora.serve.status import DEFAULT, Limits, Options, Status
 from mlx_lora.serve.worker import Worker
 
 __all__ = ["Limits", "Scheduler", "Status"]
 
 # What is sent to the thread: something to do there, None to end.
 Action = Callable[[Worker], None]
+FindLimits = Callable[[LoadedModel], Limits]
 STUCK = "the thread that generates doesn't move"
 
 log = logging.getLogger(__name__)
@@ -49,13 +50,15 @@ class Scheduler:
         self,
         open_base: Callable[[], LoadedModel],
         *,
-        limits: Limits | Callable[[LoadedModel], Limits] | None = None,
+        limits: Limits | FindLimits | None = None,
         prepare: Callable[[Residence], None] = lambda residence: None,
+        options: Options = DEFAULT,
         **residence: Any,
     ):
         self.limits = limits if isinstance(limits, Limits) else Limits()
         self._find_limits = limits if callable(limits) else lambda loaded: self.limits
         self._open_base, self._prepare, self._residence_options = open_base, prepare, residence
+        self._options = options
         self._inbox: queue.SimpleQueue[Action | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
         self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -218,7 +221,7 @@ class Scheduler:
                 self._loaded = self._open_base()
                 self.limits = self._find_limits(self._loaded)
                 start = time.monotonic()
-                worker = Worker(self._loaded, self.limits, self._leave, **options)
+                worker = Worker(self._loaded, self.limits, self._leave, self._options, **options)
                 self._slowest = time.monotonic() - start  # of the passes that try the model out
                 self._prepare(worker.residence)
                 self._status = worker.status()

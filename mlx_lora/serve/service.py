@@ -31,7 +31,8 @@ from mlx_lora.serve.conversation import Message, Trained, trained
 from mlx_lora.serve.prefill import OnPrompt
 from mlx_lora.serve.requests import Answer, Finished, Processor, Reading, Request, Sampling, Token
 from mlx_lora.serve.residence import Identity, identity
-from mlx_lora.serve.scheduler import Limits, Scheduler
+from mlx_lora.serve.scheduler import FindLimits, Limits, Scheduler
+from mlx_lora.serve.status import DEFAULT, Options
 from mlx_lora.serve.text import Piece, TextStream
 from mlx_lora.store import adapter as store
 from mlx_lora.store import registry
@@ -228,11 +229,11 @@ class Service:
         return Reply(self.scheduler.submit(request), stream, on_prompt)
 
 
-def _fitting(loaded: LoadedModel) -> Limits:
-    """The limits that this machine's memory allows beside a base that has just been loaded."""
-    made = memory.plan(loaded.model, base=mx.get_active_memory(), limit=machine_limits.limit_bytes())
+def _fitting(loaded: LoadedModel, rows: int | None, kv_bits: int | None) -> Limits:
+    """The limits that this machine's memory allows beside a base that has just been loaded; `rows` as asked, if so."""
+    made = memory.plan(loaded.model, base=mx.get_active_memory(), limit=machine_limits.limit_bytes(), kv_bits=kv_bits)
     log.info("memory for %s", made)
-    return made.limits
+    return made.limits if rows is None else replace(made.limits, rows=rows)
 
 
 @contextmanager
@@ -241,14 +242,16 @@ def open_service(
     adapters: Sequence[str] = (),
     *,
     limits: Limits | None = None,
+    rows: int | None = None,
+    options: Options = DEFAULT,
     stage: Callable[[str], None] = lambda text: None,
     finish: float = 0.0,
 ) -> Iterator[Service]:
     """A base with its scheduler, and `adapters` (names or paths) in memory; names of the home may be asked for too.
 
     Without `model`, the base that the adapters belong to. Without `limits`, those that this machine's memory allows
-    (`serve.memory`). When the block ends, answers that run have `finish` seconds left. Raises what opening the base or
-    loading an adapter raises.
+    (`serve.memory`), with `rows` answered at once where that is given. When the block ends, answers that run have
+    `finish` seconds left. Raises what opening the base or loading an adapter raises.
     """
     stored = [store.read(registry.find(adapter)) for adapter in adapters]
     opened = base_for(model, stored)
@@ -263,7 +266,8 @@ def open_service(
         return places.get(name) or registry.find_by_name(name)
 
     stage(f"loading {model or registry.base_name(opened.path)}")
-    scheduler = Scheduler(open_base, limits=limits or _fitting, find=find)
+    found: Limits | FindLimits = limits or (lambda loaded: _fitting(loaded, rows, options.kv_bits))
+    scheduler = Scheduler(open_base, limits=found, options=options, find=find)
     try:
         scheduler.start()
         service = Service(scheduler, scheduler.loaded, places)

@@ -18,10 +18,27 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Options:
+    """`lookup` drafts tokens of a row by itself where that is faster (`serve.lookup`).
+
+    `kv_bits` are those of keys and values, None for the model's own (`serve.quantized`). With `any_length`, prompts and
+    answers may be longer than the model's context.
+    """
+
+    lookup: bool = True
+    kv_bits: int | None = None
+    any_length: bool = False
+
+
+DEFAULT = Options()
+
+
+@dataclass(frozen=True)
 class Status:
     """What a scheduler does. `quiet_seconds` since the thread last did something, 0 while there is nothing to do.
 
     `stuck` after it was given up; `slowest_seconds` is the longest that it took from one pass to the next.
+    `drafted_tokens` were proposed by prompt lookup, `held_tokens` of them were right; `no_lookup` is why none are.
     """
 
     alive: bool
@@ -41,3 +58,6 @@ class Status:
     adapters: tuple[str, ...] = ()
     alone: tuple[tuple[str, str], ...] = ()
     way: Way | None = None
+    drafted_tokens: int = 0
+    held_tokens: int = 0
+    no_lookup: str | None = None

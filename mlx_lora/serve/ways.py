@@ -74,7 +74,7 @@ LATE = _Trial((30, 7, 16), (25, 3, 38, 10))
 def find_way(model: nn.Module, name: str) -> Way:
     """The fastest way that answers every row as by itself. `model` has no adapters; `name` is for the note."""
     expected = [_by_itself(model, trial, CHUNK) for trial in (*FIRST, LATE)]
-    noise = _divergence(_by_itself(model, FIRST[0], WHOLE), expected[0])
+    noise = divergence(_by_itself(model, FIRST[0], WHOLE), expected[0])
     half = any(array.dtype in (mx.float16, mx.bfloat16) for _, array in tree_flatten(model.parameters()))
     tolerance = max(TOLERANCES[half], min(TIMES * noise, MOST))
     reasons: list[str] = []
@@ -93,11 +93,12 @@ def _by_itself(model: nn.Module, trial: _Trial, chunk: int) -> mx.array:
     for start in range(0, len(read), chunk):
         model(mx.array([read[start : start + chunk]]), cache=cache)
         mx.eval([layer.state for layer in cache])
-    found = [_log_probabilities(model(mx.array([[token]]), cache=cache)[0, -1]) for token in rest]
+    found = [log_probabilities(model(mx.array([[token]]), cache=cache)[0, -1]) for token in rest]
     return mx.stack(found)
 
 
-def _log_probabilities(logits: mx.array) -> mx.array:
+def log_probabilities(logits: mx.array) -> mx.array:
+    """Of logits (…, V), in float32."""
     logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
@@ -109,13 +110,13 @@ def _fault(model: nn.Module, prompts: int, expected: list[mx.array], tolerance: 
     except Exception as error:  # a model or a cache may raise anything when it is called with several rows
         return f"{type(error).__name__} is raised ({error})"
     for row, (ours, own) in enumerate(zip(found, expected, strict=True)):
-        away = _divergence(ours, own)
+        away = divergence(ours, own)
         if not away <= tolerance:
             return f"row {row + 1} of {len(found)} is off by a KL divergence of {away:.2g}"
     return None
 
 
-def _divergence(ours: mx.array, own: mx.array) -> float:
+def divergence(ours: mx.array, own: mx.array) -> float:
     """The largest KL divergence of a position, of log-probabilities (T, V) from those of the row by itself."""
     return float(mx.maximum((mx.exp(own) * (own - ours)).sum(axis=-1), 0).max().item())
 
@@ -171,7 +172,7 @@ def _step(generator: Any, found: dict[int, list[mx.array]]) -> bool:
     """One pass; whether any row is left."""
     prompts, responses = generator.next()
     for response in responses:
-        found[response.uid].append(_log_probabilities(response.logprobs))
+        found[response.uid].append(log_probabilities(response.logprobs))
     return bool(prompts or responses)
 
 
@@ -189,11 +190,11 @@ def mixing_fault(mixed: Mixed, key: Hashable, wrappers: Wrappers, way: Way) -> s
     try:
         mixed.install()
         with mixed.rows(keys, MIXED_TOKENS):
-            found = _log_probabilities(model(tokens))
+            found = log_probabilities(model(tokens))
             mx.eval(found)
         for row, own in enumerate(each):
             put(model, own)
-            away = _divergence(found[row], _log_probabilities(model(tokens[row : row + 1]))[0])
+            away = divergence(found[row], log_probabilities(model(tokens[row : row + 1]))[0])
             if not away <= MIXED_TOLERANCES[half]:
                 return f"row {row + 1} of {len(keys)} is off by a KL divergence of {away:.2g}"
     except Exception as error:  # a model may do anything with its layers

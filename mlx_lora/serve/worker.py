@@ -13,15 +13,18 @@ from mlx_lora.errors import MlxLoraError
 from mlx_lora.models import token_ids
 from mlx_lora.models.context import context_length
 from mlx_lora.models.load import LoadedModel
-from mlx_lora.serve.lane import Ended, Kept, Lane, Row
+from mlx_lora.serve.lane import Lane
+from mlx_lora.serve.lookup import Passes, find_passes
 from mlx_lora.serve.prefill import chunk_size
 from mlx_lora.serve.prompt_cache import PromptCache
+from mlx_lora.serve.quantized import quantized
 from mlx_lora.serve.requests import Failed
 from mlx_lora.serve.residence import Residence
 from mlx_lora.serve.room import Room
 from mlx_lora.serve.rows import RowsModel
-from mlx_lora.serve.status import Limits, Status
-from mlx_lora.serve.ways import find_way, mixing_fault
+from mlx_lora.serve.running import Ended, Kept, Row
+from mlx_lora.serve.status import DEFAULT, Limits, Options, Status
+from mlx_lora.serve.ways import ALONE, Way, find_way, mixing_fault
 
 # Passes of a lane before the next lane's turn: putting other wrappers into a model takes a few milliseconds.
 TURN = 8
@@ -31,6 +34,7 @@ CHUNK = 256
 LOADING, ONLY_LOADING = 0.01, 1.0
 
 Done = Callable[[BaseException | None], None]
+Leave = Callable[[Row], bool]
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +45,9 @@ class Worker:
     Made and used in one thread.
     """
 
-    def __init__(self, loaded: LoadedModel, limits: Limits, leave: Callable[[Row], bool], **residence: Any):
+    def __init__(self, loaded: LoadedModel, limits: Limits, leave: Leave, options: Options = DEFAULT, **residence: Any):
         self.loaded, self.limits, self._leave = loaded, limits, leave
+        self._context = None if options.any_length else context_length(loaded.config)
         put(loaded.model, {})
         self.waiting: deque[Row] = deque()
         self.prompts = PromptCache(limits.prompt_cache_bytes)
@@ -51,15 +56,21 @@ class Worker:
         )
         self._wanted: list[tuple[str, Done]] = []
         self._name = str(loaded.config.get("model_type", "this model"))
-        self.way = find_way(loaded.model, self._name)
+        self._make_cache = make_cache = quantized(loaded.model, self._name, options.kv_bits)
+        alone = Way(ALONE, 1, make_cache.note if make_cache and limits.rows > 1 else None)
+        self.way = alone if make_cache or limits.rows == 1 else find_way(loaded.model, self._name)
         if self.way.note:
             log.info(self.way.note)
-        self._room = Room(loaded.model, self.prompts)
+        passes = find_passes(loaded.model, self._name, make_cache) if options.lookup else None
+        self._passes = passes if isinstance(passes, Passes) else None
+        self.no_lookup = passes if isinstance(passes, str) else None
+        self._room = Room(loaded.model, self.prompts, make_cache)
         self._chunk = min(CHUNK, chunk_size(loaded.model))
         self._lanes: dict[Hashable | None, Lane] = {None: self._lane(None)}
         self._turn = 0
         self._installed: tuple[Hashable | None, int] | None = None
         self._counts: dict[str, Any] = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "passes": 0}
+        self._counts |= {"drafted_tokens": 0, "held_tokens": 0}
 
     def _try_mixing(self, mixed: Mixed, key: Hashable, wrappers: Wrappers) -> str | None:
         """`residence.Trial`: why an adapter has passes of its own on this model, by name."""
@@ -71,7 +82,10 @@ class Worker:
 
     def _lane(self, held: Any) -> Lane:
         model = RowsModel(self.loaded.model, self.residence.mixed.rows)
-        lane = Lane(model, self.way, adapter=held, rows=self.limits.rows, chunk=self._chunk)
+        lane = Lane(
+            model, self.way, adapter=held, rows=self.limits.rows, chunk=self._chunk, passes=self._passes,
+            make_cache=self._make_cache,
+        )  # fmt: skip
         if held is not None:
             model.publish = lane.only_own
         return lane
@@ -122,6 +136,12 @@ class Worker:
     def end_all(self) -> None:
         for row in self._rows():
             self._end(row, "cancelled")
+        self.close()
+
+    def close(self) -> None:
+        """Give up what runs without telling anybody."""
+        for lane in self._lanes.values():
+            lane.close()
         self.residence.close()
 
     def _rows(self) -> list[Row]:
@@ -176,7 +196,7 @@ class Worker:
     def _check_length(self, row: Row) -> None:
         """An answer ends where the model's context does; raises MlxLoraError for a prompt that is longer."""
         row.most = row.request.max_tokens
-        if (context := context_length(self.loaded.config)) is None:
+        if (context := self._context) is None:
             return
         if len(row.prompt) > context:
             raise MlxLoraError(f"the prompt has {len(row.prompt):,} tokens, this model's context is {context:,}")
@@ -204,7 +224,7 @@ class Worker:
             self._installed = wanted
 
     def _pass(self, lane: Lane) -> None:
-        before = lane.model.passes
+        before, drafted, held = lane.model.passes, lane.drafted, lane.held
         try:
             self._install(lane)
             for result in lane.step():
@@ -214,6 +234,8 @@ class Worker:
         except Exception as error:
             self._run_again(lane, error)
         self._counts["passes"] += lane.model.passes - before
+        self._counts["drafted_tokens"] += lane.drafted - drafted
+        self._counts["held_tokens"] += lane.held - held
 
     def _run_again(self, lane: Lane, error: Exception) -> None:
         """After a pass that failed: its rows begin again one by one, and one that fails by itself gets the error."""
@@ -272,4 +294,5 @@ class Worker:
             prompt_cache_hits=self.prompts.hits, prompt_cache_misses=self.prompts.misses,
             adapter_bytes=self.residence.nbytes, adapters=tuple(self.residence.names()),
             alone=tuple(self.residence.why_alone().items()), way=self.way,
+            no_lookup=self.no_lookup,
         )  # fmt: skip

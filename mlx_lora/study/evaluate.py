@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mlx_lora.models import finite
 from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.serve.engine import Engine
+from mlx_lora.serve.requests import Request
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 
 BATCH = 8
@@ -118,18 +119,43 @@ def evaluate(
     on_row: Callable[[], None] = lambda: None,
 ) -> Result:
     """Evaluate one adapter of an engine, or its base for None. `on_row` is called for each row and each answer."""
-    engine.use(name)
-    loss, tokens = mean_loss(engine, asked.rows, on_row)
-    exact = None
-    if asked.prompts:
-        matches = 0
-        positions = first_answers(asked) if engine.virtual else None
-        for index, answer in engine.batch(asked.prompts, max_tokens=max_tokens, first_answers=positions):
-            _, said = split_reasoning(engine.loaded.tokenizer.decode(answer))
-            matches += said.strip() == asked.answers[index].strip()
-            on_row()
-        exact = matches / len(asked.prompts)
-    return Result(name, loss, math.exp(min(loss, 700)), tokens, len(asked.rows), exact)
+    return evaluate_each(engine, {name: asked}, max_tokens=max_tokens, on_row=on_row)[0]
+
+
+def evaluate_each(
+    engine: Engine,
+    asked: Mapping[str | None, Questions],
+    *,
+    max_tokens: int = 256,
+    on_row: Callable[[], None] = lambda: None,
+) -> list[Result]:
+    """Evaluate adapters of an engine, and its base for None, each on its own rows; `on_row` as for `evaluate`.
+
+    Answers to all of them are made in the same batches.
+    """
+    losses, places = {}, {}
+    for name, own in asked.items():
+        engine.use(name)
+        losses[name] = mean_loss(engine, own.rows, on_row)
+        places[name] = first_answers(own) if engine.virtual and own.prompts else [None] * len(own.prompts)
+    requests = [
+        (name, number, Request(tuple(prompt), name, max_tokens, first_answer=places[name][number]))
+        for name, own in asked.items()
+        for number, prompt in enumerate(own.prompts)
+    ]
+    matches = dict.fromkeys(asked, 0)
+    for index, answer in engine.together([request for *_, request in requests]):
+        name, number, _ = requests[index]
+        _, said = split_reasoning(engine.loaded.tokenizer.decode(answer))
+        matches[name] += said.strip() == asked[name].answers[number].strip()
+        on_row()
+    return [
+        Result(
+            name, loss, math.exp(min(loss, 700)), tokens, len(asked[name].rows),
+            matches[name] / len(asked[name].prompts) if asked[name].prompts else None,
+        )
+        for name, (loss, tokens) in losses.items()
+    ]  # fmt: skip
 
 
 def mean_loss(engine: Engine, rows: Sequence[Row], on_row: Callable[[], None]) -> tuple[float, int]:

@@ -21,7 +21,7 @@ from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
 from mlx_lora.store.base import base_for
-from mlx_lora.study.evaluate import Questions, Result, chosen_file, evaluate, questions
+from mlx_lora.study.evaluate import Questions, Result, chosen_file, evaluate_each, questions
 
 Settings = Callable[[dict[str, Any] | None], Data]
 
@@ -72,10 +72,8 @@ def evaluate_adapters(
     }
     work = sum(len(asked[own.key].rows) + len(asked[own.key].prompts) for own in chosen.values())
     advance = progress("evaluating", work)
-    results = [
-        evaluate(engine, name, asked[own.key], max_tokens=max_tokens, on_row=advance) for name, own in chosen.items()
-    ]
-    return Evaluation(file, results)
+    each = {name: asked[own.key] for name, own in chosen.items()}
+    return Evaluation(file, evaluate_each(engine, each, max_tokens=max_tokens, on_row=advance))
 
 
 @dataclass(frozen=True)

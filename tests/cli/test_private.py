@@ -83,6 +83,7 @@ def test_no_command_but_pull_tries_to_connect(
         ("eval", *base, "--adapter", "a", "--data", data, "--exact", "--max-tokens", 2),
         ("generate", *base, "--adapter", "a", "--prompt", "x", "--max-tokens", 2),
         ("chat", *base, "--adapter", "a"),
+        ("run", data / "test.jsonl", *base, "--adapter", "a", "--out", tmp_path / "answers.jsonl", "--max-tokens", 2),
         ("fuse", *base, "--adapter", "a", "--out", tmp_path / "f"),
         ("export", "gguf", *base, "--adapter", "a", "--out", tmp_path / "a.gguf"),
         ("export", "hf", *base, "--adapter", "a", "--out", tmp_path / "hf"),
