@@ -12,7 +12,9 @@ from mlx_lora import ui
 from mlx_lora.cli.options import Adapter, Json, MaxTokens, Model
 
 if TYPE_CHECKING:
-    from mlx_lora.serve.service import Prompt, Reply, Service
+    from mlx_lora.serve.conversation import Trained
+    from mlx_lora.serve.engine import Engine
+    from mlx_lora.serve.service import Service
 
 
 def register(app: typer.Typer) -> None:
@@ -26,20 +28,29 @@ System = Annotated[str | None, typer.Option("--system", help="A system message, 
 Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Ask a model that can think to think, or not.")]
 
 
-@contextmanager
-def _service(model: str | None, adapter: str | None) -> Iterator[tuple[Service, str | None]]:
-    """A service on the base, and what it calls the adapter that was given."""
-    from mlx_lora.serve.service import open_service
+def _engine(model: str | None, adapter: str | None) -> tuple[Engine, Trained]:
+    """An engine with the adapter in use, and how that was trained."""
+    from mlx_lora.models.unpack import unpack_once
+    from mlx_lora.serve.conversation import Trained, trained
+    from mlx_lora.serve.engine import Engine
+    from mlx_lora.serve.service import Service
+    from mlx_lora.store import adapter as store
+    from mlx_lora.store import registry
+    from mlx_lora.store.base import base_for
 
-    with ExitStack() as stack:
-        loading = stack.enter_context(ExitStack())
-
-        def stage(text: str) -> None:
-            loading.enter_context(ui.working(text))
-
-        service = stack.enter_context(open_service(model, [adapter] if adapter else [], stage=stage))
-        loading.close()
-        yield service, next(iter(service.places), None)
+    stored = store.read(registry.find(adapter)) if adapter else None
+    opened = base_for(model, [stored] if stored else [])
+    with ui.working(f"loading {model or registry.base_name(opened.path)}"):
+        loaded = registry.open_base(opened, [stored] if stored else [])
+        unpack_once(loaded)
+    engine = Engine(loaded)
+    if stored is not None:
+        label = registry.label(stored.path)
+        of_adapter = trained(stored)
+        end = of_adapter.format(loaded.tokenizer).own_end
+        engine.add(label, store.wrappers_for(engine.loaded.model, stored), end=end)
+        engine.use(label)
+    return engine, of_adapter if stored else Trained()
 
 
 def generate(
@@ -58,53 +69,45 @@ def generate(
 ) -> None:
     """Answer one prompt."""
     import sys
+    from dataclasses import replace
 
-    from mlx_lora.errors import TooLong
-    from mlx_lora.serve.answer import check_prompt
-    from mlx_lora.serve.requests import Sampling
+    from mlx_lora.serve.answer import Answer, check_prompt, first_prompt, room_for_answer, stream_text
+    from mlx_lora.serve.engine import Sampling
 
     text = sys.stdin.read() if prompt == "-" else prompt
     check_prompt(text)
-    with _service(model, adapter) as (service, name):
-        tokens = _first_prompt(service, name, text, system=system, raw=raw, think=think)
-        with ui.slow_bar("reading the prompt") as on_prompt:
-            sampling = Sampling(temperature=temp, seed=seed)
-            reply = service.ask(tokens, name, max_tokens=max_tokens, sampling=sampling, on_prompt=on_prompt)
-            try:
-                for piece in reply:
-                    if not json:
-                        ui.piece(piece.text)
-            except TooLong as fault:
-                fault.hint = "a shorter prompt fits"
-                raise
-    ui.as_json(_answer(tokens, reply)) if json else ui.result()
-    if reply.finished is not None and reply.finished.reason == "length" and reply.tokens < max_tokens:
-        ui.warning(f"cut: this model's context has room for {reply.tokens:,} tokens of an answer to this prompt")
-
-
-def _first_prompt(
-    service: Service, adapter: str | None, text: str, *, system: str | None, raw: bool, think: bool | None
-) -> Prompt:
-    from dataclasses import replace
-
-    from mlx_lora.serve.answer import first_prompt
-    from mlx_lora.serve.service import Prompt
-
-    trained = service.trained(adapter)
+    engine, trained = _engine(model, adapter)
     trained = replace(trained, template="none" if raw else trained.template)
     trained = replace(trained, thinking=trained.thinking if think is None else think)
-    return Prompt(tuple(first_prompt(service.tokenizer, text, system=system, trained=trained)))
+    tokens = first_prompt(engine.loaded.tokenizer, text, system=system, trained=trained)
+    room = room_for_answer(engine, tokens, hint="a shorter prompt fits")
+    if room is not None and max_tokens > room:
+        ui.warning(f"this model's context has room for {room:,} tokens of an answer; text beyond may make no sense")
+    answer, sampling = Answer(), Sampling(temperature=temp, seed=seed)
+    with ui.slow_bar("reading the prompt") as on_prompt:
+        for piece in stream_text(engine, tokens, answer, max_tokens=max_tokens, sampling=sampling, on_prompt=on_prompt):
+            if not json:
+                ui.piece(piece)
+    if json:
+        ui.as_json(answer.as_dict())
+    else:
+        ui.result()
 
 
-def _answer(prompt: Prompt, reply: Reply) -> dict[str, object]:
-    """The keys of `generate --json`."""
-    return {
-        "text": reply.text,
-        "prompt_tokens": len(prompt.tokens),
-        "generated_tokens": reply.tokens,
-        "tokens_per_second": reply.tokens_per_second,
-        "finish_reason": reply.finished.reason if reply.finished else None,
-    }
+@contextmanager
+def _service(model: str | None, adapter: str | None) -> Iterator[tuple[Service, str | None]]:
+    """A service on the base, and what it calls the adapter that was given."""
+    from mlx_lora.serve.service import open_service
+
+    with ExitStack() as stack:
+        loading = stack.enter_context(ExitStack())
+
+        def stage(text: str) -> None:
+            loading.enter_context(ui.working(text))
+
+        service = stack.enter_context(open_service(model, [adapter] if adapter else [], stage=stage))
+        loading.close()
+        yield service, next(iter(service.places), None)
 
 
 def chat(model: Model = None, adapter: Adapter = None, system: System = None) -> None:

@@ -105,15 +105,17 @@ def test_mlx_lm_reads_our_adapter(shell: Shell, trained: dict[str, Any], quantiz
 
 def _generate(shell: Shell, model: Path, adapter: Path, prompt: str) -> str:
     """Our `generate` through the chat template, as mlx_lm.generate asks."""
-    from mlx_lora.serve.answer import prompt_tokens
+    from mlx_lora.serve.answer import Answer, prompt_tokens, stream_text
     from mlx_lora.serve.engine import Engine
 
     stored, loaded = store.read(adapter), load(model)
     engine = Engine(loaded)
     engine.add("it", store.wrappers_for(loaded.model, stored))
     engine.use("it")
+    answer = Answer()
     tokens = prompt_tokens(loaded.tokenizer, [{"role": "user", "content": prompt}])
-    return str(loaded.tokenizer.decode(list(engine.stream(tokens, max_tokens=24))))
+    list(stream_text(engine, tokens, answer, max_tokens=24))
+    return answer.text
 
 
 def test_fused_model_generates_in_mlx_lm(shell: Shell, trained: dict[str, Any], smollm2: Path, wikisql: Path) -> None:

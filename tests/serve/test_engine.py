@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -196,3 +197,15 @@ def test_errors(engine: Engine) -> None:
         engine.use("c")
     with pytest.raises(MlxLoraError, match="empty"):
         list(engine.stream([]))
+
+
+def test_text_streams_whole_characters(tiny: LoadedModel, tmp_path: Path, monkeypatch: Any) -> None:
+    from mlx_lora.serve.answer import Answer, stream_text
+
+    engine = Engine(tiny)
+    tokens = tiny.tokenizer.encode("añ€🙂", add_special_tokens=False)
+    monkeypatch.setattr(engine, "stream", lambda *args, **named: iter(tokens))
+    answer = Answer()
+    pieces = list(stream_text(engine, [1], answer, max_tokens=99))
+    assert "".join(pieces) == answer.text == "añ€🙂" and "\ufffd" not in "".join(pieces)
+    assert answer.finish_reason == "stop" and answer.generated_tokens == len(tokens)
