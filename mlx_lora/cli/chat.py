@@ -33,7 +33,6 @@ def _engine(model: str | None, adapter: str | None) -> tuple[Engine, Trained]:
     from mlx_lora.models.unpack import unpack_once
     from mlx_lora.serve.conversation import Trained, trained
     from mlx_lora.serve.engine import Engine
-    from mlx_lora.serve.service import Service
     from mlx_lora.store import adapter as store
     from mlx_lora.store import registry
     from mlx_lora.store.base import base_for

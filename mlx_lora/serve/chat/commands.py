@@ -90,7 +90,10 @@ class Commands:
     def _swap(self, name: str | None) -> None:
         chat, before = self.chat, self.chat.adapter
         start = time.perf_counter()
-        chat.adapter = self._in_memory(name) if name is not None else None
+        label = None if name is None else self._named(name)
+        if label is not None:
+            self._load(label)
+        chat.adapter = label
         ui.note(f"{chat.adapter or 'base'} in {1000 * (time.perf_counter() - start):.1f} ms")
         chat.tell_training()
         if chat.conversation.turns and before != chat.adapter and chat.history and chat.template != "none":
@@ -98,17 +101,20 @@ class Commands:
                 f"(earlier answers came from {before or 'base'} and steer the style of the next: /reset forgets them)"
             )
 
-    def _in_memory(self, name: str) -> str:
-        """What the service calls an adapter, brought into memory. Raises AdapterError where it can't be asked."""
-        service = self.chat.service
-        label = service.label(name)
-        service.trained(label)
-        if label in service.scheduler.status().adapters:
-            service.scheduler.load(label)
+    def _named(self, name: str) -> str:
+        """What the service calls an adapter. Raises AdapterError where it can't be asked."""
+        label = self.chat.service.label(name)
+        self.chat.service.trained(label)
+        return label
+
+    def _load(self, label: str) -> None:
+        """Bring an adapter into memory, or a version of it that is new."""
+        scheduler = self.chat.service.scheduler
+        if label in scheduler.status().adapters:
+            scheduler.load(label)
         else:
             with ui.working(f"loading {label}"):
-                service.scheduler.load(label)
-        return label
+                scheduler.load(label)
 
     def compare(self, rest: str) -> None:
         chat = self.chat
@@ -117,6 +123,8 @@ class Commands:
         if not second:
             raise MlxLoraError("/compare A B needs two adapters", hint=f"/adapters lists them; {BASE} is the bare base")
         names = (self._side(first), self._side(second))
+        for name in filter(None, names):
+            self._load(name)
         alone = dict(chat.service.scheduler.status().alone)
         for reason in (alone[name] for name in names if name is not None and name in alone):
             ui.note(f"(they take turns instead of sharing passes: {reason})")
@@ -131,8 +139,8 @@ class Commands:
             compare(chat, chat.messages[:-1], names)
 
     def _side(self, name: str) -> str | None:
-        """An adapter of a comparison in memory; None for the bare base, unless an adapter is called so."""
-        return None if name == BASE and name not in self.chat.service.names() else self._in_memory(name)
+        """One of two that are compared; None for the bare base, unless an adapter is called so."""
+        return None if name == BASE and name not in self.chat.service.names() else self._named(name)
 
     # ---- how it is asked ----
 

@@ -40,7 +40,7 @@ class _Answer(Markdown):
     elements: ClassVar[dict[str, type[MarkdownElement]]] = {**Markdown.elements, "heading_open": _Heading}
 
     def __init__(self, text: str):
-        super().__init__("", hyperlinks=False)
+        super().__init__("", hyperlinks=False, code_theme="ansi_dark")  # the terminal's own colours
         self.parsed = parse(ui.visible(text))
         for token in self.parsed:
             for child in token.children or []:
@@ -59,10 +59,15 @@ def markdown(text: str) -> RenderableType:
 
 
 def lines_of(shown: RenderableType, width: int | None = None) -> list[str]:
-    """What the terminal shows of something, line by line. The last column stays free: a line that fills it wraps."""
+    """What the terminal shows of something, line by line, without empty ones before and behind.
+
+    The last column stays free: a line that fills it wraps.
+    """
     with ui.out.capture() as captured:
-        ui.out.print(shown, width=width or ui.out.width - 1, soft_wrap=False)
-    return captured.get().rstrip("\n").split("\n")
+        ui.out.print(shown, width=width or max(ui.out.width - 1, 1), soft_wrap=False)
+    lines = captured.get().split("\n")
+    filled = [number for number, line in enumerate(lines) if line.strip()]
+    return lines[filled[0] : filled[-1] + 1] if filled else []
 
 
 class Region:
