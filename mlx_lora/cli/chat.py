@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +14,7 @@ from mlx_lora.cli.options import Adapter, Json, KvBits, Lookup, MaxTokens, Model
 if TYPE_CHECKING:
     from mlx_lora.serve.conversation import Trained
     from mlx_lora.serve.engine import Engine
+    from mlx_lora.serve.service import Service
 
 
 def register(app: typer.Typer) -> None:
@@ -77,12 +80,28 @@ def generate(
         ui.result()
 
 
+@contextmanager
+def _service(model: str | None, adapter: str | None) -> Iterator[tuple[Service, str | None]]:
+    """A service on the base, and what it calls the adapter that was given."""
+    from mlx_lora.serve.service import open_service
+
+    with ExitStack() as stack:
+        loading = stack.enter_context(ExitStack())
+
+        def stage(text: str) -> None:
+            loading.enter_context(ui.working(text))
+
+        service = stack.enter_context(open_service(model, [adapter] if adapter else [], stage=stage))
+        loading.close()
+        yield service, next(iter(service.places), None)
+
+
 def chat(model: Model = None, adapter: Adapter = None, system: System = None) -> None:
     """Talk to the base and its adapters; /help inside."""
     from mlx_lora.serve.chat import Chat
 
-    engine, trained = _engine(model, adapter)
-    conversation = Chat(engine, trained)
-    if system is not None:
-        conversation.system(system)
-    conversation.run()
+    with _service(model, adapter) as (service, name):
+        conversation = Chat(service, name)
+        if system is not None:
+            conversation.commands.system(system)
+        conversation.run()
