@@ -167,9 +167,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def _cell(value: object) -> Text:
-    if value is None:
-        return Text("–")
-    return Text(one_line(f"{value:.4g}" if isinstance(value, float) else str(value)))
+    shown = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return Text(one_line(shown))
 
 
 def runs_of_text(runs: Sequence[tuple[str, bool]]) -> None:
@@ -240,8 +239,7 @@ def slow_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         def update(done: int, total: int) -> None:
             nonlocal advance, shown
             if done >= total:
-                stack.close()
-                return
+                return stack.close()
             if advance is None and time.monotonic() - start >= SLOW:
                 if not err.is_terminal:
                     note(f"{label} {done}/{total}")
