@@ -44,16 +44,6 @@ class Running:
         fields = {"stream": True, "stream_options": {"include_usage": True}}
         return self.client.stream("POST", "/v1/chat/completions", json=body | fields)
 
-    def streaming(self, model: str = "tiny", *, max_tokens: int = 400) -> Any:
-        """A stream that isn't read yet, as a context manager."""
-        body = {"model": model, "messages": [{"role": "user", "content": "x"}], "max_tokens": max_tokens, **NO_END}
-        fields = {"stream": True, "stream_options": {"include_usage": True}}
-        return self.client.stream("POST", "/v1/chat/completions", json=body | fields)
-
-    def is_alive(self) -> None:
-        """Assert that it answers as ever."""
-        assert self.chat(max_tokens=2).status_code == 200
-
 
 def chunks(response: httpx.Response) -> Iterator[Any]:
     """The objects of a stream of server-sent events; asserts that it ends as it should."""
