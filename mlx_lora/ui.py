@@ -77,9 +77,13 @@ def as_json(value: Any) -> None:
     """One JSON value as the last line of stdout; what a terminal would obey is escaped as JSON does it."""
     if out.quiet:
         return
-    escaped = OBEYED.sub(lambda found: f"\\u{ord(found.group()):04x}", json_text(value))
-    sys.stdout.write(escaped + "\n")
+    sys.stdout.write(escaped_json(value) + "\n")
     sys.stdout.flush()
+
+
+def escaped_json(value: Any) -> str:
+    """`json_text` with what a terminal would obey, or reads as the end of a line, escaped as JSON does it."""
+    return OBEYED.sub(lambda found: f"\\u{ord(found.group()):04x}", json_text(value))
 
 
 def json_text(value: Any) -> str:

@@ -156,7 +156,7 @@ async def unless_gone(receive: Receive, work: Awaitable[None]) -> None:
 
 
 def as_bytes(value: Any) -> bytes:
-    return ui.json_text(value).encode("utf-8", "replace")
+    return ui.escaped_json(value).encode()
 
 
 def _line(chunk: dict[str, Any]) -> bytes:

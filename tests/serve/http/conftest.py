@@ -21,6 +21,9 @@ from mlx_lora.serve.scheduler import Limits
 from mlx_lora.serve.service import Service, open_service
 from tests.serve.test_service import save_adapter
 
+# The token that ends an answer never comes.
+NO_END: dict[str, Any] = {"logit_bias": {"256": -100}}
+
 
 @dataclass
 class Running:
@@ -37,13 +40,9 @@ class Running:
 
     def streaming(self, model: str = "tiny", *, max_tokens: int = 400) -> Any:
         """A stream that isn't read yet, as a context manager."""
-        body = {"model": model, "messages": [{"role": "user", "content": "x"}], "max_tokens": max_tokens}
-        return self.client.stream("POST", "/v1/chat/completions", json=body | {"stream": True})
-
-    def is_alive(self) -> None:
-        """Assert that it answers as ever."""
-        assert self.client.get("/health").status_code == 200
-        assert self.chat(max_tokens=2).status_code == 200
+        body = {"model": model, "messages": [{"role": "user", "content": "x"}], "max_tokens": max_tokens, **NO_END}
+        fields = {"stream": True, "stream_options": {"include_usage": True}}
+        return self.client.stream("POST", "/v1/chat/completions", json=body | fields)
 
 
 def chunks(response: httpx.Response) -> Iterator[Any]:

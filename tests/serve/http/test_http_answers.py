@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from functools import partial
@@ -10,7 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve.http.conftest import Running, asking, chunks, error_of, held, running, wait_for
+from mlx_lora.serve.http.answering import as_bytes
+from tests.serve.http.conftest import NO_END, Running, asking, chunks, error_of, held, running, wait_for
 from tests.serve.test_service import save_adapter
 
 MESSAGES = [{"role": "user", "content": "say 3 twice"}]
@@ -60,6 +62,12 @@ def test_a_stream_joined_is_the_whole(server: Running) -> None:
     assert parts[-1]["usage"]["completion_tokens"] == 40
 
 
+def test_nothing_in_a_stream_ends_its_line() -> None:
+    text = "a\u2028b\u0085c\x0bd\x1ce\ud800"
+    sent = as_bytes({"text": text, "logprob": float("-inf")})
+    assert len(sent.decode().splitlines()) == 1 and json.loads(sent) == {"text": text, "logprob": None}
+
+
 def test_a_text_is_continued(server: Running) -> None:
     response = server.client.post("/v1/completions", json={"model": "one", "prompt": "say", "max_tokens": 5})
     assert response.json()["object"] == "text_completion" and response.json()["usage"]["completion_tokens"] <= 5
@@ -68,8 +76,7 @@ def test_a_text_is_continued(server: Running) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_takes_its_rows_with_it(server: Running, stream: bool) -> None:
     before = server.service.scheduler.status().generated_tokens
-    body = {"model": "one", "messages": MESSAGES, "max_tokens": 450, "stream": stream, "n": 2}
-    body |= {"logit_bias": {"256": -100}}
+    body = {"model": "one", "messages": MESSAGES, "max_tokens": 450, "stream": stream, "n": 2, **NO_END}
     if stream:
         with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
             assert next(response.iter_lines())
@@ -79,7 +86,7 @@ def test_a_client_that_leaves_takes_its_rows_with_it(server: Running, stream: bo
     wait_for(lambda: server.service.scheduler.status().running == 0, seconds=3)
     status = server.service.scheduler.status()
     assert status.waiting == 0 and status.generated_tokens - before < 2 * 450
-    server.is_alive()
+    assert server.chat(max_tokens=2).status_code == 200
 
 
 def test_adapters_appear_are_replaced_and_go_while_the_server_runs(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlx_lora.serve.http.access import Access
-from tests.serve.http.conftest import Running, error_of, running
+from tests.serve.http.conftest import NO_END, Running, error_of, running
 
 CHAT = "/v1/chat/completions"
 
@@ -20,7 +20,13 @@ CHAT = "/v1/chat/completions"
 @pytest.fixture(autouse=True)
 def goes_on(server: Running) -> Iterator[None]:
     yield
-    server.is_alive()
+    assert server.client.get("/health").status_code == 200
+
+
+@pytest.fixture(autouse=True, scope="module")
+def answers_at_the_end(shared_server: Running) -> Iterator[None]:
+    yield
+    assert shared_server.chat(max_tokens=2).status_code == 200
 
 
 def raw(server: Running, sent: bytes, *, seconds: float = 5.0) -> bytes:
@@ -183,7 +189,7 @@ def test_a_slow_reader_is_let_go_and_holds_up_nobody(server: Running, monkeypatc
     """It asks for more than the system holds for it, and reads none."""
     body: dict[str, Any] = {
         "model": "one", "messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "stream": True, "n": 16,
-        "logprobs": True, "top_logprobs": 20, "logit_bias": {"256": -100},
+        "logprobs": True, "top_logprobs": 20, **NO_END,
     }  # fmt: skip
     content = json.dumps(body).encode()
     with socket.socket() as reader:
