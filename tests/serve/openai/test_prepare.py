@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mlx_lora.models.open import OpenModel
 from mlx_lora.serve.openai import ApiError, prepare
 from mlx_lora.serve.openai.prepare import CHAT_TOKENS
 from mlx_lora.serve.service import Service, open_service
@@ -215,6 +216,14 @@ def test_the_model_is_the_base_or_an_adapter_and_nothing_else(adapters: Service,
 
 def test_a_template_without_tools_refuses_them(adapters: Service) -> None:
     assert "shows no tools" in error(adapters, tools=TOOLS).message
+
+
+def test_what_the_model_s_makers_recommend_is_read_from_its_directory(tmp_path: Path) -> None:
+    assert OpenModel(tmp_path).generation == {}
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [3]}')
+    assert OpenModel(tmp_path).generation["temperature"] == 0.6 and OpenModel(tmp_path).ends == [3]
+    (tmp_path / "generation_config.json").write_text("[]")
+    assert OpenModel(tmp_path).generation == {}
 
 
 def test_defaults_follow_the_model_s_own_recommendations(adapters: Service, monkeypatch: pytest.MonkeyPatch) -> None:
