@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from mlx_lora.models.open import OpenModel
 from mlx_lora.serve.openai import ApiError, prepare
+from mlx_lora.serve.openai.grammar import Grammars
 from mlx_lora.serve.openai.prepare import CHAT_TOKENS
 from mlx_lora.serve.service import Service, open_service
 from tests.serve.openai.drive import HELLO, complete, joined, run, tool
@@ -97,6 +99,17 @@ def test_what_cant_be_enforced_is_refused_by_name(tooled: Service) -> None:
     assert error(tooled, chat_template_kwargs={"chat_template": "{{ x }}"}).param == "chat_template_kwargs"
     assert error(tooled, logit_bias={"99999": 1}).param == "logit_bias"
     assert error(tooled, messages=[{"role": "user", "content": "x" * 3000}]).code == "context_length_exceeded"
+
+
+def test_tools_are_offered_without_llguidance_unless_they_are_strict(
+    tooled: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Grammars, "of", Grammars)  # one that knows nothing yet
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    asked = prepare(tooled, {"model": tooled.base, "messages": HELLO, "tools": TOOLS})
+    assert asked.requests[0].processors == () and asked.choices[0].calls
+    assert error(tooled, tools=TOOLS, tool_choice="required").status == 501
+    assert error(tooled, response_format={"type": "json_object"}).status == 501
 
 
 def test_a_schema_of_a_tool_that_isnt_strict_may_be_more_than_can_be_enforced(tooled: Service) -> None:
