@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +55,11 @@ def serve(
     access = server.access(address, api_key_file, allow_host or [], allow_origin or [])
     with server.bound(address, port) as listening:
         where = server.url(address, listening.getsockname()[1])
-        with open_service(model, adapter or [], stage=ui.note) as service:
+        with ExitStack() as stack:
+            with ui.working(f"loading {model or 'the base of the adapters'}"):
+                # clients see names, never where a directory is
+                opened = open_service(model, adapter or [], label=lambda path: path.name)
+                service = stack.enter_context(opened)
             ended = server.Server(
                 service, listening, access=access,
                 on_ready=lambda: _say(service, where, access, json=json),

@@ -123,19 +123,25 @@ class Scheduler:
         if deliver is None:
             row.deliver = answer.events.put
         with self._lock:
-            if not self.alive:
-                raise Stopped("the thread that generates has ended", hint="start again")
-            if self._closing:
-                raise Stopped("no more requests are taken: it is about to end")
-            if self.stuck:
-                raise Stopped(STUCK, hint="start again")
-            if len(self._open) >= self.limits.rows + self.limits.waiting:
-                raise Busy(f"{len(self._open)} requests are being answered or wait", hint="ask again in a moment")
+            if (error := self.refusal()) is not None:
+                raise error
             if not self._open:
                 self._beat = time.monotonic()
             self._open.add(row)
         self._inbox.put(lambda worker: worker.waiting.append(row))
         return answer
+
+    def refusal(self) -> Busy | Stopped | None:
+        """Why a request would be refused now, or None."""
+        if self._closing:
+            return Stopped("no more requests are taken: it is about to end")
+        if not self.alive:
+            return Stopped("the thread that generates has ended", hint="start again")
+        if self.stuck:
+            return Stopped(STUCK, hint="start again")
+        if len(self._open) >= self.limits.rows + self.limits.waiting:
+            return Busy(f"{len(self._open)} requests are being answered or wait", hint="ask again in a moment")
+        return None
 
     @property
     def stuck(self) -> bool:

@@ -41,7 +41,7 @@ from mlx_lora.store.base import base_for
 log = logging.getLogger(__name__)
 
 # Seconds for the thread that generates to end the pass that it is in.
-ENDING = 30.0
+ENDING = 10.0
 
 
 @dataclass(frozen=True)
@@ -256,9 +256,12 @@ def open_service(
     rows: int | None = None,
     options: Options = DEFAULT,
     stage: Callable[[str], None] = lambda text: None,
+    label: Callable[[Path], str] = registry.label,
     finish: float = 0.0,
 ) -> Iterator[Service]:
     """A base with its scheduler, and `adapters` (names or paths) in memory; names of the home may be asked for too.
+
+    `label` gives the name of each of `adapters`.
 
     Without `model`, the base that the adapters belong to. Without `limits`, those that this machine's memory allows
     (`serve.memory`), with `rows` answered at once where that is given. When the block ends, answers that run have
@@ -266,7 +269,9 @@ def open_service(
     """
     stored = [store.read(registry.find(adapter)) for adapter in adapters]
     opened = base_for(model, stored)
-    places = {registry.label(adapter.path): adapter.path for adapter in stored}
+    places = {label(adapter.path): adapter.path for adapter in stored}
+    if len(places) < len({adapter.path for adapter in stored}):
+        raise AdapterError("two of the adapters have the same name", hint="rename the directory of one")
 
     def open_base() -> LoadedModel:
         loaded = registry.open_base(opened, stored)

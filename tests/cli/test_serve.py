@@ -17,13 +17,26 @@ import pytest
 
 from mlx_lora.machine import offline
 from tests.cli.conftest import Ran
+from tests.serve.test_service import save_adapter
 
 Run = Callable[..., Ran]
 
 
 @pytest.mark.real
-def test_it_says_where_it_listens_answers_and_ends_with_a_signal(tiny_path: Path, home: Path) -> None:
-    words = ["serve", "--model", str(tiny_path), "--port", "0", "--verbose", "--json"]
+def test_it_says_where_it_listens_answers_and_ends_with_a_signal(tiny_path: Path, home: Path, tmp_path: Path) -> None:
+    """An adapter outside of the home has the name of its directory: clients see no path."""
+    save_adapter(tmp_path / "mine", tiny_path, 1)
+    words = [
+        "serve",
+        "--model",
+        str(tiny_path),
+        "--adapter",
+        str(tmp_path / "mine"),
+        "--port",
+        "0",
+        "--verbose",
+        "--json",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "mlx_lora", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"MLX_LORA_HOME": str(home)},
@@ -33,12 +46,13 @@ def test_it_says_where_it_listens_answers_and_ends_with_a_signal(tiny_path: Path
         said = json.loads(process.stdout.readline())
         assert (
             said["base"] == "tiny"
-            and said["adapters"] == []
+            and said["adapters"] == ["mine"]
             and re.fullmatch(r"http://127\.0\.0\.1:\d+/", said["page"])
         )
-        secret = {"model": "tiny", "messages": [{"role": "user", "content": "my secret"}], "max_tokens": 2}
+        secret = {"model": "mine", "messages": [{"role": "user", "content": "my secret"}], "max_tokens": 2}
         with httpx.Client(base_url=said["url"], trust_env=False, timeout=30) as client:
             assert client.post("/chat/completions", json=secret).status_code == 200
+            assert str(tmp_path) not in client.get("/models").text
             assert client.post("/chat/completions", json=secret | {"model": "absent secret"}).status_code == 404
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=20)

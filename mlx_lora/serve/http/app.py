@@ -56,6 +56,8 @@ def make_app(service: Service, access: Access, bounds: Bounds, on_request: OnReq
 
 def _add_answers(app: FastAPI, service: Service, bounds: Bounds) -> None:
     async def answer(request: Request, kind: Kind) -> Response:
+        if (refusal := service.scheduler.refusal()) is not None:  # before its body takes any work
+            raise refusal
         body = await read(request, bounds)
         asked = await run_in_threadpool(lambda: prepare(service, parse(body, bounds), kind))
         return Answering(asked, service.scheduler, bounds)

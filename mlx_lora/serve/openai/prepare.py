@@ -135,8 +135,10 @@ def _ends_with(target: Target, prompt: Prompt, marks: tuple[str, ...]) -> bool:
     return target.trained.template != "none" and tail.rstrip().endswith(marks)
 
 
-def _constrained(target: Target, found: Rules, form: ToolFormat | None, prompt: Prompt, opened: bool) -> Constrained:
-    """The processor of a grammar. Raises ApiError for one that is refused."""
+def _constrained(
+    target: Target, found: Rules, form: ToolFormat | None, prompt: Prompt, opened: bool
+) -> Constrained | None:
+    """The processor of a grammar. Raises ApiError for one that is refused, unless it is optional."""
     start, end = map(target.tokens, target.format.think)
     may = not opened and target.format.thinks and not _ends_with(target, prompt, target.format.think)
     special = len(start) == 1 or start[0] in target.service.tokenizer.added_tokens_decoder
@@ -146,7 +148,12 @@ def _constrained(target: Target, found: Rules, form: ToolFormat | None, prompt: 
         target.tokens(form.start) if form and found.triggered else (),
     )
     text = found.text(after_reasoning=bool(opened or gate.think[0]) and not found.triggered)
-    matcher = Grammars.of(target.service.tokenizer).compiled(text, found.param)
+    try:
+        matcher = Grammars.of(target.service.tokenizer).compiled(text, found.param)
+    except ApiError:
+        if found.optional:
+            return None
+        raise
     return Constrained(matcher, len(prompt.tokens), gate, target.format.ends)
 
 

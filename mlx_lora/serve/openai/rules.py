@@ -16,13 +16,15 @@ SCHEMA = "response_format"
 class Rules(NamedTuple):
     """A grammar without its `start`: the alternatives, each a rule's name, and the rules. `param` asked for it.
 
-    Where it is `triggered`, it holds from the first call of a tool on, and text may come before.
+    Where it is `triggered`, it holds from the first call of a tool on, and text may come before. An `optional` one
+    isn't asked for: it makes calls better where it can be had.
     """
 
     alternatives: list[str]
     lines: list[str]
     param: str
     triggered: bool = False
+    optional: bool = False
 
     def text(self, *, after_reasoning: bool) -> str:
         """The grammar; after reasoning, models go on behind an empty line."""
@@ -62,7 +64,7 @@ def rules(body: ChatBody, form: ToolFormat | None, grammars: Grammars) -> Rules 
         if strict:
             raise _unknown(form, "tools")
         return None
-    return Rules(["calls"], calls, "tools", triggered=True)
+    return Rules(["calls"], calls, "tools", triggered=True, optional=not strict)
 
 
 def _unknown(form: ToolFormat | None, param: str) -> ApiError:

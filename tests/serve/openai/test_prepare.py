@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlx_lora.models.open import OpenModel
 from mlx_lora.serve.openai import ApiError, prepare
+from mlx_lora.serve.openai.grammar import Grammars
 from mlx_lora.serve.openai.prepare import CHAT_TOKENS
 from mlx_lora.serve.service import Service, open_service
 from tests.serve.openai.drive import HELLO, complete, joined, run, tool
@@ -96,6 +99,17 @@ def test_what_cant_be_enforced_is_refused_by_name(tooled: Service) -> None:
     assert error(tooled, chat_template_kwargs={"chat_template": "{{ x }}"}).param == "chat_template_kwargs"
     assert error(tooled, logit_bias={"99999": 1}).param == "logit_bias"
     assert error(tooled, messages=[{"role": "user", "content": "x" * 3000}]).code == "context_length_exceeded"
+
+
+def test_tools_are_offered_without_llguidance_unless_they_are_strict(
+    tooled: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Grammars, "of", Grammars)  # one that knows nothing yet
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    asked = prepare(tooled, {"model": tooled.base, "messages": HELLO, "tools": TOOLS})
+    assert asked.requests[0].processors == () and asked.choices[0].calls
+    assert error(tooled, tools=TOOLS, tool_choice="required").status == 501
+    assert error(tooled, response_format={"type": "json_object"}).status == 501
 
 
 def test_a_schema_of_a_tool_that_isnt_strict_may_be_more_than_can_be_enforced(tooled: Service) -> None:
@@ -215,6 +229,14 @@ def test_the_model_is_the_base_or_an_adapter_and_nothing_else(adapters: Service,
 
 def test_a_template_without_tools_refuses_them(adapters: Service) -> None:
     assert "shows no tools" in error(adapters, tools=TOOLS).message
+
+
+def test_what_the_model_s_makers_recommend_is_read_from_its_directory(tmp_path: Path) -> None:
+    assert OpenModel(tmp_path).generation == {}
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [3]}')
+    assert OpenModel(tmp_path).generation["temperature"] == 0.6 and OpenModel(tmp_path).ends == [3]
+    (tmp_path / "generation_config.json").write_text("[]")
+    assert OpenModel(tmp_path).generation == {}
 
 
 def test_defaults_follow_the_model_s_own_recommendations(adapters: Service, monkeypatch: pytest.MonkeyPatch) -> None:
