@@ -146,10 +146,7 @@ def home(shared_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_server(tiny_path: Path) -> Iterator[Running]:
-    bounds = Bounds(
-        body_bytes=200_000, header_seconds=0.6, body_seconds=0.4, stall_seconds=0.5, connections=20, behind=100
-    )
-    with running(tiny_path, bounds=bounds) as found:
+    with running(tiny_path, bounds=Bounds(body_bytes=200_000, stall_seconds=0.5, connections=20)) as found:
         yield found
 
 
