@@ -25,6 +25,8 @@ from mlx_lora.serve.service import Service
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Bytes that the system holds for a client that reads slowly; by itself it takes megabytes.
+SEND_BUFFER = 1 << 18
 # Seconds that a thread has to end what it does when the server is stopped, and that responses have to be sent then.
 ENDING, SENDING = 3.0, 2
 
@@ -63,10 +65,12 @@ def access(address: str, key_file: Path | None, hosts: Sequence[str], origins: S
 def bound(address: str, port: int) -> Iterator[socket.socket]:
     """A socket at a numeric address; port 0 takes a free one. Raises MlxLoraError where that can't be had."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with offline.may_listen(address, port), socket.socket(family) as found:
+    with socket.socket(family) as found:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         try:
-            found.bind((address, port))
+            with offline.may_listen(address, port):
+                found.bind((address, port))
         except OSError as error:
             in_use = error.errno == errno.EADDRINUSE
             hint = "--port 0 takes a free one" if in_use else "--host 127.0.0.1 and a port above 1023 can be had"

@@ -80,7 +80,7 @@ def test_without_memory_a_request_is_refused_and_others_go_on(server: Running, m
     assert server.client.get("/health").status_code == 200
 
 
-@pytest.mark.parametrize("finish", [20.0, 0.0])
+@pytest.mark.parametrize("finish", [0.0, pytest.param(20.0, marks=pytest.mark.real)])
 def test_the_end_finishes_answers_or_returns_what_there_is(
     tiny_path: Path, finish: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
