@@ -43,15 +43,15 @@ class Lane:
     """`adapter` is that of a lane of its own, None for the lane of all that join.
 
     `passes` is what passes of several tokens take, None to draft nothing; `drafted` tokens were verified, and `held` of
-    them were right. `make_cache` makes the caches of a row.
+    them were right. `make_cache` makes the caches of a row. `throughput` as `status.Options` has it.
     """
 
     def __init__(
         self, model: RowsModel, way: Way, *, adapter: Held | None, rows: int, chunk: int,
-        passes: Passes | None = None, make_cache: Callable[[Any], list[Any]] | None = None,
+        passes: Passes | None = None, make_cache: Callable[[Any], list[Any]] | None = None, throughput: bool = False,
     ):  # fmt: skip
         self.model, self.way, self.adapter, self.chunk, self.passes = model, way, adapter, chunk, passes
-        self.make_cache = make_cache or make_prompt_cache
+        self.make_cache, self.throughput = make_cache or make_prompt_cache, throughput
         self.rows: dict[int, Row] = {}
         self.most = 1 if way.rows == ALONE else rows
         self.drafted = self.held = 0
@@ -117,7 +117,7 @@ class Lane:
     def step(self) -> Iterator[Ended | Kept]:
         """One pass: deliver what it gave, yield the rows that it ended, and what is worth keeping of others."""
         reading = sum(not row.answer for row in self.rows.values())
-        if self.rows:  # what a pass reads is bounded, however many prompts are read at once
+        if self.rows and not self.throughput:  # what a pass reads is bounded, however many prompts are read at once
             share = self.chunk // max(min(reading, self.way.prompts), 1)
             self.generator.prefill_step_size = max(share, min(LEAST_CHUNK, self.chunk))
         prompts, responses = self._next()

@@ -22,12 +22,14 @@ class Options:
     """`lookup` drafts tokens of a row by itself where that is faster (`serve.lookup`).
 
     `kv_bits` are those of keys and values, None for the model's own (`serve.quantized`). With `any_length`, prompts and
-    answers may be longer than the model's context.
+    answers may be longer than the model's context. With `throughput`, prompts that are read together have a chunk each:
+    all of them are done sooner, and who waits for a token waits longer.
     """
 
     lookup: bool = True
     kv_bits: int | None = None
     any_length: bool = False
+    throughput: bool = False
 
 
 DEFAULT = Options()

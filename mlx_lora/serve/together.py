@@ -43,7 +43,7 @@ def answered(
 
     left = iter(sorted(range(len(requests)), key=lambda index: len(requests[index].tokens)))
     with allocation.memory_limits(lean=False):
-        worker = Worker(loaded, limits, lambda row: True, Options(lookup=False, any_length=True))
+        worker = Worker(loaded, limits, lambda row: True, Options(lookup=False, any_length=True, throughput=True))
         try:
             for name, given in adapters.items():
                 worker.residence.give(name, given.wrappers, end=given.end)

@@ -47,7 +47,7 @@ class Worker:
 
     def __init__(self, loaded: LoadedModel, limits: Limits, leave: Leave, options: Options = DEFAULT, **residence: Any):
         self.loaded, self.limits, self._leave = loaded, limits, leave
-        self._context = None if options.any_length else context_length(loaded.config)
+        self._options, self._context = options, None if options.any_length else context_length(loaded.config)
         put(loaded.model, {})
         self.waiting: deque[Row] = deque()
         self.prompts = PromptCache(limits.prompt_cache_bytes)
@@ -84,7 +84,7 @@ class Worker:
         model = RowsModel(self.loaded.model, self.residence.mixed.rows)
         lane = Lane(
             model, self.way, adapter=held, rows=self.limits.rows, chunk=self._chunk, passes=self._passes,
-            make_cache=self._make_cache,
+            make_cache=self._make_cache, throughput=self._options.throughput,
         )  # fmt: skip
         if held is not None:
             model.publish = lane.only_own

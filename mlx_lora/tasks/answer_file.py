@@ -22,6 +22,7 @@ from mlx_lora.data.read import sha256
 from mlx_lora.errors import DataError, MlxLoraError, Stopped
 from mlx_lora.serve.requests import LOOK, Event, Failed, Finished, Request, Sampling, Token
 from mlx_lora.serve.service import Prompt, Service, open_service
+from mlx_lora.serve.status import Options
 from mlx_lora.serve.text import Piece, TextStream
 from mlx_lora.store import adapter as store
 from mlx_lora.store import fingerprint, registry
@@ -95,7 +96,8 @@ def answer_file(
         raise MlxLoraError(f"{out} holds the prompts", hint="--out FILE names another one")
     stage(f"reading {found}")
     scanned = prompts.scan(found)
-    with open_service(model, [adapter] if adapter else [], rows=asking.rows, stage=stage) as service:
+    options, named = Options(throughput=True), [adapter] if adapter else []
+    with open_service(model, named, rows=asking.rows, options=options, stage=stage) as service:
         default = registry.label(registry.find(adapter)) if adapter else None
         made_of = _made_of(service, found, {*scanned.adapters, *([default] if default else [])}, asking, default)
         with Answers(out, scanned.rows, made_of, force=force) as answers:

@@ -50,6 +50,20 @@ class Inputs:
         return self._made("import-gguf", self.gguf, "smollm2", "--dtype", "float16")
 
     @cached_property
+    def float32(self) -> str:
+        """SmolLM2 as float32."""
+        return self._made("import-gguf", self.gguf, "smollm2-float32", "--dtype", "float32")
+
+    @cached_property
+    def quickstart(self) -> str:
+        """The embedded base at 4 bits; its three adapters are in the home, which the sides have too from now on."""
+        os.environ["MLX_LORA_HOME"] = str(self.folder / "home")
+        subprocess.run(
+            [sys.executable, "-m", "mlx_lora", "quickstart"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT
+        )
+        return "quickstart-base"
+
+    @cached_property
     def as_published(self) -> str:
         """The same as its file packs it: 4 bits in groups of 32, with float16 zero-points."""
         return self._made("import-gguf", self.gguf, "smollm2-published")
