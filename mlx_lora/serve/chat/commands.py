@@ -25,7 +25,6 @@ LEAVE, LEAVE_WORDS = ("/bye", "/exit", "/quit"), ("exit", "quit")
 BASE = "base"
 # What an argument is, for completion: one of these, or one of the words themselves.
 ADAPTERS, FILE, SWITCH = ("ADAPTER",), "FILE", ("on", "off")
-RATE_FIRST = "/rate FILE says first where rated answers go"
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ class Commands:
 
     def rate(self, file: str) -> None:
         if not file:
-            raise MlxLoraError(f"{RATE_FIRST}, it is a .jsonl file")
+            raise MlxLoraError("/rate FILE needs the name of a .jsonl file")
         path = Path(file).expanduser()
         if path.suffix != ".jsonl":
             raise MlxLoraError(f"{file} isn't a .jsonl file", hint=f"/rate {path.stem}.jsonl")
@@ -225,7 +224,7 @@ class Commands:
     def rated(self, *, good: bool) -> None:
         chat = self.chat
         if chat.ratings is None:
-            raise MlxLoraError(RATE_FIRST)
+            raise MlxLoraError("there is no file for rated answers yet", hint="/rate FILE chooses one")
         if not chat.conversation.turns:
             raise MlxLoraError("there is no answer to rate")
         who = chat.answered_by
@@ -242,9 +241,9 @@ class Commands:
                 cached = finished.cached_tokens
                 read = finished.prompt_tokens - cached
                 ui.result(f"{'prompt':14} {finished.prompt_tokens} tokens: {read} read, {cached} cached")
-        adapters = f"{len(status.adapters)} adapters {ui.size(status.adapter_bytes)}"
-        kept = f"prompts that are kept {ui.size(status.prompt_cache_bytes)}"
-        ui.result(f"{'memory':14} {ui.size(mx.get_active_memory())}, in it {adapters}, {kept}")
+        adapters, prompts = ui.size(status.adapter_bytes), ui.size(status.prompt_cache_bytes)
+        ui.result(f"{'memory':14} {ui.size(mx.get_active_memory())}, of it {adapters} adapters, {prompts} prompts kept")
+        ui.result(f"{'adapters':14} {', '.join(status.adapters) or 'none'} in memory")
 
     def help(self, _: str) -> None:
         for word, command in self.table.items():

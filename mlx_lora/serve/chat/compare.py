@@ -100,7 +100,7 @@ def _beside(labels: Sequence[str], replies: Sequence[Reply], ending: Generator[s
     def lines(ended: set[int]) -> list[str]:
         table = Table.grid(expand=True, padding=(0, 3, 0, 0))
         for _ in replies:
-            table.add_column(ratio=1)
+            table.add_column(ratio=1, overflow="fold")
         table.add_row(*map(heading, labels))
         table.add_row(*(markdown(reply.text) for reply in replies))
         if len(ended) == len(replies):
