@@ -14,6 +14,7 @@ from mlx_lora.serve.chat import Chat
 from mlx_lora.serve.chat.files import with_files
 from mlx_lora.serve.chat.lines import Line, is_open, line_of
 from mlx_lora.serve.service import Reply, Service
+from tests import chat_session
 from tests.serve.conftest import Asked, Talk, interrupt, sent
 
 
@@ -243,3 +244,9 @@ def test_completion_knows_commands_adapters_settings_and_files(
 def test_tags_and_tables_of_formatting_can_be_switched_off(talk: Talk) -> None:
     chat, _, err = talk("/markdown off", "/markdown maybe")
     assert chat.markdown is False and "takes on or off" in err
+
+
+def test_the_session_in_the_readme_types_every_command(talk: Talk) -> None:
+    chat, _, _ = talk("/help")
+    typed = [line.partition("> ")[2].partition(" ")[0] for line in chat_session.written().splitlines()]
+    assert set(chat.commands.table) <= set(typed)
