@@ -177,7 +177,7 @@ def test_what_people_see(run: Run, write_rows: Callable[..., Path], tiny_path: P
     assert told["histogram"] and told["context"] is None or told["over_context"] is not None
 
 
-def test_rejected_answers_are_left_out_and_it_is_said(
+def test_rejected_answers_are_left_out_and_it_says_so(
     run: Run, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
     bad = {"prompt": "a", "rejected": "b"}

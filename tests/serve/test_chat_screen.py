@@ -128,6 +128,13 @@ def test_only_lines_that_changed_are_painted(terminal: Terminal) -> None:
     assert terminal.written < 60 * len(text)  # all eight lines with every piece would be 150 times
 
 
+def test_what_the_terminal_shows_of_ctrl_c_goes(terminal: Terminal) -> None:
+    with answer_screen(markdown=True) as write:
+        write("one\n\ntwo")
+        terminal.write("^C")
+    assert terminal.text == "one\n\ntwo"
+
+
 def test_what_a_terminal_would_obey_is_written_out(terminal: Terminal) -> None:
     assert shown(terminal, "a \x1b[31mred [link](http://x.y)", 1) == r"a \x1b[31mred link (http://x.y)"
 
@@ -140,7 +147,8 @@ class Told:
     fault: BaseException | None = None
     text: str = ""
     tokens: int = 0
-    tokens_per_second: float = 5.0
+    seconds: float = 1.2
+    first: float = 1.0
 
     def whole(self) -> str:
         for piece in self.pieces:

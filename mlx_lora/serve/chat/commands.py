@@ -15,7 +15,7 @@ from mlx_lora import ui
 from mlx_lora.errors import MlxLoraError, nearest
 from mlx_lora.serve.answer import NO_SYSTEM
 from mlx_lora.serve.chat import files
-from mlx_lora.serve.chat.compare import compare
+from mlx_lora.serve.chat.compare import compare, speed
 
 if TYPE_CHECKING:
     from mlx_lora.serve.chat.chat import Chat
@@ -235,12 +235,12 @@ class Commands:
     def stats(self, _: str) -> None:
         chat, status = self.chat, self.chat.service.scheduler.status()
         if (last := chat.last) is not None:
-            ui.result(f"{'answer':14} {last.tokens} tokens, {last.tokens_per_second:.1f} tokens/s with its prompt")
-            ui.result(f"{'first token':14} after {1000 * (last.first or 0):.0f} ms")
+            ui.result(f"{'answer':14} {last.tokens} tokens, {speed(last):.1f} tokens/s")
             if (finished := last.finished) is not None:
                 cached = finished.cached_tokens
                 read = finished.prompt_tokens - cached
                 ui.result(f"{'prompt':14} {finished.prompt_tokens} tokens: {read} read, {cached} cached")
+            ui.result(f"{'first token':14} after {1000 * (last.first or 0):.0f} ms")
         adapters, prompts = ui.size(status.adapter_bytes), ui.size(status.prompt_cache_bytes)
         ui.result(f"{'memory':14} {ui.size(mx.get_active_memory())}, of it {adapters} adapters, {prompts} prompts kept")
         ui.result(f"{'adapters':14} {', '.join(status.adapters) or 'none'} in memory")
