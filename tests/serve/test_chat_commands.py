@@ -14,6 +14,7 @@ from mlx_lora.serve.chat import Chat
 from mlx_lora.serve.chat.files import with_files
 from mlx_lora.serve.chat.lines import Line, is_open, line_of
 from mlx_lora.serve.service import Reply, Service
+from tests import chat_session
 from tests.serve.conftest import Asked, Talk, interrupt, sent
 
 
@@ -74,7 +75,7 @@ def test_good_answers_are_trained_on_and_bad_ones_left_out(talk: Talk, tmp_path:
 
 def test_a_good_and_a_bad_answer_to_one_prompt_are_a_pair(talk: Talk, tmp_path: Path) -> None:
     file = tmp_path / "rated.jsonl"
-    talk(f"/rate {file}", "/set temperature 2", "hello", "/bad", "/retry", "/good", "/retry", "/bad")
+    talk(f"/rate {file}", "/set temperature 2", "/set seed 3", "hello", "/bad", "/retry", "/good", "/retry", "/bad")
     first, good, pair, another = rows(file)
     assert good.keys() == {"prompt", "completion"} and first.keys() == {"prompt", "rejected"}
     assert pair == {"prompt": first["prompt"], "chosen": good["completion"], "rejected": first["rejected"]}
@@ -104,7 +105,7 @@ def test_retry_answers_again_with_another_seed_and_with_new_settings(talk: Talk,
     assert first.messages[1] != second
     again, _, _ = talk("/set seed 8", "/set temperature 2", "/set max_tokens 12", "hello")
     assert again.messages[1] == second, "the next seed"
-    cold, _, _ = talk("/set temperature 2", "hello", "/set temperature 0", "/retry")
+    cold, _, _ = talk("/set seed 7", "/set temperature 2", "hello", "/set temperature 0", "/retry")
     greedy, _, _ = talk("hello")
     assert cold.messages == greedy.messages
 
@@ -236,6 +237,7 @@ def test_completion_knows_commands_adapters_settings_and_files(
     assert offered("/us") == ["/use"] and "/bye" in offered("/")
     assert offered("/use ") == ["one", "plain", "two", "base"] and offered("/compare one t") == ["two"]
     assert offered("/set t") == ["temperature", "top_p"] and offered("/think o") == ["on", "off"]
+    assert "notes.txt" in offered("see @")
     assert offered("see @not") == ["es.txt"] == offered("/save not")
     assert offered("write to me@not") == [] == offered("hello")
 
@@ -243,3 +245,9 @@ def test_completion_knows_commands_adapters_settings_and_files(
 def test_tags_and_tables_of_formatting_can_be_switched_off(talk: Talk) -> None:
     chat, _, err = talk("/markdown off", "/markdown maybe")
     assert chat.markdown is False and "takes on or off" in err
+
+
+def test_the_session_in_the_readme_types_every_command(talk: Talk) -> None:
+    chat, _, _ = talk("/help")
+    typed = [line.partition("> ")[2].partition(" ")[0] for line in chat_session.written().splitlines()]
+    assert set(chat.commands.table) <= set(typed)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from mlx_lora import ui
+from mlx_lora.errors import Busy
+from mlx_lora.serve.chat.compare import _below, _beside, together
 from mlx_lora.serve.chat.screen import MarkdownStream, answer_screen
 
 CODES = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])")
@@ -100,7 +104,7 @@ A new line, and one that is longer than the terminal is wide.
 the end"""
 
 
-@pytest.mark.parametrize("step", [4, 1000])
+@pytest.mark.parametrize("step", [7, 1000])
 def test_a_long_answer_is_there_once_and_in_order_however_it_comes(terminal: Terminal, step: int) -> None:
     text = shown(terminal, ANSWER, step)
     lines = [line.strip() for line in text.splitlines()]
@@ -114,7 +118,7 @@ def test_a_long_answer_is_there_once_and_in_order_however_it_comes(terminal: Ter
 
 def test_a_table_longer_than_the_screen_is_there_once(terminal: Terminal) -> None:
     rows = [f"| {number} | {'x' * number} |" for number in range(20)]
-    text = shown(terminal, "\n".join(["| n | x |", "|---|---|", *rows]), 5)
+    text = shown(terminal, "\n".join(["| n | x |", "|---|---|", *rows]), 20)
     assert [line.split()[0] for line in text.splitlines()[2:]] == [str(number) for number in range(20)]
 
 
@@ -124,8 +128,52 @@ def test_only_lines_that_changed_are_painted(terminal: Terminal) -> None:
     assert terminal.written < 60 * len(text)  # all eight lines with every piece would be 150 times
 
 
+def test_what_the_terminal_shows_of_ctrl_c_goes(terminal: Terminal) -> None:
+    with answer_screen(markdown=True) as write:
+        write("one\n\ntwo")
+        terminal.write("^C")
+    assert terminal.text == "one\n\ntwo"
+
+
 def test_what_a_terminal_would_obey_is_written_out(terminal: Terminal) -> None:
     assert shown(terminal, "a \x1b[31mred [link](http://x.y)", 1) == r"a \x1b[31mred link (http://x.y)"
+
+
+@dataclass(eq=False)
+class Told:
+    """A reply that comes in pieces, or fails after them."""
+
+    pieces: list[str]
+    fault: BaseException | None = None
+    text: str = ""
+    tokens: int = 0
+    seconds: float = 1.2
+    first: float = 1.0
+
+    def whole(self) -> str:
+        for piece in self.pieces:
+            self.text, self.tokens = self.text + piece, self.tokens + 1
+        if self.fault is not None:
+            raise self.fault
+        return self.text
+
+
+def test_two_answers_stand_beside_each_other_whole(terminal: Terminal) -> None:
+    long = "x" * 300
+    replies: Any = [Told(["one ", "two"]), Told(["a\n", long])]
+    _beside(["left", "right"], replies, together(replies))
+    first, *rest = [line for line in terminal.text.splitlines() if line]
+    assert first.split() == ["left", "right"] and rest[0].split() == ["one", "two", "a"]
+    assert sum(line.count("x") for line in rest) == len(long) and "2 tokens, 5 a" in terminal.text
+
+
+@pytest.mark.parametrize("show", [_beside, _below])
+def test_an_answer_that_fails_shows_what_came_and_raises(terminal: Terminal, show: Any) -> None:
+    replies: Any = [Told(["one"]), Told(["other"], fault=Busy("too many"))]
+    options = {"markdown": True} if show is _below else {}
+    with pytest.raises(Busy):
+        show(["left", "right"], replies, together(replies), **options)
+    assert "left" in terminal.text
 
 
 def test_without_a_terminal_or_without_markdown_the_text_stays_as_it_is(

@@ -19,8 +19,9 @@ from mlx_lora.serve.chat.compare import compare
 from mlx_lora.serve.chat.lines import Line, typed_lines
 from mlx_lora.serve.chat.screen import answer_screen
 from mlx_lora.serve.conversation import Conversation, Message, Trained, sent_messages
+from mlx_lora.serve.prefill import OnPrompt
 from mlx_lora.serve.requests import Sampling
-from mlx_lora.serve.service import Reply, Service
+from mlx_lora.serve.service import Prompt, Reply, Service
 
 NO_TEMPLATE = "without a chat template: each line is continued by itself, earlier ones aren't read"
 
@@ -134,8 +135,9 @@ class Chat:
         interrupted = answered = False
         try:
             with ui.slow_bar("reading the prompt") as on_prompt, answer_screen(markdown=self.markdown) as write:
-                reply = self.ask(self.adapter, self.messages, on_prompt=on_prompt)
+                reply = self.ask(self.adapter, self.prompt(self.adapter, self.messages), on_prompt=on_prompt)
                 for piece in reply:
+                    on_prompt(1, 1)  # it has been read
                     write(piece.text)
         except KeyboardInterrupt:
             interrupted = True
@@ -169,11 +171,15 @@ class Chat:
         sent = sent_messages(messages, history=self.sends_history(adapter))
         return sent if self.conversation.system_chosen else self.described(adapter).with_system(sent)
 
-    def ask(self, adapter: str | None, messages: Sequence[Message], **options: Any) -> Reply:
-        """Ask an adapter for the answer to the last of `messages`, as it was trained; `options` as `Service.ask`."""
-        prompt = self.service.prompt(self.sent(adapter, messages), adapter, of=self.described(adapter))
-        most = self.settings["max_tokens"]
-        return self.service.ask(prompt, adapter, max_tokens=most, sampling=self._sampling(), **options)
+    def prompt(self, adapter: str | None, messages: Sequence[Message]) -> Prompt:
+        """What an adapter reads before its answer to the last of `messages`."""
+        return self.service.prompt(self.sent(adapter, messages), adapter, of=self.described(adapter))
+
+    def ask(self, adapter: str | None, prompt: Prompt, *, on_prompt: OnPrompt) -> Reply:
+        """Ask an adapter, with the settings as they are."""
+        return self.service.ask(
+            prompt, adapter, max_tokens=self.settings["max_tokens"], sampling=self._sampling(), on_prompt=on_prompt
+        )
 
     def _sampling(self) -> Sampling:
         seed = self.settings["seed"]

@@ -15,7 +15,7 @@ from mlx_lora import ui
 from mlx_lora.errors import MlxLoraError, nearest
 from mlx_lora.serve.answer import NO_SYSTEM
 from mlx_lora.serve.chat import files
-from mlx_lora.serve.chat.compare import compare
+from mlx_lora.serve.chat.compare import compare, speed
 
 if TYPE_CHECKING:
     from mlx_lora.serve.chat.chat import Chat
@@ -25,7 +25,6 @@ LEAVE, LEAVE_WORDS = ("/bye", "/exit", "/quit"), ("exit", "quit")
 BASE = "base"
 # What an argument is, for completion: one of these, or one of the words themselves.
 ADAPTERS, FILE, SWITCH = ("ADAPTER",), "FILE", ("on", "off")
-RATE_FIRST = "/rate FILE says first where rated answers go"
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ class Commands:
 
     def rate(self, file: str) -> None:
         if not file:
-            raise MlxLoraError(f"{RATE_FIRST}, it is a .jsonl file")
+            raise MlxLoraError("/rate FILE needs the name of a .jsonl file")
         path = Path(file).expanduser()
         if path.suffix != ".jsonl":
             raise MlxLoraError(f"{file} isn't a .jsonl file", hint=f"/rate {path.stem}.jsonl")
@@ -225,7 +224,7 @@ class Commands:
     def rated(self, *, good: bool) -> None:
         chat = self.chat
         if chat.ratings is None:
-            raise MlxLoraError(RATE_FIRST)
+            raise MlxLoraError("there is no file for rated answers yet", hint="/rate FILE chooses one")
         if not chat.conversation.turns:
             raise MlxLoraError("there is no answer to rate")
         who = chat.answered_by
@@ -236,15 +235,15 @@ class Commands:
     def stats(self, _: str) -> None:
         chat, status = self.chat, self.chat.service.scheduler.status()
         if (last := chat.last) is not None:
-            ui.result(f"{'answer':14} {last.tokens} tokens, {last.tokens_per_second:.1f} tokens/s with its prompt")
-            ui.result(f"{'first token':14} after {1000 * (last.first or 0):.0f} ms")
+            ui.result(f"{'answer':14} {last.tokens} tokens, {speed(last):.1f} tokens/s")
             if (finished := last.finished) is not None:
                 cached = finished.cached_tokens
                 read = finished.prompt_tokens - cached
                 ui.result(f"{'prompt':14} {finished.prompt_tokens} tokens: {read} read, {cached} cached")
-        adapters = f"{len(status.adapters)} adapters {ui.size(status.adapter_bytes)}"
-        kept = f"prompts that are kept {ui.size(status.prompt_cache_bytes)}"
-        ui.result(f"{'memory':14} {ui.size(mx.get_active_memory())}, in it {adapters}, {kept}")
+            ui.result(f"{'first token':14} after {1000 * (last.first or 0):.0f} ms")
+        adapters, prompts = ui.size(status.adapter_bytes), ui.size(status.prompt_cache_bytes)
+        ui.result(f"{'memory':14} {ui.size(mx.get_active_memory())}, of it {adapters} adapters, {prompts} prompts kept")
+        ui.result(f"{'adapters':14} {', '.join(status.adapters) or 'none'} in memory")
 
     def help(self, _: str) -> None:
         for word, command in self.table.items():

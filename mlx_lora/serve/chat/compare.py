@@ -33,8 +33,9 @@ def compare(chat: Chat, messages: Sequence[Message], names: tuple[str | None, st
     read: dict[int, tuple[int, int]] = {}
     labels = [name or "base" for name in names]
     try:
-        for index, name in enumerate(names):
-            replies.append(chat.ask(name, messages, on_prompt=_noting(read, index)))
+        prompts = [chat.prompt(name, messages) for name in names]
+        for index, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+            replies.append(chat.ask(name, prompt, on_prompt=_noting(read, index)))
         ending = _with_progress(replies, read)
         if chat.markdown and formatted() and ui.out.width >= WIDE:
             _beside(labels, replies, ending)
@@ -100,7 +101,7 @@ def _beside(labels: Sequence[str], replies: Sequence[Reply], ending: Generator[s
     def lines(ended: set[int]) -> list[str]:
         table = Table.grid(expand=True, padding=(0, 3, 0, 0))
         for _ in replies:
-            table.add_column(ratio=1)
+            table.add_column(ratio=1, overflow="fold")
         table.add_row(*map(heading, labels))
         table.add_row(*(markdown(reply.text) for reply in replies))
         if len(ended) == len(replies):
@@ -112,7 +113,7 @@ def _beside(labels: Sequence[str], replies: Sequence[Reply], ending: Generator[s
             region.paint(lines(ended)[-region.room :])
     finally:
         ending.close()
-        region.paint([], above=lines(ended))
+        region.end(lines(ended))
 
 
 def _below(labels: Sequence[str], replies: Sequence[Reply], ending: Generator[set[int]], *, markdown: bool) -> None:
@@ -137,5 +138,11 @@ def _below(labels: Sequence[str], replies: Sequence[Reply], ending: Generator[se
         ending.close()
 
 
+def speed(reply: Reply) -> float:
+    """Tokens a second after the first one, which the prompt is read for."""
+    took = reply.seconds - (reply.first or 0.0)
+    return (reply.tokens - 1) / took if took else 0.0
+
+
 def _figures(reply: Reply) -> str:
-    return f"{reply.tokens} tokens, {reply.tokens_per_second:.0f} a second"
+    return f"{reply.tokens} tokens, {speed(reply):.0f} a second"

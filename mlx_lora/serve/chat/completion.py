@@ -28,7 +28,7 @@ class ChatCompleter(Completer):
         word, space, rest = line.partition(" ")
         if not line.startswith("/"):
             if begun := re.search(MENTION_BEGUN, line):
-                yield from self._paths.get_completions(Document(begun[1]), complete_event)
+                yield from self._paths.get_completions(Document(begun[1] or ""), complete_event)
         elif not space:
             yield from _beginning(word, (*self.chat.commands.table, *LEAVE))
         elif (command := self.chat.commands.table.get(word)) is not None:

@@ -65,11 +65,15 @@ def _prompted(chat: Chat) -> Iterator[Line]:
 
     session: PromptSession[str] = PromptSession(
         history=InMemoryHistory(), completer=ChatCompleter(chat), multiline=True, key_bindings=_keys(),
-        prompt_continuation="... ", reserve_space_for_menu=4,
+        prompt_continuation=lambda width, line, folded: "" if folded else "... ", reserve_space_for_menu=4,
     )  # fmt: skip
     while True:
+        draft = chat.take_draft()
+        if draft and ui.out.is_dumb_terminal:  # which shows what is typed, and not what is there already
+            ui.note(f"(the message was: {draft})")
+            draft = ""
         try:
-            yield line_of(session.prompt(ui.one_line(chat.label()), default=chat.take_draft()))
+            yield line_of(session.prompt(ui.one_line(chat.label()), default=draft))
         except KeyboardInterrupt:
             ui.note("(/bye leaves)")
         except EOFError:

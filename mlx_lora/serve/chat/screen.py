@@ -96,6 +96,11 @@ class Region:
             )
         self._lines = lines
 
+    def end(self, lines: list[str]) -> None:
+        """Print `lines` for good in place of those before, and clear what the terminal has shown of a Ctrl-C."""
+        self.paint([], above=lines)
+        ui.paint("\r\x1b[J")
+
 
 class MarkdownStream:
     """Shows an answer that grows. Call it with each piece, and `close` at the end."""
@@ -125,7 +130,7 @@ class MarkdownStream:
             self._printed = 0
         self._text = "\n".join(lines[starts[-1] :])
         if last:
-            self._region.paint([], above=above + (self._rest_of(self._text) if self._text.strip() else []))
+            self._region.end(above + (self._rest_of(self._text) if self._text.strip() else []))
             return
         shown = self._rest_of(self._text) if self._text.strip() else []
         over = len(shown) - self._region.room
