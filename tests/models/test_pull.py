@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlx_lora.machine import offline
 from mlx_lora.models import pull as pulling
 from mlx_lora.models.load import load
 from tests.conftest import write_model
@@ -76,7 +77,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    server = Hub(("127.0.0.1", 0), Handler)
+    with offline.may_listen("127.0.0.1", 0):
+        server = Hub(("127.0.0.1", 0), Handler)
     server.folder = write_model(tmp_path / "remote")
     (server.folder / "modeling_evil.py").write_text("raise SystemExit")
     (server.folder / "pytorch_model.bin").write_bytes(b"pickle")
