@@ -269,9 +269,10 @@ def open_service(
 ) -> Iterator[Service]:
     """A base with its scheduler, and `adapters` (names or paths) in memory; names of the home may be asked for too.
 
-    `label` gives the name of each of `adapters`. Without `model`, the base that the adapters belong to. Without `limits`,
-    those that this machine's memory allows (`serve.memory`), with `rows` answered at once where that is given. When the
-    block ends, answers that run have `finish` seconds left. Raises what opening the base or loading an adapter raises.
+    `label` gives the name of each of `adapters`. Without `model`, the base that the adapters belong to. Without
+    `limits`, those that this machine's memory allows (`serve.memory`), with `rows` answered at once where that is
+    given. When the block ends, answers that run have `finish` seconds left. Raises what opening the base or loading an
+    adapter raises.
     """
     stored = [store.read(registry.find(adapter)) for adapter in adapters]
     opened = base_for(model, stored)
