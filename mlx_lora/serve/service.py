@@ -235,6 +235,14 @@ def _fitting(loaded: LoadedModel) -> Limits:
     return made.limits
 
 
+def _places(stored: Sequence[store.StoredAdapter], label: Callable[[Path], str]) -> dict[str, Path]:
+    """The directories of adapters by their names. Raises AdapterError where two have the same."""
+    places = {label(adapter.path): adapter.path for adapter in stored}
+    if len(places) < len({adapter.path for adapter in stored}):
+        raise AdapterError("two of the adapters have the same name", hint="rename the directory of one")
+    return places
+
+
 @contextmanager
 def open_service(
     model: str | None,
@@ -255,9 +263,7 @@ def open_service(
     """
     stored = [store.read(registry.find(adapter)) for adapter in adapters]
     opened = base_for(model, stored)
-    places = {label(adapter.path): adapter.path for adapter in stored}
-    if len(places) < len({adapter.path for adapter in stored}):
-        raise AdapterError("two of the adapters have the same name", hint="rename the directory of one")
+    places = _places(stored, label)
 
     def open_base() -> LoadedModel:
         loaded = registry.open_base(opened, stored)
