@@ -247,10 +247,10 @@ def _fitting(loaded: LoadedModel, rows: int | None, kv_bits: int | None) -> Limi
     return made.limits if rows is None else replace(made.limits, rows=rows)
 
 
-def _by_label(paths: Sequence[Path], label: Callable[[Path], str]) -> dict[str, Path]:
-    """Directories of adapters by their labels. Raises AdapterError where two have one."""
-    places = {label(path): path for path in paths}
-    if len(places) < len(set(paths)):
+def _places(stored: Sequence[store.StoredAdapter], label: Callable[[Path], str]) -> dict[str, Path]:
+    """The directories of adapters by their names. Raises AdapterError where two have the same."""
+    places = {label(adapter.path): adapter.path for adapter in stored}
+    if len(places) < len({adapter.path for adapter in stored}):
         raise AdapterError("two of the adapters have the same name", hint="rename the directory of one")
     return places
 
@@ -276,7 +276,7 @@ def open_service(
     """
     stored = [store.read(registry.find(adapter)) for adapter in adapters]
     opened = base_for(model, stored)
-    places = _by_label([adapter.path for adapter in stored], label)
+    places = _places(stored, label)
 
     def open_base() -> LoadedModel:
         loaded = registry.open_base(opened, stored)
