@@ -10,6 +10,7 @@
     ├── NameTaken                a name or a directory that exists already
     ├── TrainingError            training can't go on (non-finite losses, nothing to train)
     │   └── PeerFailed           another process of the same run failed, which ends all of them
+    ├── TooLong                  a prompt that the model's context has no room for
     ├── Busy                     more requests wait than may; asking again later helps
     ├── NoMemory                 an answer would make the machine swap
     ├── Stopped                  the thread that generates has ended, with every request that it had
@@ -64,6 +65,10 @@ class TrainingError(MlxLoraError):
 
 class PeerFailed(TrainingError):
     """A process of a run of several failed before the first step, so all of them end; the first one says why."""
+
+
+class TooLong(MlxLoraError):
+    """A prompt is longer than the model's context, beyond which its answers make no sense."""
 
 
 class Busy(MlxLoraError):

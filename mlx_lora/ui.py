@@ -73,6 +73,12 @@ def piece(text: str) -> None:
     sys.stdout.flush()
 
 
+def paint(codes: str) -> None:
+    """Lines that are `visible` already, with the codes that move a terminal's cursor between them, in one write."""
+    out.file.write(f"\x1b[?2026h{codes}\x1b[?2026l")  # a terminal that knows these shows nothing half painted
+    out.file.flush()
+
+
 def as_json(value: Any) -> None:
     """One JSON value as the last line of stdout; what a terminal would obey is escaped as JSON does it."""
     if out.quiet:

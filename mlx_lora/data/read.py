@@ -18,7 +18,7 @@ from mlx_lora import files
 from mlx_lora.config import Data
 from mlx_lora.data import columns, readers
 from mlx_lora.data.example import Example, without_images
-from mlx_lora.data.sources import FORMATS
+from mlx_lora.data.sources import FORMATS, preference
 from mlx_lora.data.splits import find_splits
 from mlx_lora.data.system import with_system
 from mlx_lora.errors import Problem
@@ -54,9 +54,13 @@ class Stream:
         self.format = None if self.settings.format == "auto" else self.settings.format
         self.columns, self.notes = {}, []
         found: columns.Columns | None = None
-        empty = True
+        rated: list[int] = []
+        rows = 0
         for line, row, problem, file in readers.rows(self.file, self.settings, self._note):
-            empty = False
+            rows += 1
+            if row is not None and not self.settings.columns and preference.matches(row):
+                rated.append(line)
+                continue
             try:
                 if row is None:
                     raise ValueError(problem)
@@ -68,8 +72,13 @@ class Stream:
                 return
             except ValueError as error:
                 yield self._problem(line, str(error), file)
-        if empty:
+        if not rows:
             yield self._problem(0, "is empty")
+        elif len(rated) == rows:
+            yield self._problem(rated[0], "has rejected answers alone, which wait for preference training")
+        elif rated:
+            are = "rows with a rejected answer are" if len(rated) > 1 else "row with a rejected answer is"
+            self._note(f"{len(rated)} {are} left out, for preference training to come")
 
     def _find(self, row: dict[str, Any]) -> columns.Columns:
         found = columns.find(row, self.settings)

@@ -1,4 +1,4 @@
-"""The turns of a chat: what is sent to the model, and what is saved. It knows neither the engine nor the screen.
+"""The turns of a chat, and how each adapter is asked. It knows neither models nor files nor the screen.
 
 An adapter that was trained on single questions has never seen an earlier turn, and tends to repeat it: for such a one
 each question is sent by itself.
@@ -6,15 +6,11 @@ each question is sent by itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from mlx_lora import paths
-from mlx_lora.data.example import as_written, checked_message
-from mlx_lora.errors import MlxLoraError
+from mlx_lora.data.example import checked_message
 from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.store.adapter import StoredAdapter
 
@@ -70,19 +66,31 @@ def trained(adapter: StoredAdapter) -> Trained:
     )
 
 
+def system_of(messages: Sequence[Message]) -> list[Message]:
+    """The system message at the beginning, where there is one."""
+    return [message for message in messages[:1] if message["role"] == "system"]
+
+
+def sent_messages(messages: Sequence[Message], *, history: bool) -> list[Message]:
+    """The messages that the next prompt is made of: without history the system message and the last turn."""
+    return list(messages) if history else [*system_of(messages), *messages[-1:]]
+
+
 class Conversation:
     """`messages` are a system message, if there is one, then user and assistant turns in alternation.
 
-    While an answer is generated, the last user turn has none yet: `answered` or `taken_back` ends that.
+    While an answer is generated, the last user turn has none yet: `answered` ends that. `typed` is the last user turn
+    as it was typed, where its text differs from that.
     """
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.system_chosen = False
+        self.typed: str | None = None
 
     @property
     def system(self) -> list[Message]:
-        return [message for message in self.messages[:1] if message["role"] == "system"]
+        return system_of(self.messages)
 
     @property
     def turns(self) -> list[Message]:
@@ -93,8 +101,9 @@ class Conversation:
         self.system_chosen = True
         self.messages = [*([{"role": "system", "content": text}] if text else []), *self.turns]
 
-    def ask(self, text: str) -> None:
+    def ask(self, text: str, *, typed: str | None = None) -> None:
         self.messages.append({"role": "user", "content": text})
+        self.typed = typed
 
     def answered(self, text: str) -> bool:
         """Add the answer to the last user turn; take that turn back, and return False, where the text is blank."""
@@ -108,13 +117,19 @@ class Conversation:
             self.messages.append(message)
         return True
 
+    def take_back(self) -> str:
+        """Take back the last user turn with its answer; return it as it was typed. There must be one."""
+        *self.messages, question, _ = self.messages
+        typed, self.typed = self.typed, None
+        return str(question["content"]) if typed is None else typed
+
     def forget(self) -> None:
         """Keep the system message alone."""
         self.messages = self.system
 
-    def sent(self, *, history: bool) -> list[Message]:
-        """The messages that the next prompt is made of: without history the system message and the last turn."""
-        return self.messages if history else [*self.system, *self.turns[-1:]]
+    def begin_with(self, messages: Sequence[Message]) -> None:
+        """Go on with a conversation that was saved; its system message, or that it has none, is chosen."""
+        self.messages, self.typed, self.system_chosen = list(messages), None, True
 
     def rows(self, *, history: bool) -> list[list[Message]]:
         """The conversation as rows of training data: one, or without history one for each question."""
@@ -122,15 +137,3 @@ class Conversation:
         if history:
             return [self.messages]
         return [[*self.system, *turns[start : start + 2]] for start in range(0, len(turns), 2)]
-
-    def save(self, file: str, *, history: bool) -> None:
-        """Append `rows` to a file of JSON lines, readable by the user alone. Raises MlxLoraError where it can't."""
-        if not file or not self.turns:
-            raise MlxLoraError("/save FILE needs a file name and a conversation")
-        rows = ([as_written(message) for message in row] for row in self.rows(history=history))
-        lines = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)
-        try:
-            with paths.created(Path(file).expanduser(), "ab") as stream:
-                stream.write("".join(lines).encode())
-        except OSError as error:
-            raise MlxLoraError(f"can't write {file}: {error.strerror}") from None

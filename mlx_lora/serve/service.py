@@ -116,10 +116,10 @@ class Reply:
 
 
 class Service:
-    """A started scheduler on `loaded`. `places` are adapters by labels of the caller, beside those of the home."""
+    """A started scheduler on `loaded`. `places` are adapters by labels, beside those of the home; it may grow."""
 
-    def __init__(self, scheduler: Scheduler, loaded: LoadedModel, places: Mapping[str, Path]):
-        self.scheduler, self.places = scheduler, dict(places)
+    def __init__(self, scheduler: Scheduler, loaded: LoadedModel, places: dict[str, Path]):
+        self.scheduler, self.places = scheduler, places
         self.tokenizer, self.config = loaded.tokenizer, loaded.config
         self.base = registry.base_name(loaded.path)
         self.generation = OpenModel(loaded.path).generation
@@ -130,6 +130,17 @@ class Service:
     def find(self, name: str) -> Path:
         """The directory of an adapter. Raises AdapterError for one that is neither in `places` nor in the home."""
         return self.places.get(name) or registry.find_by_name(name)
+
+    def label(self, adapter: str) -> str:
+        """What to call an adapter that is given by its name or its path, from now on; for a person at this machine.
+
+        Raises AdapterError where there is none.
+        """
+        path = registry.find(adapter)
+        label = registry.label(path)
+        if label != path.name:
+            self.places[label] = path
+        return label
 
     def names(self) -> list[str]:
         """The adapters that fit this base, by name."""
@@ -232,7 +243,7 @@ class Service:
 def _fitting(loaded: LoadedModel, rows: int | None, kv_bits: int | None) -> Limits:
     """The limits that this machine's memory allows beside a base that has just been loaded; `rows` as asked, if so."""
     made = memory.plan(loaded.model, base=mx.get_active_memory(), limit=machine_limits.limit_bytes(), kv_bits=kv_bits)
-    log.info("memory for %s", made)
+    log.debug("memory for %s", made)
     return made.limits if rows is None else replace(made.limits, rows=rows)
 
 

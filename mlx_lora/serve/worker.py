@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_lora.adapters.attach import Wrappers, put
 from mlx_lora.adapters.mixed import Mixed
-from mlx_lora.errors import MlxLoraError
+from mlx_lora.errors import TooLong
 from mlx_lora.models import token_ids
 from mlx_lora.models.context import context_length
 from mlx_lora.models.load import LoadedModel
@@ -194,12 +194,12 @@ class Worker:
         return True
 
     def _check_length(self, row: Row) -> None:
-        """An answer ends where the model's context does; raises MlxLoraError for a prompt that is longer."""
+        """An answer ends where the model's context does; raises TooLong for a prompt that is longer."""
         row.most = row.request.max_tokens
         if (context := self._context) is None:
             return
         if len(row.prompt) > context:
-            raise MlxLoraError(f"the prompt has {len(row.prompt):,} tokens, this model's context is {context:,}")
+            raise TooLong(f"the prompt has {len(row.prompt):,} tokens, this model's context is {context:,}")
         row.most = min(row.most, context - len(row.prompt) + 1)  # the last token is never read
 
     def _next_lane(self) -> Lane | None:

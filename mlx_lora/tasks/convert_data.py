@@ -5,6 +5,7 @@ The rows are read twice: first for problems, then to be written one by one.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,8 @@ from mlx_lora.data.example import Example
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.read import HINT, find_splits, stream
 from mlx_lora.errors import DataError, MlxLoraError, Problem
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Rows:
                 self.count += 1
                 yield item.line, item.example
         self.format = rows.format
+        for note in rows.notes:
+            log.info("%s: %s", self.file.name, note)
 
     def refuse_problems(self) -> None:
         """Raise DataError with every problem that the last pass has met."""

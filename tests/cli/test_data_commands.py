@@ -175,3 +175,13 @@ def test_what_people_see(run: Run, write_rows: Callable[..., Path], tiny_path: P
     told = run("data", "check", file, "--model", tiny_path, "--json").json
     assert told["plan"].keys() == {"fits", "peak_memory_bytes", "limit_bytes", "seconds", "suggestion"}
     assert told["histogram"] and told["context"] is None or told["over_context"] is not None
+
+
+def test_rejected_answers_are_left_out_and_it_says_so(
+    run: Run, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    bad = {"prompt": "a", "rejected": "b"}
+    file = write_rows([bad, {"prompt": "a", "completion": "c"}, bad | {"chosen": "c"}])
+    ran = run("data", "convert", file, "--out", tmp_path / "out.jsonl")
+    assert ran.code == 0 and "2 rows with a rejected answer are left out" in ran.err
+    assert [row["messages"][1]["content"] for row in rows_of(tmp_path / "out.jsonl")] == ["c"]

@@ -102,7 +102,7 @@ def test_rows_and_faults_stand_on_their_lines(
     ("row", "said"),
     [
         ({"prompt": "a"}, "no format has the keys 'prompt'"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "no format has the keys"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "has rejected answers alone"),
         ({"prompt": "a", "completion": ""}, "'completion' is empty"),
         ({"prompt": " ", "completion": "b"}, "'prompt' is empty"),
         ({"prompt": "a", "completion": None}, "'completion' is NoneType, not a string: None"),

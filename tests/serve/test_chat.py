@@ -1,62 +1,21 @@
-"""A conversation held by a script: what the slash commands do, and that a swap keeps the turns and drops the cache."""
+"""A conversation held by a script: what the slash commands do, and what each adapter is sent."""
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 
-from mlx_lora.adapters.attach import build
-from mlx_lora.config import Adapter
-from mlx_lora.models.load import LoadedModel, load, load_stored
-from mlx_lora.serve.answer import prompt_tokens
+from mlx_lora.errors import ModelError, NotFinite
 from mlx_lora.serve.chat import Chat
-from mlx_lora.serve.conversation import Trained
-from mlx_lora.serve.engine import Engine
-from mlx_lora.store import adapter as store
-from mlx_lora.store import registry
-from tests.conftest import VOCABULARY, write_model
-
-Talk = Callable[..., tuple[Chat, str, str]]
-
-
-@pytest.fixture
-def stored(home: Path, tiny_path: Path, tiny: LoadedModel) -> None:
-    """Two adapters in the home, `two` of single questions, and one that belongs to another base."""
-    base = registry.describe_base(load_stored(tiny_path))
-    for seed, name in enumerate(("one", "two", "foreign")):
-        config = Adapter(rank=2)
-        wrappers = build(tiny.model, config, seed=seed)
-        for index, wrapper in enumerate(wrappers.values()):
-            wrapper.lora_b = mx.random.normal(wrapper.lora_b.shape, key=mx.random.key(10 * seed + index))
-        manifest = store.Manifest(
-            method="lora",
-            adapter=config.model_dump(),
-            modules=list(wrappers),
-            scales={path: wrapper.scale for path, wrapper in wrappers.items()},
-            base=base if name != "foreign" else store.Base(name="elsewhere", fingerprint="0" * 64),
-            template="chat",
-            data=[{"file": "train.jsonl", "answers": 1 if name == "two" else 3}],
-        )
-        store.save(home / "adapters" / name, wrappers, manifest, 3)
-
-
-@pytest.fixture
-def talk(tiny: LoadedModel, stored: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
-    def hold(*lines: str) -> tuple[Chat, str, str]:
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        chat = Chat(Engine(tiny))
-        chat.settings["max_tokens"] = 4
-        chat.run()
-        printed = capsys.readouterr()
-        return chat, printed.out, printed.err
-
-    return hold
+from mlx_lora.serve.requests import Finished
+from mlx_lora.serve.service import Reply, Service, open_service
+from mlx_lora.serve.text import Piece
+from tests.conftest import write_model
+from tests.serve.conftest import Asked, Talk, interrupt, sent
 
 
 def test_turns_are_kept_and_answered(talk: Talk) -> None:
@@ -65,19 +24,13 @@ def test_turns_are_kept_and_answered(talk: Talk) -> None:
     assert chat.messages[1]["content"] in out
 
 
-def test_use_swaps_says_the_milliseconds_and_keeps_the_conversation(talk: Talk) -> None:
-    chat, out, err = talk("hello", "/use one", "/adapters")
-    assert chat.engine.current == "one" and "one in " in err and " ms" in err
-    assert len(chat.messages) == 2 and chat.engine.cache.layers is None
+def test_use_swaps_says_the_milliseconds_and_keeps_the_conversation(talk: Talk, asked: Asked) -> None:
+    chat, out, err = talk("hello", "/use one", "/adapters", "hello")
+    assert chat.adapter == "one" and "one in " in err and " ms" in err
+    assert len(chat.messages) == 4 and [name for name, _ in asked] == [None, "one"]
     assert "* one" in out and "  two" in out and "foreign" not in out
     chat, _, _ = talk("/use two", "/base")
-    assert chat.engine.current is None
-
-
-def test_the_base_is_the_same_object_after_a_swap(talk: Talk, tiny: LoadedModel) -> None:
-    weight = tiny.model.layers[0].self_attn.q_proj.weight
-    chat, _, _ = talk("/use one", "/use two", "/base")
-    assert chat.engine.loaded.model.layers[0].self_attn.q_proj.weight is weight
+    assert chat.adapter is None
 
 
 @pytest.mark.parametrize(
@@ -92,6 +45,16 @@ def test_the_base_is_the_same_object_after_a_swap(talk: Talk, tiny: LoadedModel)
         ("/set max_tokens 0", "out of range"),
         ("/set temperature nan", "out of range"),
         ("/save", "/save FILE"),
+        ("/load", "/load FILE"),
+        ("/load nowhere.jsonl", "can't read nowhere.jsonl"),
+        ("/compare one", "needs two"),
+        ("/compare one tow", "did you mean 'two'"),
+        ("/think maybe", "takes on or off"),
+        ("/retry", "no message"),
+        ("/edit", "no message"),
+        ("/good", "/rate FILE"),
+        ("/rate rows.csv", "/rate rows.jsonl"),
+        ("see @nowhere.txt", "@nowhere.txt: there is no such file"),
     ],
 )
 def test_faults_are_one_line_and_the_chat_goes_on(talk: Talk, line: str, said: str) -> None:
@@ -116,25 +79,27 @@ ALTERNATING = (
 )
 
 
-@pytest.fixture
-def strict(tmp_path: Path) -> Chat:
-    """A chat whose template refuses two user turns in a row."""
-    path = write_model(tmp_path / "strict")
+@pytest.fixture(scope="module")
+def alternating(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A base whose template refuses two user turns in a row."""
+    path = write_model(tmp_path_factory.mktemp("strict") / "model")
     (path / "chat_template.jinja").write_text(ALTERNATING)
-    chat = Chat(Engine(load(path)))
+    with open_service(str(path)) as service:
+        yield service
+
+
+@pytest.fixture
+def strict(alternating: Service) -> Chat:
+    chat = Chat(alternating)
     chat.settings["max_tokens"] = 4
     return chat
-
-
-def interrupt(*arguments: Any, **named: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def test_ctrl_c_before_the_first_piece_leaves_no_unanswered_turn(
     strict: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(type(strict.engine.loaded.model.layers[-1]), "__call__", interrupt)
+        patch.setattr(Reply, "_token", interrupt)
         strict.say("first")
     assert strict.messages == [] and strict.draft == "first"
     assert "taken back" in capsys.readouterr().err
@@ -146,24 +111,43 @@ def test_ctrl_c_before_the_first_piece_leaves_no_unanswered_turn(
 def test_an_empty_answer_leaves_no_unanswered_turn(
     strict: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def nothing(self: Reply) -> Iterator[Any]:
+        self.finished = Finished("stop", 1, 0, 0)
+        yield from ()
+
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "ends", set(range(VOCABULARY)))
+        patch.setattr(Reply, "__iter__", nothing)
         strict.say("first")
     assert strict.messages == [] and "the answer is empty" in capsys.readouterr().err
     strict.say("second")
     assert [message["role"] for message in strict.messages] == ["user", "assistant"]
 
 
-def test_ctrl_c_inside_an_answer_keeps_what_came(
+def test_ctrl_c_inside_an_answer_keeps_what_came_and_ends_its_row(
     strict: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    strict.settings["max_tokens"] = 400
     with monkeypatch.context() as patch:
+        patch.setattr(Reply, "_token", lambda self, token: Piece("x", (token,)))
         patch.setattr("mlx_lora.ui.piece", interrupt)  # while the first piece is on its way to the screen
         strict.say("first")
     assert [message["role"] for message in strict.messages] == ["user", "assistant"] and strict.draft == ""
+    assert strict.messages[1]["content"] == "x"
     assert "(stopped)" in capsys.readouterr().err
+    strict.settings["max_tokens"] = 4
     strict.say("second")
-    assert len(strict.messages) == 4
+    assert len(strict.messages) == 4 and strict.service.scheduler.status().running == 0
+
+
+def test_an_error_gives_the_message_back(strict: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError), monkeypatch.context() as patch:
+        patch.setattr(Service, "ask", failing)
+        strict.say("first")
+    assert strict.messages == [] and strict.draft == "first"
+
+
+def failing(*arguments: Any, **named: Any) -> None:
+    raise NotFinite("logits are NaN")
 
 
 @pytest.mark.parametrize("word", ["/exit", "/quit", "/bye", "exit", "quit"])
@@ -178,30 +162,26 @@ def test_a_space_before_exit_sends_the_word(talk: Talk) -> None:
     assert [message["content"] for message in chat.messages[::2]] == ["exit", "again"]
 
 
-def test_an_adapter_of_single_questions_answers_without_history(talk: Talk) -> None:
+def test_an_adapter_of_single_questions_answers_without_history(talk: Talk, asked: Asked) -> None:
     chat, _, err = talk("/use two", "one", "two", "three")
     assert err.count("two was trained on single questions") == 1 and "/history on" in err
-    alone = prompt_tokens(chat.engine.loaded.tokenizer, [{"role": "user", "content": "three"}])
-    assert chat.engine.cache.tokens[: len(alone)] == alone, "the third question is sent by itself"
+    assert asked[-1] == ("two", sent(chat, {"role": "user", "content": "three"})), "the third is sent by itself"
     assert len(chat.messages) == 6, "the turns stay, for /history on and /save"
 
 
-def test_history_can_be_chosen_and_set_shows_it(talk: Talk) -> None:
+def test_history_can_be_chosen_and_set_shows_it(talk: Talk, asked: Asked) -> None:
     chat, out, err = talk("/use two", "/set", "/history on", "/set", "one", "two", "/history maybe")
     assert "history      off" in out and "history      on" in out and "takes on or off" in err
-    whole = prompt_tokens(chat.engine.loaded.tokenizer, chat.messages[:3])
-    assert chat.engine.cache.tokens[: len(whole)] == whole
+    assert asked[-1] == ("two", sent(chat, *chat.messages[:3]))
     chat, _, err = talk("/history off", "one", "two")
-    alone = prompt_tokens(chat.engine.loaded.tokenizer, chat.messages[2:3])
-    assert chat.engine.cache.tokens[: len(alone)] == alone and "single questions" not in err
+    assert asked[-1] == (None, sent(chat, chat.messages[2])) and "single questions" not in err
 
 
-def test_a_system_message_goes_with_each_question_without_history(talk: Talk, tmp_path: Path) -> None:
+def test_a_system_message_goes_with_each_question_without_history(talk: Talk, asked: Asked, tmp_path: Path) -> None:
     """And each is saved as a row of its own, as it was sent."""
     file = tmp_path / "rows.jsonl"
     chat, _, _ = talk("/system be brief", "/use two", "one", "two", f"/save {file}")
-    sent = prompt_tokens(chat.engine.loaded.tokenizer, [chat.messages[0], chat.messages[3]])
-    assert chat.engine.cache.tokens[: len(sent)] == sent
+    assert asked[-1] == ("two", sent(chat, chat.messages[0], chat.messages[3]))
     rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
     assert [[message["role"] for message in row] for row in rows] == [["system", "user", "assistant"]] * 2
 
@@ -225,17 +205,16 @@ def test_an_answer_ends_where_the_context_does(talk: Talk) -> None:
     assert "(cut at 3 tokens; the model's context is full" in err
 
 
-def test_the_base_follows_the_models_own_template(tiny: LoadedModel) -> None:
-    engine = Engine(tiny)
-    engine.add("plain", {})
-    engine.use("plain")
-    chat = Chat(engine, Trained(template="none"))
-    assert chat.template == "none"
-    chat.base("")
-    assert chat.template == "chat"
+def test_the_base_follows_the_models_own_template_after_an_adapter_without_one(talk: Talk, asked: Asked) -> None:
+    for lines, adapter in ((("hi", "/base", "hi"), "plain"), (("/use plain", "hi", "/base", "hi"), None)):
+        chat, _, err = talk(*lines, adapter=adapter)
+        (_, plain), (name, based) = asked[-2:]
+        assert plain == chat.service.tokenizer.encode("hi") and name is None
+        assert based == sent(chat, *chat.messages[:3])
+        assert err.count("without a chat template") == 1 and "/reset forgets" in err
 
 
 def test_help_names_every_command(talk: Talk) -> None:
     chat, out, _ = talk("/help")
-    for word in ("/adapters", "/use", "/base", "/system", "/set", "/history", "/reset", "/save", "/help", "/bye", "/?"):
+    for word in (*chat.commands.table, "/bye", "@path"):
         assert word in out

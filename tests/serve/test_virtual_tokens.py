@@ -16,7 +16,6 @@ from mlx_lora.data.batch import collate
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.serve.answer import prompt_tokens
-from mlx_lora.serve.chat import Chat
 from mlx_lora.serve.engine import Engine
 from mlx_lora.study.evaluate import evaluate, questions
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
@@ -75,18 +74,14 @@ def test_a_batch_answers_as_one_by_one(engine: Engine, name: str) -> None:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_second_turn_continues_the_cache_and_answers_as_from_nothing(engine: Engine, name: str) -> None:
     engine.use(name)
-    chat = Chat(engine)
-    chat.settings["max_tokens"] = 5
-    chat.say("hello there")
-    first = prompt_tokens(engine.loaded.tokenizer, chat.messages[:1])
+    turns = [{"role": role, "content": word} for role, word in zip(("user", "assistant", "user"), "abc", strict=True)]
+    first, whole = (prompt_tokens(engine.loaded.tokenizer, turns[:count]) for count in (1, 3))
+    list(engine.stream(first, max_tokens=5))
     layers = engine.cache.layers
-    chat.say("and again")
+    answer = list(engine.stream(whole, max_tokens=5, first_answer=len(first)))
     assert engine.cache.layers is layers
-    whole = prompt_tokens(engine.loaded.tokenizer, chat.messages[:3])
     start = complete(name, whole, len(first))
-    assert engine.cache.tokens[: len(start)] == start
-    answer = greedy(engine, start, 5)
-    assert chat.messages[3]["content"] == engine.loaded.tokenizer.decode(answer)
+    assert engine.cache.tokens[: len(start)] == start and answer == greedy(engine, start, 5)
 
 
 def test_evaluation_has_them_where_training_had_them(engine: Engine, write_rows: Callable[..., Path]) -> None:
