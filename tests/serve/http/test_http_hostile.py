@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from mlx_lora.serve.http.access import Access
+from mlx_lora.serve.http.body import parse
 from mlx_lora.serve.http.bounds import Bounds
+from mlx_lora.serve.openai.errors import ApiError
 from tests.serve.http.conftest import NO_END, Running, error_of, running
 
 CHAT = "/v1/chat/completions"
@@ -135,6 +137,17 @@ def test_bodies_that_can_t_be_read_are_refused(server: Running, name: str) -> No
 
 def test_brackets_in_a_text_aren_t_depth(server: Running) -> None:
     assert server.chat(text='[{"' * 100, max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize("end", [b"", b"\\", b'"', b'"]'])
+def test_texts_that_aren_t_closed_take_no_longer_than_others(end: bytes) -> None:
+    """Each quote could begin a text that reaches to the end: a million of them are read once, not a million times."""
+    bounds, start = Bounds(), time.monotonic()
+    with pytest.raises(ApiError, match="isn't JSON"):
+        parse(b'{"a": "' + b'\\"' * (1 << 20) + end, bounds)
+    assert time.monotonic() - start < 2
+    with pytest.raises(ApiError, match="nested more than 64"):
+        parse(b'["\\\\", ' + b"[" * 64, bounds)
 
 
 def test_a_large_body_is_refused_before_it_is_read(server: Running) -> None:
