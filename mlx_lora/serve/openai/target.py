@@ -15,6 +15,10 @@ from mlx_lora.serve.openai.errors import ApiError, refused
 from mlx_lora.serve.residence import identity
 from mlx_lora.serve.service import Prompt, Service
 
+# Characters of a prompt for each token at most; texts have about 4, and indented code 8. Encoding takes seconds for each
+# million of characters, and a tokenizer encodes one prompt at a time: what can't fit isn't encoded.
+CHARACTERS = 16
+
 
 @dataclass(frozen=True)
 class Target:
@@ -46,6 +50,15 @@ class Target:
     def tokens(self, text: str) -> tuple[int, ...]:
         """The tokens of a mark."""
         return tuple(self.format.encode([text])[0])
+
+    def check_length(self, param: str, characters: int) -> None:
+        """Raise ApiError for a prompt of so many characters, before it is encoded, where it can't fit the context."""
+        context = context_length(self.service.config)
+        if context is not None and characters > CHARACTERS * context:
+            raise refused(
+                param, f"the prompt has {characters:,} characters, this model's context is {context:,} tokens",
+                "context_length_exceeded",
+            )  # fmt: skip
 
     def most_tokens(self, prompt: Prompt, asked: int | None, usual: int) -> int:
         """How many tokens the answer may have. Raises ApiError for a prompt that is longer than the context."""
