@@ -15,8 +15,8 @@ from mlx_lora.serve.openai.errors import ApiError, refused
 from mlx_lora.serve.residence import identity
 from mlx_lora.serve.service import Prompt, Service
 
-# Characters of a prompt for each token at most; texts have about 4, and indented code 8. Encoding takes seconds for each
-# million of characters, and a tokenizer encodes one prompt at a time: what can't fit isn't encoded.
+# Characters of a prompt for each token at most; texts have about 4, and indented code 8. Encoding a million takes
+# seconds, and a tokenizer encodes one prompt at a time: what can't fit isn't encoded.
 CHARACTERS = 16
 
 
