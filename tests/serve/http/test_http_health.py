@@ -56,6 +56,9 @@ def test_a_thread_that_hangs_is_told_and_may_come_back(tiny_path: Path, monkeypa
             health = server.client.get("/health")
             assert health.status_code == 503 and health.json()["status"] == "failed"
             assert error_of(server.chat()) == (503, "stopped")
+            start = time.monotonic()
+            unload = server.client.post("/v1/unload_lora_adapter", json={"lora_name": "two"})
+            assert error_of(unload) == (503, "stopped") and time.monotonic() - start < 5
         wait_for(lambda: server.client.get("/health").status_code == 200)
         assert server.chat("one", max_tokens=3).status_code == 200
         assert server.service.scheduler.status().running == 0
@@ -98,6 +101,22 @@ def test_the_end_finishes_answers_or_returns_what_there_is(
         assert tokens == 400 if finish else 1 <= tokens < 400
         assert first["id"] == rest[-1]["id"]
         wait_for(lambda: not server.service.scheduler.alive)
+
+
+def test_answers_that_haven_t_begun_at_the_end_are_errors(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty answer would look like one that the model gave."""
+    turn = Worker.turn
+    monkeypatch.setattr(Worker, "turn", lambda worker: (time.sleep(0.01), turn(worker)))
+    with running(tiny_path, bounds=Bounds(finish_seconds=0.0), rows=1) as server:
+        with server.streaming("one") as stream:
+            parts = chunks(stream)
+            next(parts)
+            asked = partial(server.chat, **ENDLESS), partial(server.chat, stream=True, **ENDLESS)
+            with asking(*asked) as waiting:
+                wait_for(lambda: server.client.get("/health").json()["waiting"] == 2)
+                server.server.should_exit = True
+            assert list(parts)
+        assert [error_of(answer) for answer in waiting] == [(503, "stopped")] * 2
 
 
 def test_a_key_is_needed_where_others_can_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
