@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_lora.serve.http.access import Access
 from mlx_lora.serve.http.answering import as_bytes
-from mlx_lora.serve.http.body import ClientGone
 from mlx_lora.serve.openai.errors import ApiError
 
 log = logging.getLogger(__name__)
@@ -65,8 +64,6 @@ class Guard:
 
         try:
             await self._answer(scope, headers)(scope, receive, sent)
-        except ClientGone:
-            pass
         except Exception as error:  # its text may hold a prompt
             log.exception("a request to %s failed: %s", route(scope), type(error).__name__)
             if not status:

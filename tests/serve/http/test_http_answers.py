@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from functools import partial
 from pathlib import Path
 
@@ -145,6 +146,12 @@ def test_metrics_count_what_was_done(server: Running) -> None:
     assert value("prompt_tokens_total") == before[1] + sum(one["prompt_tokens"] for one in usage)
     assert value("prompt_cache_hits_total") >= before[2] + 1
     assert value("active_memory_bytes") > 0 and value("adapter_bytes") > 0 and value("generating") == 1
+    gone = 'requests_total{route="/v1/chat/completions",status="%d"}'
+    before = value(gone % 0), value(gone % 500)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+    wait_for(lambda: value(gone % 0) == before[0] + 1)
+    assert value(gone % 500) == before[1], "a client that leaves is no fault of the server"
     text = server.client.get("/metrics").text
     assert all(re.fullmatch(r"# (HELP|TYPE) .+|[a-z_]+(\{.*\})? -?[0-9.]+", line) for line in text.splitlines())
     server.client.get("/someone's/secret")
