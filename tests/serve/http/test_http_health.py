@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import time
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlx_lora.machine import limits
 from mlx_lora.serve.http import page, server, watch
 from mlx_lora.serve.http.access import KEY_VARIABLE
 from mlx_lora.serve.http.bounds import Bounds
+from mlx_lora.serve.status import Limits
 from mlx_lora.serve.worker import Worker
 from tests.serve.http.conftest import NO_END, Running, asking, chunks, error_of, held, running, wait_for
 
@@ -147,6 +149,30 @@ def test_a_key_is_needed_where_others_can_come(tmp_path: Path, monkeypatch: pyte
             server.address_of(host)
     with pytest.raises(MlxLoraError, match="is not an origin"):
         server.access("127.0.0.1", None, [], ["page.example"])
+
+
+@pytest.mark.parametrize(("hard", "connections"), [(-1, 512), (4096, 512), (300, 300 - server.OTHER_FILES)])
+def test_as_many_files_may_be_open_as_connections_take(
+    hard: int, connections: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Mac begins with 256."""
+    limits_set = [(256, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits_set[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: limits_set.append(limits))
+    assert server.with_files(Bounds()).connections == connections
+    assert limits_set[-1] == (connections + server.OTHER_FILES, hard)
+
+    def refused(which: int, limits: tuple[int, int]) -> None:
+        raise ValueError("over the system's limit")
+
+    limits_set[-1] = (256, hard)
+    monkeypatch.setattr(resource, "setrlimit", refused)
+    assert server.with_files(Bounds()).connections == 256 - server.OTHER_FILES
+
+
+def test_a_full_queue_is_told_before_connections_run_out() -> None:
+    limits = Limits()
+    assert limits.rows + limits.waiting < Bounds().connections
 
 
 def test_a_port_in_use_is_an_error_with_a_hint(shared_server: Running) -> None:
