@@ -26,7 +26,8 @@ ALWAYS = [
 ]
 # Seconds after which a refused client may ask again, by status.
 RETRY_AFTER = {429: 1, 503: 5}
-ASK, ALLOWED_HEADERS = b"access-control-request-method", b"authorization, content-type"
+# The star stands for all headers but the first: OpenAI's client in a browser sends some of its own.
+ASK, ALLOWED_HEADERS = b"access-control-request-method", b"authorization, *"
 
 # Called with the line of a request that has ended.
 OnRequest = Callable[[str], None]
