@@ -103,9 +103,7 @@ def with_files(bounds: Bounds) -> Bounds:
             pass
         if soft < wanted:
             connections = max(soft - OTHER_FILES, 1)
-            ui.warning(
-                f"this process may open {soft} files, which leaves {connections} connections; see ulimit -n"
-            )
+            ui.warning(f"this process may open {soft} files, which leaves {connections} connections; see ulimit -n")
             return replace(bounds, connections=connections)
     return bounds
 

@@ -43,4 +43,5 @@ def _checked(message: Mapping[str, Any], index: int, developer: bool) -> Message
     try:
         return checked_message(kept, f"message {index}")
     except ValueError as error:
-        raise refused(f"{place}.content", str(error).replace("can be trained on here", "is read here")) from None
+        said = str(error).partition(" (data.drop=")[0]  # a setting of training
+        raise refused(f"{place}.content", said.replace("can be trained on here", "is read here")) from None

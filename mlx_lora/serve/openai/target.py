@@ -11,7 +11,7 @@ from mlx_lora.errors import AdapterError, MlxLoraError
 from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.context import context_length
 from mlx_lora.serve.conversation import Trained
-from mlx_lora.serve.openai.errors import ApiError, refused
+from mlx_lora.serve.openai.errors import ApiError, refused, without_folders
 from mlx_lora.serve.residence import identity
 from mlx_lora.serve.service import Prompt, Service
 
@@ -81,7 +81,8 @@ def find_model(service: Service, name: str) -> Target:
         target = Target(service, name)
         _ = target.trained
     except AdapterError as error:
-        raise ApiError(404, "model_not_found", f"no model {name[:80]!r}: {error.message}", "model") from None
+        why = without_folders(error.message)
+        raise ApiError(404, "model_not_found", f"no model {name[:80]!r}: {why}", "model") from None
     except MlxLoraError:
         raise ApiError(404, "model_not_found", f"no model {name[:80]!r}; /v1/models lists them", "model") from None
     return target

@@ -105,6 +105,19 @@ def test_adapters_appear_are_replaced_and_go_while_the_server_runs(
     assert "new" not in server.client.get("/v1/models").text
 
 
+@pytest.mark.parametrize("file", ["adapters.safetensors", "manifest.json"])
+def test_a_damaged_adapter_is_told_without_where_it_lies(
+    server: Running, home: Path, tiny_path: Path, file: str
+) -> None:
+    save_adapter(home / "adapters/damaged", tiny_path, 7)
+    (home / "adapters/damaged" / file).write_bytes(b"{ nothing of use")
+    load = server.client.post("/v1/load_lora_adapter", json={"lora_name": "damaged"})
+    for told in (server.chat("damaged"), load):
+        assert error_of(told) == (404, "model_not_found") and str(home.parent) not in told.text
+    assert file in server.chat("damaged").text
+    shutil.rmtree(home / "adapters/damaged")
+
+
 def test_an_adapter_is_brought_into_memory_and_let_go_by_its_name_alone(server: Running) -> None:
     def post(route: str, **body: object) -> httpx.Response:
         return server.client.post(f"/v1/{route}_lora_adapter", json=body)
