@@ -134,7 +134,7 @@ class Worker:
             self._wanted.remove(wanted)
 
     def end_all(self) -> None:
-        for row in self._rows():
+        for row in [*self.waiting, *self._running()]:
             self._end(row, "cancelled")
         self.close()
 
@@ -143,9 +143,6 @@ class Worker:
         for lane in self._lanes.values():
             lane.close()
         self.residence.close()
-
-    def _rows(self) -> list[Row]:
-        return [*self.waiting, *self._running()]
 
     def _running(self) -> list[Row]:
         return [row for lane in self._lanes.values() for row in lane.rows.values()]
