@@ -200,6 +200,35 @@ def test_connections_are_counted(server: Running) -> None:
     time.sleep(0.1)
 
 
+@pytest.mark.real
+def test_a_whole_answer_may_be_read_slowly_but_not_never(tiny_path: Path) -> None:
+    body: dict[str, Any] = {
+        "model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "n": 8,
+        "logprobs": True, "top_logprobs": 20, **NO_END,
+    }  # fmt: skip
+    content = json.dumps(body).encode()
+    with running(tiny_path, bounds=Bounds(header_seconds=0.4)) as server:
+        for reads in (True, False):
+            with socket.socket() as reader:
+                reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+                reader.settimeout(20)
+                reader.connect(("127.0.0.1", server.port))
+                reader.sendall(head(len(content)) + content)
+                got = reader.recv(4096)
+                length = int(got.partition(b"content-length: ")[2].split()[0])
+                assert length > 1 << 20, "more than the system holds for it"
+                end = time.monotonic() + 1.2
+                while time.monotonic() < end:
+                    got += reader.recv(8192) if reads else b""
+                    time.sleep(0.01)
+                try:
+                    while len(got) < length and (more := reader.recv(1 << 20)):
+                        got += more
+                except ConnectionResetError:
+                    pass
+                assert (len(got) > length) == reads
+
+
 def test_a_slow_reader_is_let_go_and_holds_up_nobody(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """It asks for more than the system holds for it, and reads none."""
     body: dict[str, Any] = {
