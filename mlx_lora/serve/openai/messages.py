@@ -38,8 +38,8 @@ def _checked(message: Mapping[str, Any], index: int, developer: bool) -> Message
     if kept["role"] == "developer" and not developer:
         kept["role"] = "system"
     content = kept.get("content")
-    # a tool may have nothing to say, which isn't an answer to train on
-    nothing = kept["role"] != "assistant" and (content in (None, []) or isinstance(content, str) and not content.strip())
+    empty = content in (None, []) or isinstance(content, str) and not content.strip()
+    nothing = empty and kept["role"] != "assistant"  # a tool may have nothing to say
     try:
         checked = checked_message({**kept, "content": "nothing"} if nothing else kept, f"message {index}")
     except ValueError as error:
