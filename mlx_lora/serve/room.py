@@ -6,6 +6,7 @@ What the machine has left is looked at, since other programs take of it too. Wha
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,19 +33,31 @@ class Room:
 
     def __init__(self, model: nn.Module, prompts: PromptCache, make_cache: MakeCache | None = None):
         self._prompts, self._looked = prompts, 0.0
+        self._missing, self._missed = 0, 0.0  # bytes that weren't there for a row that waits, and when that was
         self._row_bytes = row_growth(model, make_cache)
 
-    def admits(self, row: Row, *, running: bool) -> bool:
-        """Whether a row may begin; False where it waits for others that run. Raises NoMemory where there are none."""
-        needed = self._row_bytes(len(row.prompt) + min(row.most, ANSWER))
+    def admits(self, row: Row, running: Sequence[Row]) -> bool:
+        """Whether a row may begin beside those that run; False where it waits for them.
+
+        A row that has no token yet hasn't taken its memory yet. Raises NoMemory where no row runs.
+        """
+        own = self._needed(row)
+        needed = own + sum(self._needed(other) for other in running if not other.answer)
+        if running and needed >= self._missing > 0 and time.monotonic() - self._missed < LOOK:
+            return False  # many rows may wait, and looking at the machine takes time
+        self._missing = 0
         if needed <= self._free(needed):
             return True
         if running:
+            self._missing, self._missed = needed, time.monotonic()
             return False
         raise NoMemory(
-            f"{len(row.prompt):,} tokens and their answer take {ui.size(needed)}, which this machine doesn't have left",
+            f"{len(row.prompt):,} tokens and their answer take {ui.size(own)}, which this machine doesn't have left",
             hint=HINT,
         )
+
+    def _needed(self, row: Row) -> int:
+        return self._row_bytes(len(row.prompt) + min(row.most, ANSWER))
 
     def fault(self) -> NoMemory | None:
         """What is wrong where the machine is about to swap; looked at now and then, None in between."""

@@ -188,7 +188,7 @@ class Scheduler:
     def ask(self, action: Action, *, timeout: float | None = None) -> None:
         """Run something in the scheduler's thread, between two passes, and wait for it; what it raises is raised here.
 
-        Raises TimeoutError after `timeout` seconds, and Stopped when the thread has ended.
+        Raises TimeoutError after `timeout` seconds, and Stopped when the thread has ended or was given up.
         """
         done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
@@ -212,6 +212,8 @@ class Scheduler:
             except queue.Empty:
                 if not self.alive:
                     raise Stopped("the thread that generates has ended", hint="start again") from None
+                if self.stuck:
+                    raise Stopped(STUCK, hint="start again") from None
                 if end is not None and time.monotonic() > end:
                     raise TimeoutError from None
         if error is not None:

@@ -110,7 +110,7 @@ class Worker:
 
     def _keep_room(self) -> None:
         """Where the machine is about to swap, give up what is kept of prompts, then the row that began last."""
-        rows = [row for lane in self._lanes.values() for row in lane.rows.values()]
+        rows = self._running()
         if rows and (fault := self._room.fault()) is not None:
             last = max(rows, key=lambda row: row.begun)
             self._lanes[last.key if last.held and last.held.alone else None].remove(last)
@@ -134,7 +134,7 @@ class Worker:
             self._wanted.remove(wanted)
 
     def end_all(self) -> None:
-        for row in self._rows():
+        for row in [*self.waiting, *self._running()]:
             self._end(row, "cancelled")
         self.close()
 
@@ -144,8 +144,8 @@ class Worker:
             lane.close()
         self.residence.close()
 
-    def _rows(self) -> list[Row]:
-        return [*self.waiting, *(row for lane in self._lanes.values() for row in lane.rows.values())]
+    def _running(self) -> list[Row]:
+        return [row for lane in self._lanes.values() for row in lane.rows.values()]
 
     def _admit(self) -> None:
         """Move rows that wait into their lanes, in order; a row whose lane is full lets others pass."""
@@ -169,7 +169,7 @@ class Worker:
         lane = self._lanes.get(row.key if own else None)
         if lane is None:
             lane = self._lanes[row.key] = self._lane(row.held)
-        if not lane.takes(row) or not self._room.admits(row, running=any(one.rows for one in self._lanes.values())):
+        if not lane.takes(row) or not self._room.admits(row, self._running()):
             return False
         layers, cached = self.prompts.find(row.key, row.tokens)
         lane.insert(row, layers, cached, self.prompts.shared(row.key, row.tokens))

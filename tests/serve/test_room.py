@@ -11,7 +11,9 @@ from mlx_lora.errors import NoMemory
 from mlx_lora.machine import limits
 from mlx_lora.models.load import load
 from mlx_lora.serve import room
+from mlx_lora.serve.prompt_cache import PromptCache
 from mlx_lora.serve.requests import Answer, Failed, Finished, Request, Token
+from mlx_lora.serve.running import Row
 from mlx_lora.serve.scheduler import Scheduler
 from tests.serve.requests import prompt
 from tests.serve.test_scheduler import wait_for
@@ -60,6 +62,32 @@ def test_a_row_without_room_waits_for_those_that_run(scheduler: Scheduler, machi
     machine.free = 1 << 30
     assert len(second.tokens()) == 4
     first.cancel()
+
+
+def test_a_row_that_has_just_begun_counts_with_what_it_will_take(tiny_path: Path, machine: Machine) -> None:
+    found = room.Room(load(tiny_path).model, PromptCache(0))
+    first, second = (Row(Request(prompt(5, seed), max_tokens=4), print, prompt=[1] * 5, most=4) for seed in range(2))
+    machine.free = 2 * ROW - 1
+    assert found.admits(first, []) and not found.admits(second, [first]), "both count on the same bytes"
+    machine.free = 2 * ROW
+    assert found.admits(second, [first])
+    machine.free = ROW
+    first.answer.append(Token(1))  # it has taken its memory
+    assert found.admits(second, [first])
+
+
+def test_rows_that_wait_look_at_the_machine_now_and_then(
+    tiny_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    found = room.Room(load(tiny_path).model, PromptCache(0))
+    monkeypatch.setattr(limits, "free_bytes", lambda: looks.append(1) or 0)
+    rows = [Row(Request(prompt(5)), print, prompt=[1] * 5, most=4) for _ in range(50)]
+    monkeypatch.setattr(room, "LOOK", 60.0)
+    assert not any(found.admits(row, rows[:1]) for row in rows[1:])
+    assert len(looks) == 2, "before and after prompts were let go"
+    with pytest.raises(NoMemory):
+        found.admits(rows[0], [])
 
 
 def test_before_the_machine_swaps_prompts_go_first_and_then_the_last_row(

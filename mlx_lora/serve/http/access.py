@@ -75,7 +75,7 @@ class Access:
 
 
 def read_key(file: Path | None) -> str | None:
-    """The API key: a file's first line, or that of the environment; None where there is neither.
+    """The API key: what a file holds, or the environment's; None where there is neither.
 
     Raises MlxLoraError for one that can't be read or used.
     """

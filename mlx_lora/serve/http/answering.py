@@ -16,6 +16,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from mlx_lora import ui
+from mlx_lora.errors import Stopped
 from mlx_lora.serve.http.body import ClientGone
 from mlx_lora.serve.http.bounds import Bounds
 from mlx_lora.serve.openai.errors import api_error
@@ -93,6 +94,8 @@ class Answering(Response):
         for index, event in events:
             if isinstance(event, Failed):
                 raise event.error
+            if isinstance(event, Finished) and event.reason == "cancelled" and not event.generated_tokens:
+                raise Stopped("the server was stopped before the answer began", hint="ask again")
             chunks += self.asked.event(index, event)
             if self.asked.wants_cancel(index):
                 rows.cancel(index)

@@ -15,12 +15,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from mlx_lora.errors import MlxLoraError
 from mlx_lora.serve.http import metrics, page
 from mlx_lora.serve.http.access import Access
 from mlx_lora.serve.http.answering import Answering, as_bytes
-from mlx_lora.serve.http.body import parse, read
+from mlx_lora.serve.http.body import ClientGone, parse, read
 from mlx_lora.serve.http.bounds import Bounds
 from mlx_lora.serve.http.guard import Guard, OnRequest, error_response
 from mlx_lora.serve.http.models import Models
@@ -46,6 +47,7 @@ def make_app(service: Service, access: Access, bounds: Bounds, on_request: OnReq
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=watching)
     app.add_exception_handler(MlxLoraError, _failed)
     app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(Exception, _failed)  # and raised again, for the guard to log it
     guard = Guard(app, access, on_request)
     _add_answers(app, service, bounds)
@@ -137,6 +139,17 @@ def _json(value: Any, status: int = 200) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
     return error_response(api_error(error))
+
+
+class _Nothing(Response):
+    """The response to a client that isn't there any more."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pass
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return _Nothing()
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

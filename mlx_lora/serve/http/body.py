@@ -12,7 +12,8 @@ from fastapi import Request
 from mlx_lora.serve.http.bounds import Bounds
 from mlx_lora.serve.openai.errors import ApiError
 
-STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# A text to its end, or to the body's: every byte is looked at once, or a text that isn't closed would take hours.
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 BRACKET = re.compile(rb"[\[\]{}]")
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 

@@ -14,7 +14,7 @@ class Bounds:
     body_seconds     to send a body
     stall_seconds    that a client may read nothing while it is being sent something
     behind           events that may wait for a client that reads slowly
-    connections      at once
+    connections      at once; more than rows that may run and wait, so that a full queue is told as one (429)
     stuck_seconds    without a pass, and TIMES_SLOWEST of the longest one so far, after which the thread is given up
     finish_seconds   that answers have left when the server is stopped
     """
@@ -25,6 +25,6 @@ class Bounds:
     body_seconds: float = 30.0
     stall_seconds: float = 30.0
     behind: int = 20_000
-    connections: int = 256
+    connections: int = 512
     stuck_seconds: float = 60.0
     finish_seconds: float = 5.0

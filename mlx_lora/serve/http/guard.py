@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_lora.serve.http.access import Access
 from mlx_lora.serve.http.answering import as_bytes
-from mlx_lora.serve.http.body import ClientGone
 from mlx_lora.serve.openai.errors import ApiError
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,8 @@ ALWAYS = [
 ]
 # Seconds after which a refused client may ask again, by status.
 RETRY_AFTER = {429: 1, 503: 5}
-ASK, ALLOWED_HEADERS = b"access-control-request-method", b"authorization, content-type"
+# The star stands for all headers but the first: OpenAI's client in a browser sends some of its own.
+ASK, ALLOWED_HEADERS = b"access-control-request-method", b"authorization, *"
 
 # Called with the line of a request that has ended.
 OnRequest = Callable[[str], None]
@@ -65,8 +65,6 @@ class Guard:
 
         try:
             await self._answer(scope, headers)(scope, receive, sent)
-        except ClientGone:
-            pass
         except Exception as error:  # its text may hold a prompt
             log.exception("a request to %s failed: %s", route(scope), type(error).__name__)
             if not status:

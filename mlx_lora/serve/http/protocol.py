@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -20,10 +21,11 @@ def within(bounds: Bounds) -> type[asyncio.Protocol]:
 
 
 class Bounded(H11Protocol):
-    """A connection. `_late` ends it where the next request doesn't come in time, or the last one doesn't end."""
+    """A connection. `_late` ends it where the next request doesn't come in time, or the last response isn't read."""
 
     bounds = Bounds()
     _late: asyncio.TimerHandle | None = None
+    _unsent = math.inf  # bytes of the last response when it was looked at
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -64,7 +66,11 @@ class Bounded(H11Protocol):
             self._late = None
 
     def _end(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        self._late, before = None, self._unsent
+        self._unsent = self.transport.get_write_buffer_size() or math.inf
+        if self._unsent < before:  # the client still reads its response
+            self._look()
+        elif self.cycle is None and not self.transport.is_closing():
             self._refuse(408, "timeout", f"no request came within {self.bounds.header_seconds:g} seconds")
         else:
             self.transport.abort()

@@ -6,15 +6,18 @@ import asyncio
 import errno
 import ipaddress
 import re
+import resource
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
 
+from mlx_lora import ui
 from mlx_lora.errors import MlxLoraError
 from mlx_lora.machine import offline
 from mlx_lora.serve.http.access import KEY_VARIABLE, Access, read_key
@@ -27,6 +30,8 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Bytes that the system holds for a client that reads slowly; by itself it takes megabytes.
 SEND_BUFFER = 1 << 18
+# Files that are open beside connections: those of adapters, of the base, and of the workers that render templates.
+OTHER_FILES = 128
 # Seconds that a thread has to end what it does when the server is stopped, and that responses have to be sent then.
 ENDING, SENDING = 3.0, 2
 
@@ -82,6 +87,27 @@ def url(address: str, port: int) -> str:
     return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
+def with_files(bounds: Bounds) -> Bounds:
+    """`bounds` whose connections this process may have open: macOS gives a process 256 files unless it asks for more.
+
+    The limit is raised as far as that takes; where it can't be, fewer connections are taken.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = bounds.connections + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+            soft = allowed
+        except (OSError, ValueError):  # a limit of the system's own
+            pass
+        if soft < wanted:
+            connections = max(soft - OTHER_FILES, 1)
+            ui.warning(f"this process may open {soft} files, which leaves {connections} connections; see ulimit -n")
+            return replace(bounds, connections=connections)
+    return bounds
+
+
 class Server(uvicorn.Server):
     """Serves `service` on a bound socket until a signal comes, or `should_exit` is set from another thread.
 
@@ -99,7 +125,7 @@ class Server(uvicorn.Server):
         on_stop: Callable[[], None] = lambda: None,
         on_request: Callable[[str], None] = lambda line: None,
     ):
-        self.service, self.bounds = service, bounds or Bounds()
+        self.service, self.bounds = service, with_files(bounds or Bounds())
         self.on_ready, self.on_stop, self._listening = on_ready, on_stop, listening
         app = make_app(service, access or Access(), self.bounds, on_request)
         super().__init__(

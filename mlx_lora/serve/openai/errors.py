@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from mlx_lora.errors import AdapterError, Busy, MlxLoraError, NoMemory, NotFinite, Stopped
+
+# A path up to its last part. Directories may have spaces in their names.
+FOLDERS = re.compile(r"(?<![\w.~])~?(?:/[^/:\n]+)+/(?=[^/\s])")
+
+
+def without_folders(text: str) -> str:
+    """A message for a client: files by their names, since where they are on this machine is nobody's business."""
+    return FOLDERS.sub("", text)
 
 
 class ApiError(MlxLoraError):
@@ -32,7 +41,7 @@ def api_error(error: BaseException) -> ApiError:
         return error
     if not isinstance(error, MlxLoraError):  # its text may hold anything
         return ApiError(500, "internal_error", f"the request failed inside the server ({type(error).__name__})")
-    text = f"{error.message}; {error.hint}" if error.hint else error.message
+    text = without_folders(f"{error.message}; {error.hint}" if error.hint else error.message)
     if isinstance(error, Busy):
         return ApiError(429, "busy", text)
     if isinstance(error, NoMemory):

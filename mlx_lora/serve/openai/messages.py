@@ -38,9 +38,11 @@ def _checked(message: Mapping[str, Any], index: int, developer: bool) -> Message
     if kept["role"] == "developer" and not developer:
         kept["role"] = "system"
     content = kept.get("content")
-    if kept["role"] != "assistant" and (content in (None, []) or isinstance(content, str) and not content.strip()):
-        return {**kept, "content": content or ""}  # a tool may have nothing to say
+    empty = content in (None, []) or isinstance(content, str) and not content.strip()
+    nothing = empty and kept["role"] != "assistant"  # a tool may have nothing to say
     try:
-        return checked_message(kept, f"message {index}")
+        checked = checked_message({**kept, "content": "nothing"} if nothing else kept, f"message {index}")
     except ValueError as error:
-        raise refused(f"{place}.content", str(error).replace("can be trained on here", "is read here")) from None
+        said = str(error).partition(" (data.drop=")[0]  # a setting of training
+        raise refused(f"{place}.content", said.replace("can be trained on here", "is read here")) from None
+    return {**checked, "content": content or ""} if nothing else checked

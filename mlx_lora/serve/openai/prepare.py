@@ -7,6 +7,7 @@ All of it is work for a processor, in the thread that calls; the generating thre
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -80,11 +81,13 @@ def _chat(service: Service, body: ChatBody) -> Asked:
 
 def _completion(service: Service, body: CompletionBody) -> Asked:
     target, rows = find_model(service, body.model), list[Request]()
+    if (count := len(body.prompts) * body.n) > MOST_ROWS:
+        raise refused("prompt", f"{count} answers are asked for, at most {MOST_ROWS} can be")
+    for text in body.prompts:
+        target.check_length("prompt", len(text) if isinstance(text, str) else 0)
     prompts = [service.raw(one) if isinstance(one, str) else Prompt(tuple(one)) for one in body.prompts]
     if not prompts or not all(prompt.tokens for prompt in prompts):
         raise refused("prompt", "the prompt is empty")
-    if len(prompts) * body.n > MOST_ROWS:
-        raise refused("prompt", f"{len(prompts) * body.n} answers are asked for, at most {MOST_ROWS} can be")
     for prompt in prompts:
         if min(prompt.tokens) < 0 or token_ids.fault(service.tokenizer, prompt.tokens):
             raise refused("prompt", "the prompt has a token that the model doesn't know")
@@ -119,6 +122,7 @@ def _prompt(target: Target, body: ChatBody, form: ToolFormat | None) -> Prompt:
         arguments.setdefault("reasoning_effort", body.reasoning_effort)
     messages = prompt_messages(body.messages, target.trained, developer="developer" in target.template)
     tools = body.shown_tools if body.tool_choice != "none" else []
+    target.check_length("messages", len(json.dumps([body.messages, tools, arguments], ensure_ascii=False)))
     prompt = target.service.prompt(
         messages, target.adapter, thinking=thinking, tools=tools, template_args=arguments
     )  # fmt: skip

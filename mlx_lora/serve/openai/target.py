@@ -11,9 +11,13 @@ from mlx_lora.errors import AdapterError, MlxLoraError
 from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.context import context_length
 from mlx_lora.serve.conversation import Trained
-from mlx_lora.serve.openai.errors import ApiError, refused
+from mlx_lora.serve.openai.errors import ApiError, refused, without_folders
 from mlx_lora.serve.residence import identity
 from mlx_lora.serve.service import Prompt, Service
+
+# Characters of a prompt for each token at most; texts have about 4, and indented code 8. Encoding a million takes
+# seconds, and a tokenizer encodes one prompt at a time: what can't fit isn't encoded.
+CHARACTERS = 16
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,15 @@ class Target:
         """The tokens of a mark."""
         return tuple(self.format.encode([text])[0])
 
+    def check_length(self, param: str, characters: int) -> None:
+        """Raise ApiError for a prompt of so many characters, before it is encoded, where it can't fit the context."""
+        context = context_length(self.service.config)
+        if context is not None and characters > CHARACTERS * context:
+            raise refused(
+                param, f"the prompt has {characters:,} characters, this model's context is {context:,} tokens",
+                "context_length_exceeded",
+            )  # fmt: skip
+
     def most_tokens(self, prompt: Prompt, asked: int | None, usual: int) -> int:
         """How many tokens the answer may have. Raises ApiError for a prompt that is longer than the context."""
         context = context_length(self.service.config)
@@ -68,7 +81,8 @@ def find_model(service: Service, name: str) -> Target:
         target = Target(service, name)
         _ = target.trained
     except AdapterError as error:
-        raise ApiError(404, "model_not_found", f"no model {name[:80]!r}: {error.message}", "model") from None
+        why = without_folders(error.message)
+        raise ApiError(404, "model_not_found", f"no model {name[:80]!r}: {why}", "model") from None
     except MlxLoraError:
         raise ApiError(404, "model_not_found", f"no model {name[:80]!r}; /v1/models lists them", "model") from None
     return target

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from mlx_lora.errors import Stopped
 from mlx_lora.serve.http.access import Access
 from mlx_lora.serve.http.bounds import Bounds
 from mlx_lora.serve.http.server import Server, bound
@@ -81,7 +82,11 @@ def held(service: Service) -> Iterator[Callable[[], None]]:
         begun.set()
         end.wait(30)
 
-    thread = threading.Thread(target=lambda: service.scheduler.ask(hold))
+    def ask() -> None:
+        with suppress(Stopped):  # where the thread is given up meanwhile
+            service.scheduler.ask(hold)
+
+    thread = threading.Thread(target=ask)
     thread.start()
     try:
         assert begun.wait(20)

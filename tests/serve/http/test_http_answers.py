@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +105,19 @@ def test_adapters_appear_are_replaced_and_go_while_the_server_runs(
     assert "new" not in server.client.get("/v1/models").text
 
 
+@pytest.mark.parametrize("file", ["adapters.safetensors", "manifest.json"])
+def test_a_damaged_adapter_is_told_without_where_it_lies(
+    server: Running, home: Path, tiny_path: Path, file: str
+) -> None:
+    save_adapter(home / "adapters/damaged", tiny_path, 7)
+    (home / "adapters/damaged" / file).write_bytes(b"{ nothing of use")
+    load = server.client.post("/v1/load_lora_adapter", json={"lora_name": "damaged"})
+    for told in (server.chat("damaged"), load):
+        assert error_of(told) == (404, "model_not_found") and str(home.parent) not in told.text
+    assert file in server.chat("damaged").text
+    shutil.rmtree(home / "adapters/damaged")
+
+
 def test_an_adapter_is_brought_into_memory_and_let_go_by_its_name_alone(server: Running) -> None:
     def post(route: str, **body: object) -> httpx.Response:
         return server.client.post(f"/v1/{route}_lora_adapter", json=body)
@@ -141,10 +155,16 @@ def test_metrics_count_what_was_done(server: Running) -> None:
     counted = 'requests_total{route="/v1/chat/completions",status="200"}'
     before = value(counted), value("prompt_tokens_total"), value("prompt_cache_hits_total")
     usage = [server.chat("one", max_tokens=3, temperature=0).json()["usage"] for _ in range(2)]
-    assert value(counted) == before[0] + 2
+    wait_for(lambda: value(counted) == before[0] + 2)  # counted after it was sent
     assert value("prompt_tokens_total") == before[1] + sum(one["prompt_tokens"] for one in usage)
     assert value("prompt_cache_hits_total") >= before[2] + 1
     assert value("active_memory_bytes") > 0 and value("adapter_bytes") > 0 and value("generating") == 1
+    gone = 'requests_total{route="/v1/chat/completions",status="%d"}'
+    before = value(gone % 0), value(gone % 500)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+    wait_for(lambda: value(gone % 0) == before[0] + 1)
+    assert value(gone % 500) == before[1], "a client that leaves is no fault of the server"
     text = server.client.get("/metrics").text
     assert all(re.fullmatch(r"# (HELP|TYPE) .+|[a-z_]+(\{.*\})? -?[0-9.]+", line) for line in text.splitlines())
     server.client.get("/someone's/secret")

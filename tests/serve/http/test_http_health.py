@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import time
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlx_lora.machine import limits
 from mlx_lora.serve.http import page, server, watch
 from mlx_lora.serve.http.access import KEY_VARIABLE
 from mlx_lora.serve.http.bounds import Bounds
+from mlx_lora.serve.status import Limits
 from mlx_lora.serve.worker import Worker
 from tests.serve.http.conftest import NO_END, Running, asking, chunks, error_of, held, running, wait_for
 
@@ -56,6 +58,9 @@ def test_a_thread_that_hangs_is_told_and_may_come_back(tiny_path: Path, monkeypa
             health = server.client.get("/health")
             assert health.status_code == 503 and health.json()["status"] == "failed"
             assert error_of(server.chat()) == (503, "stopped")
+            start = time.monotonic()
+            unload = server.client.post("/v1/unload_lora_adapter", json={"lora_name": "two"})
+            assert error_of(unload) == (503, "stopped") and time.monotonic() - start < 5
         wait_for(lambda: server.client.get("/health").status_code == 200)
         assert server.chat("one", max_tokens=3).status_code == 200
         assert server.service.scheduler.status().running == 0
@@ -100,6 +105,22 @@ def test_the_end_finishes_answers_or_returns_what_there_is(
         wait_for(lambda: not server.service.scheduler.alive)
 
 
+def test_answers_that_haven_t_begun_at_the_end_are_errors(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty answer would look like one that the model gave."""
+    turn = Worker.turn
+    monkeypatch.setattr(Worker, "turn", lambda worker: (time.sleep(0.01), turn(worker)))
+    with running(tiny_path, bounds=Bounds(finish_seconds=0.0), rows=1) as server:
+        with server.streaming("one") as stream:
+            parts = chunks(stream)
+            next(parts)
+            asked = partial(server.chat, **ENDLESS), partial(server.chat, stream=True, **ENDLESS)
+            with asking(*asked) as waiting:
+                wait_for(lambda: server.client.get("/health").json()["waiting"] == 2)
+                server.server.should_exit = True
+            assert list(parts)
+        assert [error_of(answer) for answer in waiting] == [(503, "stopped")] * 2
+
+
 def test_a_key_is_needed_where_others_can_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     for host in ("0.0.0.0", "::", "192.0.2.1"):
@@ -128,6 +149,30 @@ def test_a_key_is_needed_where_others_can_come(tmp_path: Path, monkeypatch: pyte
             server.address_of(host)
     with pytest.raises(MlxLoraError, match="is not an origin"):
         server.access("127.0.0.1", None, [], ["page.example"])
+
+
+@pytest.mark.parametrize(("hard", "connections"), [(-1, 512), (4096, 512), (300, 300 - server.OTHER_FILES)])
+def test_as_many_files_may_be_open_as_connections_take(
+    hard: int, connections: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Mac begins with 256."""
+    limits_set = [(256, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits_set[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: limits_set.append(limits))
+    assert server.with_files(Bounds()).connections == connections
+    assert limits_set[-1] == (connections + server.OTHER_FILES, hard)
+
+    def refused(which: int, limits: tuple[int, int]) -> None:
+        raise ValueError("over the system's limit")
+
+    limits_set[-1] = (256, hard)
+    monkeypatch.setattr(resource, "setrlimit", refused)
+    assert server.with_files(Bounds()).connections == 256 - server.OTHER_FILES
+
+
+def test_a_full_queue_is_told_before_connections_run_out() -> None:
+    limits = Limits()
+    assert limits.rows + limits.waiting < Bounds().connections
 
 
 def test_a_port_in_use_is_an_error_with_a_hint(shared_server: Running) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from mlx_lora.serve.http.access import Access
+from mlx_lora.serve.http.body import parse
 from mlx_lora.serve.http.bounds import Bounds
+from mlx_lora.serve.openai.errors import ApiError
 from tests.serve.http.conftest import NO_END, Running, error_of, running
 
 CHAT = "/v1/chat/completions"
@@ -85,7 +87,7 @@ def test_the_page_s_own_origin_is_served_and_an_allowed_one_may_read(server: Run
         asks = {"Origin": page, "Access-Control-Request-Method": "POST"}
         before = other.client.options(CHAT, headers=asks)
         assert before.status_code == 204 and before.headers["access-control-allow-origin"] == page
-        assert "authorization" in before.headers["access-control-allow-headers"]
+        assert before.headers["access-control-allow-headers"] == "authorization, *"
         after = other.client.get("/v1/models", headers={"Origin": page, "Authorization": "Bearer a-long-key"})
         assert after.status_code == 200 and after.headers["access-control-allow-origin"] == page
         for key in ("", "Bearer", "Bearer wrong", "Bearer a-long-ke", "Basic a-long-key", "a-long-key"):
@@ -137,6 +139,17 @@ def test_brackets_in_a_text_aren_t_depth(server: Running) -> None:
     assert server.chat(text='[{"' * 100, max_tokens=1).status_code == 200
 
 
+@pytest.mark.parametrize("end", [b"", b"\\", b'"', b'"]'])
+def test_texts_that_aren_t_closed_take_no_longer_than_others(end: bytes) -> None:
+    """Each quote could begin a text that reaches to the end: a million of them are read once, not a million times."""
+    bounds, start = Bounds(), time.monotonic()
+    with pytest.raises(ApiError, match="isn't JSON"):
+        parse(b'{"a": "' + b'\\"' * (1 << 20) + end, bounds)
+    assert time.monotonic() - start < 2
+    with pytest.raises(ApiError, match="nested more than 64"):
+        parse(b'["\\\\", ' + b"[" * 64, bounds)
+
+
 def test_a_large_body_is_refused_before_it_is_read(server: Running) -> None:
     whole = {"model": "one", "messages": [{"role": "user", "content": "x" * 250_000}]}
     assert error_of(server.client.post(CHAT, content=json.dumps(whole))) == (413, "body_too_large")
@@ -185,6 +198,35 @@ def test_connections_are_counted(server: Running) -> None:
             connection.close()
     assert all(b" 503 " in answer and b"too_many_connections" in answer for answer in answers)
     time.sleep(0.1)
+
+
+@pytest.mark.real
+def test_a_whole_answer_may_be_read_slowly_but_not_never(tiny_path: Path) -> None:
+    body: dict[str, Any] = {
+        "model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "n": 8,
+        "logprobs": True, "top_logprobs": 20, **NO_END,
+    }  # fmt: skip
+    content = json.dumps(body).encode()
+    with running(tiny_path, bounds=Bounds(header_seconds=0.4)) as server:
+        for reads in (True, False):
+            with socket.socket() as reader:
+                reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+                reader.settimeout(20)
+                reader.connect(("127.0.0.1", server.port))
+                reader.sendall(head(len(content)) + content)
+                got = reader.recv(4096)
+                length = int(got.partition(b"content-length: ")[2].split()[0])
+                assert length > 1 << 20, "more than the system holds for it"
+                end = time.monotonic() + 1.2
+                while time.monotonic() < end:
+                    got += reader.recv(8192) if reads else b""
+                    time.sleep(0.01)
+                try:
+                    while len(got) < length and (more := reader.recv(1 << 20)):
+                        got += more
+                except ConnectionResetError:
+                    pass
+                assert (len(got) > length) == reads
 
 
 def test_a_slow_reader_is_let_go_and_holds_up_nobody(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,10 @@ import copy
 import random
 from typing import Any
 
-from mlx_lora.serve.openai import ApiError, prepare
+import pytest
+
+from mlx_lora.errors import AdapterError
+from mlx_lora.serve.openai import ApiError, api_error, prepare
 from mlx_lora.serve.service import Service
 from tests.serve.openai.drive import HELLO, tool
 
@@ -59,3 +62,22 @@ def test_strange_completions_are_answered_or_refused(tooled: Service) -> None:
                 prepare(tooled, {"model": tooled.base} | kept, "completion")
             except ApiError as error:
                 assert error.status in (400, 404), kept
+
+
+def test_errors_name_files_and_not_where_they_are() -> None:
+    for text, told in (
+        ("/Users/Nora K/.mlx-lora/adapters/sql/a.safetensors: not readable", "a.safetensors: not readable"),
+        ("no file at ~/Documents/secret plans/x.json", "no file at x.json"),
+        ("needs 3/4 of it, or and/or/not; 1 / 2", "needs 3/4 of it, or and/or/not; 1 / 2"),
+    ):
+        assert api_error(AdapterError(text)).message == told
+
+
+def test_a_message_without_text_is_checked_as_any_other(tooled: Service) -> None:
+    for role in ("user", "tool", "system"):
+        for content in ("", " ", None, []):
+            message = {"role": role, "content": content}
+            prepare(tooled, {"model": tooled.base, "messages": [message]})
+            for calls in (5, "x", [3], {"a": 1}):
+                with pytest.raises(ApiError, match="tool_calls"):
+                    prepare(tooled, {"model": tooled.base, "messages": [message | {"tool_calls": calls}]})

@@ -90,6 +90,22 @@ def test_a_schema_beside_tools_allows_either(tooled: Service) -> None:
     assert whole["choices"][0]["finish_reason"] == "tool_calls"
 
 
+def test_what_cant_fit_is_refused_before_it_is_encoded(tooled: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoding millions of characters takes seconds, in which nobody else's prompt is encoded."""
+    for name in ("prompt", "raw"):
+        monkeypatch.setattr(Service, name, lambda *_, **__: pytest.fail("it was encoded"))
+    long = [{"role": "user", "content": "x" * 40_000}]
+    assert error(tooled, messages=long).code == "context_length_exceeded"
+    assert (
+        error(tooled, tools=[tool() | {"function": {"name": "add", "description": "x" * 40_000}}]).param == "messages"
+    )
+    for prompt in ("x" * 40_000, ["x", "x" * 40_000]):
+        with pytest.raises(ApiError, match="40,000 characters, this model's context is 2,048 tokens"):
+            prepare(tooled, {"model": tooled.base, "prompt": prompt}, "completion")
+    with pytest.raises(ApiError, match="100000 answers are asked for"):
+        prepare(tooled, {"model": tooled.base, "prompt": ["a"] * 100_000}, "completion")
+
+
 def test_what_cant_be_enforced_is_refused_by_name(tooled: Service) -> None:
     unknown = schema_format({"type": "array", "uniqueItems": True})
     assert "uniqueItems" in error(tooled, response_format=unknown).message
