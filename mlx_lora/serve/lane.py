@@ -165,6 +165,8 @@ class Lane:
             if row is apart:
                 self._drafting.follow(row.lookup)
         if self.way.rows == ALONE:
+            if row is None and apart is not None:  # such as a window that is full: no token can be taken back
+                self._drafting.follow(None)
             return
         if apart is not None and (row is None or self._idle >= IDLE):
             self._move(apart, self.generator)
