@@ -6,6 +6,7 @@ What the machine has left is looked at, since other programs take of it too. Wha
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,9 +35,15 @@ class Room:
         self._prompts, self._looked = prompts, 0.0
         self._row_bytes = row_growth(model, make_cache)
 
-    def admits(self, row: Row, *, running: bool) -> bool:
-        """Whether a row may begin; False where it waits for others that run. Raises NoMemory where there are none."""
-        needed = self._row_bytes(len(row.prompt) + min(row.most, ANSWER))
+    def admits(self, row: Row, running: Sequence[Row]) -> bool:
+        """Whether a row may begin beside those that run, which will take more than they have taken so far.
+
+        False where it waits for them to end. Raises NoMemory where there are none.
+        """
+        needed = self._at_most(row)
+        for other in running:
+            taken = len(other.tokens) if other.answer else other.read
+            needed += max(self._at_most(other) - self._row_bytes(taken), 0)
         if needed <= self._free(needed):
             return True
         if running:
@@ -45,6 +52,10 @@ class Room:
             f"{len(row.prompt):,} tokens and their answer take {ui.size(needed)}, which this machine doesn't have left",
             hint=HINT,
         )
+
+    def _at_most(self, row: Row) -> int:
+        """Bytes of a row whose answer has as many tokens as room is made for."""
+        return self._row_bytes(len(row.prompt) + min(row.most, ANSWER))
 
     def fault(self) -> NoMemory | None:
         """What is wrong where the machine is about to swap; looked at now and then, None in between."""

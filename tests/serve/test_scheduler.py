@@ -249,6 +249,33 @@ def test_a_pass_that_fails_is_run_again_row_by_row(
     assert running.submit(Request((5, poison, 9, 4), "a", max_tokens=3)).tokens()
 
 
+def test_rows_of_a_pass_that_failed_are_not_passed_by_others(scheduler: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each needs the lane for itself: one that joined meanwhile would keep them waiting."""
+    from mlx_lora.serve.rows import RowsModel
+
+    call, failed = RowsModel.__call__, list[bool]()
+
+    def fails_once(model: RowsModel, tokens: mx.array, cache: list[Any]) -> mx.array:
+        if tokens.shape[0] == 2 and not failed:
+            failed.append(True)
+            raise RuntimeError("no memory for two")
+        return call(model, tokens, cache)
+
+    running = scheduler(rows=2)
+    monkeypatch.setattr(RowsModel, "__call__", fails_once)
+    ends: list[int] = []
+
+    def submit(number: int) -> Answer:
+        return running.submit(
+            Request(prompt(5, number), max_tokens=60),
+            lambda event: ends.append(number) if isinstance(event, Finished) else None,
+        )
+
+    answers = [submit(number) for number in range(6)]
+    wait_for(lambda: len(ends) == len(answers))
+    assert failed and ends[:2] == [0, 1]
+
+
 def test_a_cancelled_row_leaves_at_once_and_the_others_go_on(scheduler: Make, tiny: LoadedModel) -> None:
     running = scheduler(rows=3)
     staying = [Request(prompt(6, index), name, max_tokens=25) for index, name in enumerate(["a", None])]
