@@ -17,6 +17,7 @@ import pytest
 from mlx_lora.errors import AdapterError, Busy, MlxLoraError, ModelError, NotFinite, Stopped
 from mlx_lora.models.load import LoadedModel, load
 from mlx_lora.serve.requests import Answer, Failed, Finished, Reading, Request, Sampling, Token
+from mlx_lora.serve.sampling import sampler
 from mlx_lora.serve.scheduler import Limits, Scheduler
 from tests.serve.requests import assert_same_or_tied, by_itself, giving, prompt, random_adapter
 
@@ -80,6 +81,14 @@ def test_the_same_seed_gives_the_same_text_whatever_else_is_in_the_batch(schedul
     assert running.submit(asked).tokens() == first and len(first) > 5
     assert [answer.tokens() for answer in crowd] == [running.submit(request).tokens() for request in others]
     assert running.submit(replace(asked, sampling=replace(sampling, seed=8))).tokens() != first
+
+
+@pytest.mark.parametrize("temperature", [1e-60, 1e300])
+def test_no_temperature_draws_a_token_that_is_excluded(temperature: float) -> None:
+    logits = mx.array([[0.1, 2.0, 1.5, -3.0]])
+    log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    drawn = {int(sampler(Sampling(temperature, top_k=2, seed=seed))(log_probabilities).item()) for seed in range(20)}
+    assert drawn == ({1} if temperature < 1 else {1, 2})
 
 
 def test_methods_that_don_t_join_have_batches_of_their_own_and_say_so(scheduler: Make, tiny: LoadedModel) -> None:
