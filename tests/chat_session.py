@@ -23,14 +23,15 @@ README = ROOT / "mlx_lora" / "serve" / "README.md"
 START, END = "<!-- chat session -->\n```text\n", "```\n<!-- /chat session -->"
 COMMAND = "mlx-lora chat --model quickstart-base --adapter quickstart-sql"
 QUESTION = "Where does Jigotz Gosvouck have orders?"
-# What is typed; each line ends with Enter. `until`: what must be on the screen before Ctrl-C follows.
+# What is typed, each line with Enter behind it.
 LINES = (
-    "/help", "/adapters", QUESTION, "/good", "/rate rated.jsonl", "/good", "/compare base quickstart-sql", "/stats",
-    "/base", QUESTION, "/use quickstart-notes", "@note.txt", "/use quickstart-sql", '"""', "How many orders",
-    "are in Riga?", '"""', "/set max_tokens 200", "/set temperature 0.4", "/set seed 1", "/set", "/retry", "/bad",
-    "/set temperature 0", "/history on", "/think on", "/system Answer in SQL.", "/system", "/edit", "",
-    "/save talk.jsonl", "/reset", "/load talk.jsonl", "/clear", "/markdown off", "/?", "exit",
+    "/reset", "/help", "/adapters", QUESTION, "/good", "/rate rated.jsonl", "/good", "/compare base quickstart-sql",
+    "/stats", "/base", QUESTION, "/use quickstart-notes", "@note.txt", "/use quickstart-sql", '"""',
+    "How many orders", "are in Riga?", '"""', "/set max_tokens 200", "/set temperature 0.4", "/set seed 1", "/set",
+    "/retry", "/bad", "/set temperature 0", "/history on", "/think on", "/system Answer in SQL.", "/system", "/edit",
+    "", "/save talk.jsonl", "/reset", "/load talk.jsonl", "/clear", "/markdown off", "/?", "exit",
 )  # fmt: skip
+# Before it, a question whose answer Ctrl-C stops once this is on the screen.
 STOPPED, UNTIL = "hello", "VVV"
 NOTE = "10 February: pick up Nora Kowalski in Shanghai at 17:50, then go through the parking.\n"
 # The line of the cursor when it is time to type: empty, or a line of a block, of which one comes back with /edit.

@@ -31,6 +31,8 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lora.models.load import LoadedModel, load  # noqa: E402
 
 AS_GPU = Path(__file__).with_name("as_gpu")
+# Files that take minutes. With `--dist loadfile` one process takes a whole file: last, it would leave the others idle.
+LONGEST = ("test_wikisql.py", "test_gguf_export.py", "test_distributed.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,7 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is about the other kind of device, with the marker's reason."""
+    """Skip what is about the other kind of device, with the marker's reason; begin with the longest files."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     other = "processor" if device.on_gpu() else "gpu"
     for item in items:
         if marker := item.get_closest_marker(other):

@@ -12,38 +12,13 @@ from mlx_lora import ui
 from mlx_lora.cli.options import Adapter, Json, KvBits, Lookup, MaxTokens, Model, Seed, System, Temperature, Think
 
 if TYPE_CHECKING:
-    from mlx_lora.serve.conversation import Trained
-    from mlx_lora.serve.engine import Engine
     from mlx_lora.serve.service import Service
+    from mlx_lora.serve.status import Options
 
 
 def register(app: typer.Typer) -> None:
     app.command()(generate)
     app.command()(chat)
-
-
-def _engine(model: str | None, adapter: str | None) -> tuple[Engine, Trained]:
-    """An engine with the adapter in use, and how that was trained."""
-    from mlx_lora.models.unpack import unpack_once
-    from mlx_lora.serve.conversation import Trained, trained
-    from mlx_lora.serve.engine import Engine
-    from mlx_lora.store import adapter as store
-    from mlx_lora.store import registry
-    from mlx_lora.store.base import base_for
-
-    stored = store.read(registry.find(adapter)) if adapter else None
-    opened = base_for(model, [stored] if stored else [])
-    with ui.working(f"loading {model or registry.base_name(opened.path)}"):
-        loaded = registry.open_base(opened, [stored] if stored else [])
-        unpack_once(loaded)
-    engine = Engine(loaded)
-    if stored is not None:
-        label = registry.label(stored.path)
-        of_adapter = trained(stored)
-        end = of_adapter.format(loaded.tokenizer).own_end
-        engine.add(label, store.wrappers_for(engine.loaded.model, stored), end=end)
-        engine.use(label)
-    return engine, of_adapter if stored else Trained()
 
 
 def generate(
@@ -81,7 +56,7 @@ def generate(
 
 
 @contextmanager
-def _service(model: str | None, adapter: str | None) -> Iterator[tuple[Service, str | None]]:
+def _service(model: str | None, adapter: str | None, options: Options) -> Iterator[tuple[Service, str | None]]:
     """A service on the base, and what it calls the adapter that was given."""
     from mlx_lora.serve.service import open_service
 
@@ -91,16 +66,23 @@ def _service(model: str | None, adapter: str | None) -> Iterator[tuple[Service, 
         def stage(text: str) -> None:
             loading.enter_context(ui.working(text))
 
-        service = stack.enter_context(open_service(model, [adapter] if adapter else [], stage=stage))
+        service = stack.enter_context(open_service(model, [adapter] if adapter else [], options=options, stage=stage))
         loading.close()
         yield service, next(iter(service.places), None)
 
 
-def chat(model: Model = None, adapter: Adapter = None, system: System = None) -> None:
+def chat(
+    model: Model = None,
+    adapter: Adapter = None,
+    system: System = None,
+    lookup: Lookup = True,
+    kv_bits: KvBits = None,
+) -> None:
     """Talk to the base and its adapters; /help inside."""
     from mlx_lora.serve.chat import Chat
+    from mlx_lora.serve.status import Options
 
-    with _service(model, adapter) as (service, name):
+    with _service(model, adapter, Options(lookup, kv_bits)) as (service, name):
         conversation = Chat(service, name)
         if system is not None:
             conversation.commands.system(system)

@@ -247,10 +247,10 @@ def _fitting(loaded: LoadedModel, rows: int | None, kv_bits: int | None) -> Limi
     return made.limits if rows is None else replace(made.limits, rows=rows)
 
 
-def _by_label(paths: Sequence[Path], label: Callable[[Path], str]) -> dict[str, Path]:
-    """Directories of adapters by their labels. Raises AdapterError where two have one."""
-    places = {label(path): path for path in paths}
-    if len(places) < len(set(paths)):
+def _places(stored: Sequence[store.StoredAdapter], label: Callable[[Path], str]) -> dict[str, Path]:
+    """The directories of adapters by their names. Raises AdapterError where two have the same."""
+    places = {label(adapter.path): adapter.path for adapter in stored}
+    if len(places) < len({adapter.path for adapter in stored}):
         raise AdapterError("two of the adapters have the same name", hint="rename the directory of one")
     return places
 
@@ -270,13 +270,12 @@ def open_service(
     """A base with its scheduler, and `adapters` (names or paths) in memory; names of the home may be asked for too.
 
     `label` gives the name of each of `adapters`. Without `model`, the base that the adapters belong to. Without
-    `limits`, those that this machine's memory allows (`serve.memory`), with `rows` answered at once where that is
-    given. When the block ends, answers that run have `finish` seconds left. Raises what opening the base or loading an
-    adapter raises.
+    `limits`, those that memory allows (`serve.memory`), with `rows` at once where that is given. When the block ends,
+    answers that run have `finish` seconds left. Raises what opening the base or loading an adapter raises.
     """
     stored = [store.read(registry.find(adapter)) for adapter in adapters]
     opened = base_for(model, stored)
-    places = _by_label([adapter.path for adapter in stored], label)
+    places = _places(stored, label)
 
     def open_base() -> LoadedModel:
         loaded = registry.open_base(opened, stored)

@@ -77,7 +77,8 @@ def test_the_same_recipe_trained_anew_after_a_memory_stop_is_run_in_a_smaller_wa
 ) -> None:
     first = train_adapter(recipe)
     second = train_adapter(recipe, force=True)
-    assert way(second) != way(first) and second.plan.peak_memory_bytes < first.plan.peak_memory_bytes
+    before, after = way(first), way(second)  # predicted bytes can't be compared: the stop has corrected the second ones
+    assert (after.recompute, -after.most_positions) > (before.recompute, -before.most_positions)
     other = train_adapter(changed(recipe, "adapter.rank=1"), force=True)
     assert way(other) == way(first), "what another recipe takes isn't known"
 
