@@ -78,8 +78,8 @@ class OneRowGenerator:
         )  # fmt: skip
         return [self._uid]
 
-    def follow(self, lookup: Lookup) -> None:
-        """Draft the row's tokens out of `lookup`, which is told every token from now on."""
+    def follow(self, lookup: Lookup | None) -> None:
+        """Draft the row's tokens out of `lookup`, which is told every token from now on; None drafts nothing."""
         if self._row is not None:
             self._row.lookup = lookup
 

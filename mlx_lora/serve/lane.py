@@ -95,7 +95,8 @@ class Lane:
         row.untrimmable = not trimmable(layers, len(tokens))
         places = sorted({place for place in (shared, len(tokens) - 1) if cached < place < len(tokens)})
         edges = [cached, *(places if row.untrimmable else []), len(tokens)]
-        row.cached, row.sample, row.begun = cached, sampler(row.request.sampling), time.monotonic()
+        row.cached, row.read, row.begun = cached, 0, time.monotonic()
+        row.sample = sampler(row.request.sampling)
         if isinstance(row.sample, Drawing):
             row.sample.drawn = len(row.answer)
         self._begin(self.generator, row, layers, edges)
@@ -125,7 +126,8 @@ class Lane:
             row = self.rows.get(response.uid)
             if row is not None and not row.answer and response.progress:
                 done, total = response.progress
-                row.deliver(Reading(row.cached + done, row.cached + total))
+                row.read = row.cached + done
+                row.deliver(Reading(row.read, row.cached + total))
                 if row.untrimmable and response.end_of_segment and done < total:
                     layers, tokens = self._of(response.uid).extract_cache([row.uid])[row.uid]
                     yield Kept(row, list(layers[1:]), list(tokens))
@@ -165,6 +167,8 @@ class Lane:
             if row is apart:
                 self._drafting.follow(row.lookup)
         if self.way.rows == ALONE:
+            if row is None and apart is not None:  # such as a window that is full: no token can be taken back
+                self._drafting.follow(None)
             return
         if apart is not None and (row is None or self._idle >= IDLE):
             self._move(apart, self.generator)

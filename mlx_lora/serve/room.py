@@ -37,12 +37,14 @@ class Room:
         self._row_bytes = row_growth(model, make_cache)
 
     def admits(self, row: Row, running: Sequence[Row]) -> bool:
-        """Whether a row may begin beside those that run; False where it waits for them.
+        """Whether a row may begin beside those that run, which will take more than they have taken so far.
 
-        A row that has no token yet hasn't taken its memory yet. Raises NoMemory where no row runs.
+        False where it waits for them to end. Raises NoMemory where there are none.
         """
-        own = self._needed(row)
-        needed = own + sum(self._needed(other) for other in running if not other.answer)
+        needed = self._at_most(row)
+        for other in running:
+            taken = len(other.tokens) if other.answer else other.read
+            needed += max(self._at_most(other) - self._row_bytes(taken), 0)
         if running and needed >= self._missing > 0 and time.monotonic() - self._missed < LOOK:
             return False  # many rows may wait, and looking at the machine takes time
         self._missing = 0
@@ -52,11 +54,12 @@ class Room:
             self._missing, self._missed = needed, time.monotonic()
             return False
         raise NoMemory(
-            f"{len(row.prompt):,} tokens and their answer take {ui.size(own)}, which this machine doesn't have left",
+            f"{len(row.prompt):,} tokens and their answer take {ui.size(needed)}, which this machine doesn't have left",
             hint=HINT,
         )
 
-    def _needed(self, row: Row) -> int:
+    def _at_most(self, row: Row) -> int:
+        """Bytes of a row whose answer has as many tokens as room is made for."""
         return self._row_bytes(len(row.prompt) + min(row.most, ANSWER))
 
     def fault(self) -> NoMemory | None:

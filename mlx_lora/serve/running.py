@@ -19,7 +19,8 @@ class Row:
 
     The answer has at most `most` tokens; `shown` of them have been delivered. A `suspect` was in a pass that failed: it
     runs by itself until it has made a token. While `loading` its adapter is on the way. Where caches are `untrimmable`,
-    those of the row's beginning are kept. `begun` is when it came into its lane.
+    those of the row's beginning are kept. `begun` is when it came into its lane; `read` tokens of its prompt have been
+    read since then, with the `cached` ones.
     """
 
     request: Request
@@ -32,6 +33,7 @@ class Row:
     most: int = 0
     shown: int = 0
     cached: int = 0
+    read: int = 0
     uid: int | None = None
     suspect: bool = False
     loading: bool = False

@@ -19,6 +19,9 @@ from mlx_lora.serve.requests import Sampling
 
 Sampler = Callable[[mx.array], mx.array]
 
+# Below and above, float32 divides by zero or by infinity, and any token may come. Here they draw the same.
+COLDEST, HOTTEST = 1e-6, 1e6
+
 
 def greedy(log_probabilities: mx.array) -> mx.array:
     """The most likely token of each row: (N, V) -> (N,)."""
@@ -49,7 +52,8 @@ class Drawing:
         key = mx.array(struct.unpack("<II", digest), mx.uint32)
         self.drawn += 1
         kept = filtered(log_probabilities.astype(mx.float32), self.sampling)
-        return mx.random.categorical(kept / self.sampling.temperature, key=key)
+        temperature = min(max(self.sampling.temperature, COLDEST), HOTTEST)
+        return mx.random.categorical(kept / temperature, key=key)
 
 
 def sampler(sampling: Sampling) -> Sampler:

@@ -128,7 +128,7 @@ class Scheduler:
             if not self._open:
                 self._beat = time.monotonic()
             self._open.add(row)
-        self._inbox.put(lambda worker: worker.waiting.append(row))
+            self._inbox.put(lambda worker: worker.waiting.append(row))  # before `give_up` can cancel it
         return answer
 
     def refusal(self) -> Busy | Stopped | None:

@@ -270,9 +270,8 @@ def open_service(
     """A base with its scheduler, and `adapters` (names or paths) in memory; names of the home may be asked for too.
 
     `label` gives the name of each of `adapters`. Without `model`, the base that the adapters belong to. Without
-    `limits`, those that this machine's memory allows (`serve.memory`), with `rows` answered at once where that is
-    given. When the block ends, answers that run have `finish` seconds left. Raises what opening the base or loading an
-    adapter raises.
+    `limits`, those that memory allows (`serve.memory`), with `rows` at once where that is given. When the block ends,
+    answers that run have `finish` seconds left. Raises what opening the base or loading an adapter raises.
     """
     stored = [store.read(registry.find(adapter)) for adapter in adapters]
     opened = base_for(model, stored)

@@ -93,15 +93,13 @@ class Worker:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do until something arrives; rows may wait for a file that is being read."""
-        running = any(lane.rows for lane in self._lanes.values())
         awaits = self.residence.awaits
         waiting = [row for row in self.waiting if not (row.loading and awaits(row.request.adapter))]
-        return not (running or waiting or self.residence.loading)
+        return not (self._running() or waiting or self.residence.loading)
 
     def turn(self) -> None:
         """Go on loading adapters, begin the rows that can begin, and run one pass."""
-        running = any(lane.rows for lane in self._lanes.values())
-        self.residence.load_on(LOADING if running else ONLY_LOADING)
+        self.residence.load_on(LOADING if self._running() else ONLY_LOADING)
         self._tell_wanted()
         self._keep_room()
         self._admit()
@@ -110,8 +108,7 @@ class Worker:
 
     def _keep_room(self) -> None:
         """Where the machine is about to swap, give up what is kept of prompts, then the row that began last."""
-        rows = self._running()
-        if rows and (fault := self._room.fault()) is not None:
+        if (rows := self._running()) and (fault := self._room.fault()) is not None:
             last = max(rows, key=lambda row: row.begun)
             self._lanes[last.key if last.held and last.held.alone else None].remove(last)
             self._fail(last, fault)
@@ -148,34 +145,37 @@ class Worker:
         return [row for lane in self._lanes.values() for row in lane.rows.values()]
 
     def _admit(self) -> None:
-        """Move rows that wait into their lanes, in order; a row whose lane is full lets others pass."""
-        running = sum(len(lane.rows) for lane in self._lanes.values())
+        """Move rows that wait into their lanes, in order; a row whose lane is full lets others pass.
+
+        One that waits for memory, or for a lane to itself, doesn't: it would wait for as long as others come.
+        """
         for row in list(self.waiting):
-            if running >= self.limits.rows:
+            if len(running := self._running()) >= self.limits.rows:
                 return
             try:
-                if self._begin_row(row):
+                if (lane := self._lane_of(row)) is not None and self._room.admits(row, running):
+                    self._insert(lane, row)
                     self.waiting.remove(row)
-                    running += 1
+                elif lane is not None or row.suspect:
+                    return
             except Exception as error:
                 self.waiting.remove(row)
                 self._fail(row, error)
 
-    def _begin_row(self, row: Row) -> bool:
-        """Put a row into its lane; False where that has no room now."""
+    def _lane_of(self, row: Row) -> Lane | None:
+        """The lane that a row belongs to; None while that has no place, or while the adapter loads."""
         if row.held is None and not self._prepare_row(row):
-            return False
-        own = row.held is not None and row.held.alone is not None
-        lane = self._lanes.get(row.key if own else None)
-        if lane is None:
-            lane = self._lanes[row.key] = self._lane(row.held)
-        if not lane.takes(row) or not self._room.admits(row, self._running()):
-            return False
+            return None
+        key = row.key if row.held is not None and row.held.alone is not None else None
+        if key not in self._lanes:
+            self._lanes[key] = self._lane(row.held)
+        return self._lanes[key] if self._lanes[key].takes(row) else None
+
+    def _insert(self, lane: Lane, row: Row) -> None:
         layers, cached = self.prompts.find(row.key, row.tokens)
         lane.insert(row, layers, cached, self.prompts.shared(row.key, row.tokens))
         self._counts["prompt_tokens"] += len(row.tokens)
         self._counts["cached_tokens"] += cached
-        return True
 
     def _prepare_row(self, row: Row) -> bool:
         """The adapter, the prompt with its virtual tokens, the tokens that end the answer; False while one loads."""

@@ -19,7 +19,8 @@ from mlx_lora import paths
 from mlx_lora.data import prompts
 from mlx_lora.data.prompts import PromptRow
 from mlx_lora.data.read import sha256
-from mlx_lora.errors import DataError, MlxLoraError, Stopped
+from mlx_lora.errors import DataError, MlxLoraError, NoMemory, Stopped
+from mlx_lora.serve.answer import NO_SYSTEM
 from mlx_lora.serve.requests import LOOK, Event, Failed, Finished, Request, Sampling, Token
 from mlx_lora.serve.service import Prompt, Service, open_service
 from mlx_lora.serve.status import Options
@@ -94,6 +95,8 @@ def answer_file(
         raise MlxLoraError(f"{file}: no such file", hint="a .jsonl file, or a text file with a prompt a line")
     if found.resolve() == out.resolve():
         raise MlxLoraError(f"{out} holds the prompts", hint="--out FILE names another one")
+    if asking.raw and asking.system:
+        raise MlxLoraError(NO_SYSTEM, hint="leave --system out, and put its text into the prompts")
     stage(f"reading {found}")
     scanned = prompts.scan(found)
     options, named = Options(throughput=True), [adapter] if adapter else []
@@ -131,6 +134,7 @@ def _digest(service: Service, name: str) -> str | None:
 @dataclass
 class _Running:
     row: PromptRow
+    request: Request
     stream: TextStream
     text: str = ""
 
@@ -167,11 +171,13 @@ class _Filling:
                 if (found := next(requests, None)) is None:
                     more = False
                     break
-                row, request = found
-                self._running[row.index] = _Running(row, TextStream(self.service.tokenizer))
-                self.service.scheduler.submit(request, self._deliver_to(row.index))
+                self._submit(*found)
             if self._running:
                 self._take()
+
+    def _submit(self, row: PromptRow, request: Request) -> None:
+        self._running[row.index] = _Running(row, request, TextStream(self.service.tokenizer))
+        self.service.scheduler.submit(request, self._deliver_to(row.index))
 
     def _deliver_to(self, index: int) -> Callable[[Event], None]:
         return lambda event: self._events.put((index, event))
@@ -193,6 +199,11 @@ class _Filling:
         asking, adapter = self.asking, row.adapter if row.named else self.adapter
         trained = self.service.trained(adapter)
         messages = list(row.messages)
+        if asking.raw or trained.template == "none" or not trained.format(self.service.tokenizer).available:
+            if asking.system:
+                raise MlxLoraError(NO_SYSTEM)
+            if len(messages) > 1 or row.tools:
+                raise MlxLoraError("without a chat template a row is one text, without earlier messages and tools")
         if asking.raw:
             prompt: Prompt = self.service.raw(row.text)
         else:
@@ -222,7 +233,10 @@ class _Filling:
             if isinstance(event.error, Stopped):
                 raise event.error
             del self._running[index]
-            self._write(running.row, {"error": _message(event.error)})
+            if isinstance(event.error, NoMemory) and self._running:  # there may be room when others have ended
+                self._submit(running.row, running.request)
+            else:
+                self._write(running.row, {"error": _message(event.error)})
         elif isinstance(event, Finished):
             del self._running[index]
             running.add(running.stream.finish())

@@ -48,6 +48,11 @@ def test_compare_without_a_message_takes_the_next_one(talk: Talk, asked: Asked) 
     assert [name for name, _ in asked] == ["one", "two", None] and len(chat.messages) == 2
 
 
+def test_a_comparison_of_a_text_that_cant_be_sent_leaves_the_next_message_alone(talk: Talk, asked: Asked) -> None:
+    chat, _, err = talk("/compare one two @absent.txt", "hello")
+    assert "no such file" in err and [name for name, _ in asked] == [None] and len(chat.messages) == 2
+
+
 def test_ctrl_c_in_a_comparison_ends_both_and_loses_nothing(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     chat, _, _ = talk("hello", "/use one", "/use two")
     chat.settings["max_tokens"] = 400

@@ -192,9 +192,21 @@ def test_where_a_pass_of_several_tokens_takes_as_long_as_several_nothing_is_draf
         assert running.status().drafted_tokens == 0
 
 
-def opened(family: str) -> LoadedModel:
+def opened(family: str, **config: Any) -> LoadedModel:
     tokenizer: Any = SimpleNamespace(eos_token_ids={9_999})
-    return LoadedModel(build(family, CONFIGS[family]), tokenizer, {"model_type": family}, Path(), mx.float32)
+    model = build(family, {**CONFIGS[family], **config})
+    return LoadedModel(model, tokenizer, {"model_type": family}, Path(), mx.float32)
+
+
+def test_drafts_end_before_a_window_is_full(costs: dict[int, float]) -> None:
+    """A full window has overwritten what would have to be there again after a draft that was wrong."""
+    loaded = opened("gemma3_text", sliding_window=128)
+    with Scheduler(lambda: opened("gemma3_text", sliding_window=128), limits=Limits(rows=1)) as running:
+        for seed in (0, 1):
+            request = Request(repeating(12, seed), max_tokens=200)
+            found = running.submit(request).tokens()
+            assert_same_or_tied(loaded.model, {}, request, found, by_itself(loaded.model, {}, request, [9_999]))
+        assert running.status().drafted_tokens
 
 
 QUICK = ("gemma2", "lfm2")

@@ -9,10 +9,11 @@ import pytest
 
 from mlx_lora.errors import NoMemory
 from mlx_lora.machine import limits
-from mlx_lora.models.load import load
+from mlx_lora.models.load import LoadedModel, load
 from mlx_lora.serve import room
 from mlx_lora.serve.prompt_cache import PromptCache
 from mlx_lora.serve.requests import Answer, Failed, Finished, Request, Token
+from mlx_lora.serve.room import Room
 from mlx_lora.serve.running import Row
 from mlx_lora.serve.scheduler import Scheduler
 from tests.serve.requests import prompt
@@ -64,18 +65,6 @@ def test_a_row_without_room_waits_for_those_that_run(scheduler: Scheduler, machi
     first.cancel()
 
 
-def test_a_row_that_has_just_begun_counts_with_what_it_will_take(tiny_path: Path, machine: Machine) -> None:
-    found = room.Room(load(tiny_path).model, PromptCache(0))
-    first, second = (Row(Request(prompt(5, seed), max_tokens=4), print, prompt=[1] * 5, most=4) for seed in range(2))
-    machine.free = 2 * ROW - 1
-    assert found.admits(first, []) and not found.admits(second, [first]), "both count on the same bytes"
-    machine.free = 2 * ROW
-    assert found.admits(second, [first])
-    machine.free = ROW
-    first.answer.append(Token(1))  # it has taken its memory
-    assert found.admits(second, [first])
-
-
 def test_rows_that_wait_look_at_the_machine_now_and_then(
     tiny_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +77,30 @@ def test_rows_that_wait_look_at_the_machine_now_and_then(
     assert len(looks) == 2, "before and after prompts were let go"
     with pytest.raises(NoMemory):
         found.admits(rows[0], [])
+
+
+def test_a_row_that_waits_for_memory_is_not_passed_by_smaller_ones(scheduler: Scheduler, machine: Machine) -> None:
+    first = scheduler.submit(Request(prompt(5), max_tokens=100_000))
+    while not isinstance(first.next(timeout=20), Token):
+        pass
+    machine.free = 2 * ROW - 1
+    large, small = (scheduler.submit(Request(prompt(length), max_tokens=4)) for length in (300, 6))
+    for _ in range(5):
+        while not isinstance(first.next(timeout=20), Token):
+            pass
+    assert scheduler.status().waiting == 2
+    machine.free = 1 << 30
+    assert len(large.tokens()) == len(small.tokens()) == 4
+    first.cancel()
+
+
+def test_rows_that_have_just_begun_count_with_what_they_will_take(tiny: LoadedModel, machine: Machine) -> None:
+    found, tokens = Room(tiny.model, PromptCache(0)), list(prompt(5))
+    new, begun = (Row(Request(tuple(tokens)), lambda event: None, prompt=tokens, most=4) for _ in range(2))
+    machine.free = 2 * ROW - 1
+    assert found.admits(new, []) and not found.admits(new, [begun])
+    begun.read = 5
+    assert found.admits(new, [begun])
 
 
 def test_before_the_machine_swaps_prompts_go_first_and_then_the_last_row(

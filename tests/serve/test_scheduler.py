@@ -17,6 +17,7 @@ import pytest
 from mlx_lora.errors import AdapterError, Busy, MlxLoraError, ModelError, NotFinite, Stopped
 from mlx_lora.models.load import LoadedModel, load
 from mlx_lora.serve.requests import Answer, Failed, Finished, Reading, Request, Sampling, Token
+from mlx_lora.serve.sampling import sampler
 from mlx_lora.serve.scheduler import Limits, Scheduler
 from tests.serve.requests import assert_same_or_tied, by_itself, giving, prompt, random_adapter
 
@@ -80,6 +81,14 @@ def test_the_same_seed_gives_the_same_text_whatever_else_is_in_the_batch(schedul
     assert running.submit(asked).tokens() == first and len(first) > 5
     assert [answer.tokens() for answer in crowd] == [running.submit(request).tokens() for request in others]
     assert running.submit(replace(asked, sampling=replace(sampling, seed=8))).tokens() != first
+
+
+@pytest.mark.parametrize("temperature", [1e-60, 1e300])
+def test_no_temperature_draws_a_token_that_is_excluded(temperature: float) -> None:
+    logits = mx.array([[0.1, 2.0, 1.5, -3.0]])
+    log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    drawn = {int(sampler(Sampling(temperature, top_k=2, seed=seed))(log_probabilities).item()) for seed in range(20)}
+    assert drawn == ({1} if temperature < 1 else {1, 2})
 
 
 def test_methods_that_don_t_join_have_batches_of_their_own_and_say_so(scheduler: Make, tiny: LoadedModel) -> None:
@@ -247,6 +256,33 @@ def test_a_pass_that_fails_is_run_again_row_by_row(
     assert [answer.tokens() for answer in answers] == expected
     monkeypatch.undo()
     assert running.submit(Request((5, poison, 9, 4), "a", max_tokens=3)).tokens()
+
+
+def test_rows_of_a_pass_that_failed_are_not_passed_by_others(scheduler: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each needs the lane for itself: one that joined meanwhile would keep them waiting."""
+    from mlx_lora.serve.rows import RowsModel
+
+    call, failed = RowsModel.__call__, list[bool]()
+
+    def fails_once(model: RowsModel, tokens: mx.array, cache: list[Any]) -> mx.array:
+        if tokens.shape[0] == 2 and not failed:
+            failed.append(True)
+            raise RuntimeError("no memory for two")
+        return call(model, tokens, cache)
+
+    running = scheduler(rows=2)
+    monkeypatch.setattr(RowsModel, "__call__", fails_once)
+    ends: list[int] = []
+
+    def submit(number: int) -> Answer:
+        return running.submit(
+            Request(prompt(5, number), max_tokens=60),
+            lambda event: ends.append(number) if isinstance(event, Finished) else None,
+        )
+
+    answers = [submit(number) for number in range(6)]
+    wait_for(lambda: len(ends) == len(answers))
+    assert failed and ends[:2] == [0, 1]
 
 
 def test_a_cancelled_row_leaves_at_once_and_the_others_go_on(scheduler: Make, tiny: LoadedModel) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from mlx_lora.data import prompts
-from mlx_lora.errors import AdapterError, DataError, MlxLoraError, NameTaken
+from mlx_lora.errors import AdapterError, DataError, MlxLoraError, NameTaken, NoMemory
+from mlx_lora.serve.room import Room
 from mlx_lora.serve.service import open_service
 from mlx_lora.tasks import answer_file as task
 from mlx_lora.tasks.answer_file import AnsweredFile, Asking, answer_file
@@ -191,6 +192,25 @@ def test_what_can_never_work_is_refused_before_anything_is_written(
     with pytest.raises(MlxLoraError, match="holds the prompts"):
         answer(tmp_path / "out.jsonl", force=True)
     assert (tmp_path / "out.jsonl").read_text() == '{"prompt": "x"}'
+
+
+def test_what_raw_prompts_have_no_place_for_is_refused(answer: Callable[..., AnsweredFile], tmp_path: Path) -> None:
+    with pytest.raises(MlxLoraError, match="no system message"):
+        answer(rows_of(1), raw=True, system="Be brief.")
+    talk = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    assert answer([{"messages": talk}, {"prompt": "x"}], raw=True).failed == 1
+    assert "one text, without earlier messages" in written(tmp_path)[0]["error"]
+
+
+def test_a_row_that_lost_its_memory_is_asked_again(
+    answer: Callable[..., AnsweredFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(rows_of(6))
+    expected = written(tmp_path)
+    taken = iter([None, NoMemory("the machine was about to swap")])
+    monkeypatch.setattr(Room, "fault", lambda room: next(taken, None))
+    assert answer(rows_of(6), force=True).failed == 0
+    assert written(tmp_path) == expected and next(taken, None) is None
 
 
 def test_a_long_file_is_read_a_window_at_a_time(

@@ -131,7 +131,10 @@ class Commands:
         if text.strip() or not chat.conversation.turns:
             chat.compared_next = names
             if text.strip():
-                chat.say(text.strip())
+                try:
+                    chat.say(text.strip())
+                finally:
+                    chat.compared_next = None  # where a file in the text can't be read, the next message isn't compared
             else:
                 ui.note("(the next message goes to both, and isn't part of the conversation)")
         else:
