@@ -5,6 +5,7 @@ The server and its clients share a process over loopback, on the base that comes
 
 from __future__ import annotations
 
+import gc
 import random
 import shutil
 import threading
@@ -186,6 +187,7 @@ def memory(server: Running) -> int:
         time.sleep(0.01)
     server.service.scheduler.ask(lambda worker: worker.prompts.shrink(0))
     server.service.scheduler.ask(lambda worker: mx.clear_cache())
+    gc.collect()  # models of tests that ran before in this process
     return mx.get_active_memory()
 
 
