@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora.serve.lookup import Lookup, Passes, take_back
+from mlx_lora.serve.lookup import SUREST, Lookup, Passes, take_back
 
 Responses = tuple[list[Any], list[Any]]
 
@@ -92,10 +92,14 @@ class OneRowGenerator:
             return [self._read(row)], []
         read = [_progress(row, row.total, end=True)] if not row.made else []
         start = time.perf_counter()
-        draft = [] if row.ahead is not None else self._draft(row)
+        ahead = row.ahead is not None
+        draft = [] if ahead else self._draft(row)
         made = self._verified(row, draft) if draft else [self._token(row)]
-        if self.passes is not None and not read and not row.processors:
+        # a single token behind a draft waits for its whole pass, which it doesn't where no drafts are made
+        if self.passes is not None and (draft or ahead) and not read and not row.processors:
             self.passes.saw(1 + len(draft), time.perf_counter() - start)
+        if self.passes is not None and row.lookup is not None and draft:
+            self.passes.kept_of(min(row.lookup.rate, SUREST), len(draft), len(made))
         return read, self._answer(row, draft, made)
 
     def _draft(self, row: _Row) -> list[int]:

@@ -156,7 +156,7 @@ class Lane:
         if self.passes is None or len(self.rows) != 1:
             return None
         row = next(iter(self.rows.values()))
-        fits = len(row.tokens) + MOST < self._trimmable
+        fits = len(row.prompt) + len(row.answer) + MOST < self._trimmable
         return row if row.answer and fits and not row.request.sampling.temperature else None
 
     def _draft(self) -> None:

@@ -29,13 +29,19 @@ GRAMS = (4, 3, 2)
 # Tokens of a draft at most.
 MOST = 15
 # How likely a drafted token holds before any was tried, how much one more says, and what is believed at most.
-START, WEIGHT, SUREST = 0.6, 0.15, 0.97
+START, WEIGHT, SUREST = 0.3, 0.15, 0.97
 # How many times faster drafts must promise to be: smaller gains are lost in moving the row to and fro.
-GAIN = 1.15
+GAIN = 1.5
+# Seconds that a draft takes beside its pass: in Python, and in moving the row. Much for a model whose passes are short.
+BESIDE = 2e-3
 # Passes of so many tokens are measured, until that many were or so many seconds are over.
 MEASURED, TIMES, SECONDS = (1, 4, MOST + 1), 4, 0.1
 # A measured time moves what is believed by this much.
 NEWS = 0.2
+# What is worth how long a draft is found anew after so many measured times.
+FORGET = 16
+# The same for how many of the tokens that drafts promised came out of them.
+NEWS_OF_DRAFTS = 0.1
 # What is read first, and what is drafted rightly.
 PROMPT, ANSWER = (5, 17, 3, 41, 8, 29, 11, 23, 2, 37, 19, 7), (31, 4, 12, 27)
 
@@ -46,6 +52,9 @@ class Passes:
     """Seconds of a forward pass of one row by its number of tokens, out of those that were measured."""
 
     def __init__(self, seconds: dict[int, float]):
+        self.kept = 1.0  # the part of what drafts promised that they kept
+        self._bests: dict[tuple[float, int], tuple[int, float]] = {}  # asked for every token, and rarely another
+        self._news = 0
         self._seconds = dict(seconds)
         self._known = sorted(seconds)
 
@@ -62,17 +71,34 @@ class Passes:
         if tokens not in self._seconds:
             self._known = sorted([*self._known, tokens])
         self._seconds[tokens] = believed + NEWS * (min(seconds, 3 * believed) - believed)
+        self._news += 1
+        if self._news % FORGET == 0:
+            self._bests.clear()
+
+    def kept_of(self, rate: float, drafted: int, made: int) -> None:
+        """Note how many tokens were made with a draft that was taken for right with `rate` a token.
+
+        Tokens of a text that isn't copied are wrong together, so that long drafts keep less than they promise.
+        """
+        promised = sum(rate**count for count in range(drafted + 1))
+        self.kept += NEWS_OF_DRAFTS * (min(made / promised, 1.5) - self.kept)
 
     def best(self, rate: float, most: int) -> tuple[int, float]:
         """How many tokens to draft if each holds with probability `rate`, and how many times faster that makes it.
 
         Of a draft of k tokens 1 + rate + … + rate^k come out of a pass. (0, 1) where drafts don't pay.
         """
+        asked = (round(rate, 2), most)
+        if asked not in self._bests:
+            self._bests[asked] = self._best(*asked)
+        return self._bests[asked]
+
+    def _best(self, rate: float, most: int) -> tuple[int, float]:
         alone, tokens, power, best = self.seconds(1), 1.0, 1.0, (0, 1.0)
         for count in range(1, most + 1):
             power *= rate
             tokens += power
-            gain = tokens * alone / self.seconds(count + 1)
+            gain = self.kept * tokens * alone / (self.seconds(count + 1) + BESIDE)
             if gain > best[1]:
                 best = (count, gain)
         return best
@@ -81,11 +107,12 @@ class Passes:
 class Lookup:
     """The tokens of one row, where each of their short sequences stood last, and how often what followed held.
 
-    `tokens` are the prompt and what is answered so far; ids below 0 are virtual and never drafted.
+    `tokens` are the prompt and what is answered so far; ids below 0 are virtual and never drafted. `rate` is how likely
+    a token is taken to hold before any has shown it.
     """
 
-    def __init__(self, tokens: Sequence[int]):
-        self.rate = START
+    def __init__(self, tokens: Sequence[int], rate: float | None = None):
+        self.rate = START if rate is None else rate
         self._tokens: list[int] = []
         self._behind: dict[tuple[int, ...], int] = {}  # where the text behind a sequence begins
         self._next: int | None = None  # where the next token stands if the answer copies

@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_lora.models.load import LoadedModel, load
-from mlx_lora.serve import worker
-from mlx_lora.serve.lookup import MOST, START, Lookup, Passes, find_passes
+from mlx_lora.serve import lookup, worker
+from mlx_lora.serve.lookup import MOST, Lookup, Passes, find_passes
 from mlx_lora.serve.requests import Finished, Request, Sampling, Token
 from mlx_lora.serve.scheduler import Limits, Scheduler
 from mlx_lora.serve.status import Options
@@ -21,6 +21,8 @@ from tests.models.tiny.build import build
 from tests.serve.requests import assert_same_or_tied, by_itself, giving, prompt, random_adapter
 
 CONFIGS = {**plain.CONFIGS, **mixed.CONFIGS}
+# How likely drafts hold before any was tried: enough to try them at once.
+SURE = 0.6
 FREE, DEAR = {1: 1.0, 4: 1.0, 16: 1.0}, {1: 1.0, 4: 4.0, 16: 16.0}
 ADAPTERS = {
     "a": lambda model: random_adapter(model, 1, size=0.1, rank=4),
@@ -41,6 +43,7 @@ class Told(Passes):
 def costs(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     """What passes take, by their tokens: nothing more for a draft, unless a test changes it."""
     seconds = dict(FREE)
+    monkeypatch.setattr(lookup, "START", SURE)
     monkeypatch.setattr(worker, "find_passes", lambda model, name, make_cache=None: Told(seconds))
     return seconds
 
@@ -63,25 +66,25 @@ def own(loaded: LoadedModel, request: Request) -> list[int]:
 
 
 def test_a_draft_is_what_followed_the_same_tokens_before() -> None:
-    found = Lookup([1, 2, 3, 4, 5, 6, 7, 9, 1, 2, 3])
+    found = Lookup([1, 2, 3, 4, 5, 6, 7, 9, 1, 2, 3], SURE)
     assert found.draft(Passes(FREE), 4) == [4, 5, 6, 7]
     assert found.draft(Passes(FREE), 2) == [4, 5] and found.draft(Passes(FREE), 0) == []
     assert found.draft(Passes(DEAR), 4) == []
     found.push(4)
-    assert found.rate > START and found.draft(Passes(FREE), 3) == [5, 6, 7]
+    assert found.rate > SURE and found.draft(Passes(FREE), 3) == [5, 6, 7]
     found.push(8)  # not what followed, and nothing has stood behind 4 8
-    assert found.rate < START and found.draft(Passes(FREE), 3) == []
-    assert Lookup([1, 2, 3]).draft(Passes(FREE), 3) == []
+    assert found.rate < SURE and found.draft(Passes(FREE), 3) == []
+    assert Lookup([1, 2, 3], SURE).draft(Passes(FREE), 3) == []
 
 
 def test_what_repeats_goes_on_and_virtual_tokens_are_never_drafted() -> None:
-    assert Lookup([5, 6, 5, 6]).draft(Passes(FREE), 5) == [5, 6, 5, 6, 5]
-    assert Lookup([5, 6, -1, -2, 7, 5, 6]).draft(Passes(FREE), 5) == []
-    assert Lookup([5, 6, 8, -2, 7, 5, 6]).draft(Passes(FREE), 5) == [8]
+    assert Lookup([5, 6, 5, 6], SURE).draft(Passes(FREE), 5) == [5, 6, 5, 6, 5]
+    assert Lookup([5, 6, -1, -2, 7, 5, 6], SURE).draft(Passes(FREE), 5) == []
+    assert Lookup([5, 6, 8, -2, 7, 5, 6], SURE).draft(Passes(FREE), 5) == [8]
 
 
 def test_the_longest_sequence_that_stood_before_is_followed() -> None:
-    assert Lookup([1, 2, 3, 40, 9, 2, 3, 50, 9, 1, 2, 3]).draft(Passes(FREE), 1) == [40]
+    assert Lookup([1, 2, 3, 40, 9, 2, 3, 50, 9, 1, 2, 3], SURE).draft(Passes(FREE), 1) == [40]
 
 
 def test_a_draft_is_as_long_as_it_pays() -> None:
@@ -93,6 +96,24 @@ def test_a_draft_is_as_long_as_it_pays() -> None:
     for _ in range(60):
         steep.saw(8, 20.0)
     assert steep.seconds(8) > 15 and steep.best(0.8, MOST)[0] < 8
+
+
+def test_drafts_that_keep_less_than_they_promise_are_believed_less() -> None:
+    """Wrong tokens come together: of a draft of 15 that promises 2.5 tokens, 1 comes out."""
+    passes = Passes(FREE)
+    before = passes.best(0.6, MOST)[1]
+    for _ in range(10):
+        passes.kept_of(0.6, MOST, 1)
+    passes.saw(1, 1.0)
+    assert passes.kept < 0.7 and Passes(FREE).best(0.6, MOST)[1] == before
+    fresh = Lookup([1, 2, 3, 4, 9, 1, 2, 3], SURE)
+    assert fresh.draft(Passes(FREE), 3) and not fresh.draft(passes, 3)
+    assert Lookup([1, 2, 3, 4, 9, 1, 2, 3], 0.95).draft(passes, 3), "a row that copies is still believed"
+
+
+def test_drafts_do_not_pay_where_a_pass_takes_less_than_what_is_beside_it() -> None:
+    found = Lookup([1, 2, 3, 4, 5, 6, 7, 9, 1, 2, 3], SURE)
+    assert found.draft(Passes(FREE), 4) and not found.draft(Passes({1: 1e-3, 4: 1e-3, 16: 1e-3}), 4)
 
 
 @pytest.mark.parametrize("adapter", [None, "a", "dora", "prefix", "soft"])
@@ -198,8 +219,9 @@ def opened(family: str, **config: Any) -> LoadedModel:
     return LoadedModel(model, tokenizer, {"model_type": family}, Path(), mx.float32)
 
 
-def test_drafts_end_before_a_window_is_full(costs: dict[int, float]) -> None:
+def test_drafts_end_before_a_window_is_full(costs: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """A full window has overwritten what would have to be there again after a draft that was wrong."""
+    monkeypatch.setattr(lookup, "GAIN", 1.0)  # drafts, however little they promise
     loaded = opened("gemma3_text", sliding_window=128)
     with Scheduler(lambda: opened("gemma3_text", sliding_window=128), limits=Limits(rows=1)) as running:
         for seed in (0, 1):
