@@ -19,7 +19,7 @@ README = ROOT / "README.md"
 START, END = "<!-- session -->\n```console\n", "```\n<!-- /session -->"
 # Lines of progress, of which there are more on a slower machine.
 PROGRESS = re.compile(r"\w[^/]* \d+/\d+\b.*(left|tok/s)")
-NUMBER = re.compile(r"\d[\d,.:]*(e-?\d+)?( ?(B|KB|MB|GB|ms|s|min|h)\b)?")
+NUMBER = re.compile(r"\d[\d,.:]*(e-?\d+)?( ?(B|[kK]B|MB|GB|ms|s|min|h)\b)?")
 
 
 def written() -> str:

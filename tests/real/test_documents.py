@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlx_lora import cli
-from tests import chat_session, documents, session
+from tests import documents, session
 from tests.documents import ROOT
 
 pytestmark = pytest.mark.real
@@ -78,8 +78,4 @@ def test_a_recipe_s_header_runs(recipe: Path, typed: Type, monkeypatch: pytest.M
 
 
 def test_the_session_prints_what_the_readme_says(tmp_path: Path) -> None:
-    """And the chat does, with the adapters that the session's quickstart has made."""
     assert session.words(session.run(session.written(), tmp_path / "home")) == session.words(session.written())
-    if shutil.which("tmux"):
-        shown = chat_session.run(tmp_path / "home")
-        assert chat_session.words(shown) == chat_session.words(chat_session.written())

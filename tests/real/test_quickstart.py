@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import chat_session
 from tests.real.conftest import ROOT
 
 pytestmark = pytest.mark.real
@@ -39,7 +40,7 @@ def namespace() -> list[str]:
     pytest.skip("this system doesn't let us make a network namespace")
 
 
-def test_quickstart_without_any_network(wheel_environment: Path, tmp_path: Path) -> None:
+def test_quickstart_without_any_network_and_a_chat_with_what_it_made(wheel_environment: Path, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= {"MLX_LORA_HOME": str(tmp_path / "home")}
     python = wheel_environment / "bin" / "python"
@@ -63,3 +64,6 @@ def test_quickstart_without_any_network(wheel_environment: Path, tmp_path: Path)
         assert task["adapter_bytes"] <= 300_000, task
     assert result["swap_milliseconds"] <= 20
     assert result["fused_matches"] is True
+    if shutil.which("tmux"):  # the chat says what its documentation says
+        shown = chat_session.run(tmp_path / "home")
+        assert chat_session.words(shown) == chat_session.words(chat_session.written())
