@@ -11,8 +11,7 @@ import pytest
 
 from mlx_lora.errors import ModelError
 from mlx_lora.models.load import LoadedModel, load
-from mlx_lora.serve import memory, worker
-from mlx_lora.serve.lookup import Passes
+from mlx_lora.serve import lookup, memory, worker
 from mlx_lora.serve.quantized import QuantizedCaches
 from mlx_lora.serve.requests import Request
 from mlx_lora.serve.scheduler import Scheduler
@@ -21,7 +20,7 @@ from tests.conftest import write_model
 from tests.models.tiny import mixed, plain
 from tests.models.tiny.build import build
 from tests.serve.requests import giving, prompt, random_adapter
-from tests.serve.test_lookup import repeating
+from tests.serve.test_lookup import FREE, SURE, Told, repeating
 
 CONFIGS = {**plain.CONFIGS, **mixed.CONFIGS}
 
@@ -57,13 +56,14 @@ def test_one_row_at_a_time_with_drafts_and_adapters(wide: Path, monkeypatch: pyt
     longer = Request((*requests[0].tokens, 7, 8, 9), max_tokens=10)
     prepare = giving({"a": lambda model: random_adapter(model, 1, size=0.1, rank=4)})
     found = []
-    for lookup in (False, True):
-        monkeypatch.setattr(worker, "find_passes", lambda *_: Passes({1: 1.0, 4: 1.0, 16: 1.0}))
-        with Scheduler(lambda: load(wide), prepare=prepare, options=Options(lookup, 8)) as running:
+    monkeypatch.setattr(lookup, "START", SURE)
+    monkeypatch.setattr(worker, "find_passes", lambda *_: Told(FREE))
+    for drafts in (False, True):
+        with Scheduler(lambda: load(wide), prepare=prepare, options=Options(drafts, 8)) as running:
             answers = [running.submit(request) for request in requests]
             found.append([answer.tokens() for answer in answers] + [running.submit(longer).tokens()])
             status = running.status()
-            assert bool(status.held_tokens) == lookup and status.cached_tokens >= len(requests[0].tokens)
+            assert bool(status.held_tokens) == drafts and status.cached_tokens >= len(requests[0].tokens)
             assert status.way is not None and "caches have 8 bits" in str(status.way.note)
     assert found[0] == found[1]
 
