@@ -37,12 +37,20 @@ class Inputs:
     @cached_property
     def gguf(self) -> str:
         """SmolLM2's GGUF file, in Q4_1."""
-        cache = Path(os.environ.get("MLX_LORA_TEST_CACHE", "~/.cache/mlx-lora-tests")).expanduser()
+        cache = _cache()
         tool = SHARED / "tools" / "get_smollm2.py"
         if not tool.is_file():
             raise Failed(f"{tool.name} is absent: this benchmark needs SmolLM2")
         found = subprocess.run([sys.executable, str(tool), str(cache)], check=True, stdout=subprocess.PIPE, text=True)
         return found.stdout.strip().splitlines()[-1]
+
+    @cached_property
+    def gemma(self) -> str:
+        """Gemma 3 270M as float32, from its GGUF file in Q4_K_M."""
+        file = _cache() / "gemma-3-270m-q4_k_m.gguf"
+        if not file.is_file():
+            raise Failed(f"{file.name} is absent: `pytest -m real tests/real/test_gguf_gemma3.py` brings it")
+        return self._made("import-gguf", str(file), "gemma3", "--dtype", "float32")
 
     @cached_property
     def float16(self) -> str:
@@ -112,3 +120,7 @@ class Inputs:
         words: list[Any] = [sys.executable, "-m", "mlx_lora", command, source, out, *options]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
         return str(out)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("MLX_LORA_TEST_CACHE", "~/.cache/mlx-lora-tests")).expanduser()
