@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import string
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from mlx_lora.study.scores.choose import NAMES, Given, choose, tolerance_of
 from mlx_lora.study.scores.fields import Json, fields_of
 from mlx_lora.study.scores.labels import OTHER, Accuracy
 from mlx_lora.study.scores.match import Exact, Normalised, Numbers, Pattern, normalised, numbers
-from mlx_lora.study.scores.overlap import RougeL, TokenF1
+from mlx_lora.study.scores.overlap import ChrF, RougeL, TokenF1, words
 
 SAME = (
     ("Yes.", "yes"), ("  New\n York ", "new york"), ("ﬁne", "fine"), ("ＡＢＣ", "abc"), ("Straße", "STRASSE"),
@@ -121,8 +123,8 @@ def test_rouge_tokens_are_its_own_for_plain_english_and_there_are_some_of_other_
         return re.sub(r"[^a-z0-9]+", " ", text.lower()).split()
 
     for text in (*TEXTS, "snake_case 1st\tline\n2nd"):
-        assert RougeL().tokenize(text) == own(text)
-    assert RougeL().tokenize("Öl für 我们 よ") == ["öl", "für", "我", "们", "よ"]
+        assert words(text) == own(text)
+    assert words("Öl für 我们 よ") == ["öl", "für", "我", "们", "よ"]
 
 
 LABELS = ("billing", "cancel", "not", "not sure", "other")
@@ -224,9 +226,9 @@ def test_what_is_asked_for_is_taken_and_what_it_lacks_is_named() -> None:
     queries = ["select 1", "SELECT 2", "with x as (select 1) select * from x"]
     assert choose(queries).score.name == "normalised" and "--database" in choose(queries).why
     cases: Any = ({"asked": "sql"}, "--database"), ({"asked": "rouge"}, "rouge-l"), ({"asked": "scorer"}, "--scorer")
-    for words, named in cases:
+    for asked, named in cases:
         with pytest.raises(MlxLoraError, match=named):
-            choose(["x"], **words)
+            choose(["x"], **asked)
     with pytest.raises(MlxLoraError, match="31 of them"):
         choose([str(number) for number in range(31)], "accuracy")
     with pytest.raises(MlxLoraError, match="no row"):
@@ -237,6 +239,7 @@ def test_what_is_asked_for_is_taken_and_what_it_lacks_is_named() -> None:
 
 
 def test_long_texts_are_compared_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_lora.study.scores.overlap.library", lambda module, score: MagicMock())
     long, chinese = [" ".join(["word"] * 60)] * 3, ["我们在老城区的市政厅见面然后开始下雨了"] * 3
     for there in (True, False):
         monkeypatch.setattr("mlx_lora.study.scores.choose.installed", lambda package, there=there: there)
@@ -246,10 +249,11 @@ def test_long_texts_are_compared_by_what_is_installed(monkeypatch: pytest.Monkey
 
 
 def test_a_package_that_is_missing_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "rouge_score", None)
-    with pytest.raises(MlxLoraError, match="rouge-score") as raised:
-        RougeL().of("a", "b")
-    assert "mlx-lora[scores]" in str(raised.value.hint)
+    for module, make in (("rouge_score.rouge_scorer", RougeL), ("sacrebleu.metrics", ChrF)):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MlxLoraError, match=module[:5]) as raised:
+            make()
+        assert "mlx-lora[scores]" in str(raised.value.hint)
 
 
 def test_every_name_can_be_asked_for() -> None:

@@ -47,7 +47,7 @@ class Given:
     database: Path | None = None
     pattern: str | None = None
     scorer: Path | None = None
-    tolerance: str = "0"
+    tolerance: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,15 @@ def choose(wanted: Sequence[str], asked: str = "auto", given: Given | None = Non
     if not answers:
         raise MlxLoraError("no row has an answer to score", hint="scores need prompts with answers, not plain text")
     name, why = (asked, "as asked") if asked != "auto" else _suited(answers, given)
-    if name not in NAMES:
-        raise MlxLoraError(f"no score is called {name!r}{nearest(name, ('auto', *NAMES))}")
     return Chosen(_made(name, answers, given), why)
+
+
+def check(asked: Sequence[str], given: Given) -> None:
+    """Raise what `choose` would without knowing the answers: for names, packages and files that aren't there."""
+    needed = {"sql": given.database, "pattern": given.pattern, "scorer": given.scorer, "numbers": given.tolerance}
+    names = {name for name, value in needed.items() if value is not None} | set(asked) - {"auto", "accuracy"}
+    for name in sorted(names):
+        _made(name, [], given)
 
 
 def _suited(answers: list[str], given: Given) -> tuple[str, str]:
@@ -111,7 +117,9 @@ def _for_texts(answers: list[str], more: str) -> tuple[str, str]:
 
 
 def _made(name: str, answers: list[str], given: Given) -> Score:
-    """The score of a name. Raises MlxLoraError where something that it needs isn't given."""
+    """The score of a name. Raises MlxLoraError for an unknown one, and where something that it needs isn't given."""
+    if name not in NAMES:
+        raise MlxLoraError(f"no score is called {name!r}{nearest(name, ('auto', *NAMES))}")
     if name == "sql":
         return Sql(_needed(given.database, name, "--database FILE"))
     if name == "pattern":
@@ -119,7 +127,7 @@ def _made(name: str, answers: list[str], given: Given) -> Score:
     if name == "scorer":
         return Scorer(_needed(given.scorer, name, "--scorer FILE.py"))
     if name == "numbers":
-        return Numbers(*tolerance_of(given.tolerance))
+        return Numbers(*tolerance_of(given.tolerance or "0"))
     if name == "accuracy":
         labels = tuple(sorted(set(answers)))
         if len(labels) > MOST_LABELS:

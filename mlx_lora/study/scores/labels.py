@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lora.study.scores.base import f1, mean
+from mlx_lora.study.scores.base import Score, f1, mean
 from mlx_lora.study.scores.match import normalised
 
 # What an answer counts as that is none of the labels.
@@ -63,3 +63,35 @@ class Accuracy:
             "macro_f1": mean([one["f1"] for one in classes.values()]),
             "most_frequent": max(rows.values()) / len(wanted),
         }
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A score of the answers that it was given: its value for each, their mean, and what else it says."""
+
+    answers: list[str]
+    values: list[float]
+    details: dict[str, Any]
+
+    @property
+    def mean(self) -> float:
+        return mean(self.values)
+
+
+def applied(score: Score, wanted: Sequence[str], said: list[str] | None, likely: list[str] | None) -> Applied:
+    """A score of what was generated; accuracy takes the likeliest labels where they are known.
+
+    `details["answers"]` says which of them it was.
+    """
+    by_likelihood = isinstance(score, Accuracy) and likely is not None
+    answers = (likely if by_likelihood else said) or []
+    details = score.details(wanted, answers)
+    if isinstance(score, Accuracy):
+        details["answers"] = "likeliest" if by_likelihood else "generated"
+    return Applied(answers, [score.of(*pair) for pair in zip(wanted, answers, strict=True)], details)
+
+
+def answered(scores: Sequence[Score], exact: bool) -> int:
+    """How often a prompt is answered for these scores: by labels, by generation, or by both."""
+    labelled = [isinstance(score, Accuracy) for score in scores]
+    return any(labelled) + (exact or not scores or not all(labelled))

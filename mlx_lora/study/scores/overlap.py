@@ -10,7 +10,6 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -42,6 +41,11 @@ class TokenF1:
         return {"same": mean([float(squad_tokens(right) == squad_tokens(found)) for right, found in pairs])}
 
 
+def words(text: str) -> list[str]:
+    """The tokens of ROUGE-L."""
+    return TOKEN.findall(text.lower())
+
+
 def squad_tokens(text: str) -> list[str]:
     """The words of a text as SQuAD's evaluation counts them."""
     plain = "".join(character for character in text.lower() if character not in string.punctuation)
@@ -52,17 +56,18 @@ class RougeL:
     """F1 of the longest common subsequence of words, by rouge-score, without stemming.
 
     Its own tokens are runs of a-z and 0-9, which leaves nothing of other scripts. Here a token is a run of letters and
-    digits of any script, or one character of a script without spaces: the same for plain English.
+    digits of any script, or one character of a script without spaces: the same for plain English. Raises MlxLoraError
+    without rouge-score.
     """
 
     name = "rouge-l"
 
-    @cached_property
-    def _scorer(self) -> Any:
-        return library("rouge_score.rouge_scorer", self.name).RougeScorer(["rougeL"], tokenizer=self)
+    def __init__(self) -> None:
+        self._scorer = library("rouge_score.rouge_scorer", self.name).RougeScorer(["rougeL"], tokenizer=self)
 
     def tokenize(self, text: str) -> list[str]:
-        return TOKEN.findall(text.lower())
+        """rouge-score's interface of a tokenizer."""
+        return words(text)
 
     def of(self, wanted: str, answer: str) -> float:
         return float(self._scorer.score(wanted, answer)["rougeL"].fmeasure)
@@ -73,13 +78,15 @@ class RougeL:
 
 
 class ChrF:
-    """F2 of character n-grams up to 6, by sacrebleu, divided by 100; `corpus` is that of all answers as one text."""
+    """F2 of character n-grams up to 6, by sacrebleu, divided by 100; `corpus` is that of all answers as one text.
+
+    Raises MlxLoraError without sacrebleu.
+    """
 
     name = "chrf"
 
-    @cached_property
-    def _metric(self) -> Any:
-        return library("sacrebleu.metrics", self.name).CHRF()
+    def __init__(self) -> None:
+        self._metric = library("sacrebleu.metrics", self.name).CHRF()
 
     def of(self, wanted: str, answer: str) -> float:
         return float(self._metric.sentence_score(answer, [wanted]).score) / 100
