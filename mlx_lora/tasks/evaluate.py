@@ -21,7 +21,7 @@ from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
 from mlx_lora.store.base import base_for
-from mlx_lora.study.evaluate import Questions, Result, chosen_file, evaluate_each, questions
+from mlx_lora.study.evaluate import TEST_FIRST, Questions, Result, chosen_file, evaluate_each, questions
 from mlx_lora.study.scores.base import Score
 from mlx_lora.study.scores.choose import Given, check, choose
 from mlx_lora.study.scores.labels import answered
@@ -60,9 +60,13 @@ def evaluate_adapters(
     the one that suits the wanted answers. `warn` is told where the rows are training rows. Raises before loading for
     adapters that don't belong, and for scores that can't be computed."""
     check(scores, given or Given())
-    engine, file, each = prepare(
-        model, adapters, data, settings, ask=exact or bool(scores), progress=progress, stage=stage, warn=warn
-    )
+    opened = open_adapters(model, adapters, data, settings, stage=stage, warn=warn)
+    engine, file, chosen = opened.engine, opened.file, opened.chosen
+    tokenizer, ask = engine.loaded.tokenizer, exact or bool(scores)
+    asked = {
+        key: own.questions(file, tokenizer, ask, progress) for key, own in {o.key: o for o in chosen.values()}.items()
+    }
+    each = {name: asked[own.key] for name, own in chosen.items()}
     found = _scores(each[None].answers, scores, given, stage)
     times = answered(found, exact)
     results = evaluate_each(
@@ -73,24 +77,33 @@ def evaluate_adapters(
     return Evaluation(file, results)
 
 
-def prepare(
+@dataclass(frozen=True)
+class Opened:
+    """A base and adapters in one engine; `chosen` has each one's data settings, the base's (None) being the first's.
+
+    `file` is the file of rows, `stored` the adapters by the names that the engine has for them.
+    """
+
+    engine: Engine
+    file: Path
+    stored: dict[str, StoredAdapter]
+    chosen: dict[str | None, _Chosen]
+
+
+def open_adapters(
     model: str | None,
     adapters: Sequence[str],
     data: str,
     settings: Settings,
     *,
-    ask: bool,
-    progress: OnFile = silent,
+    prefer: tuple[str, ...] = TEST_FIRST,
     stage: Callable[[str], None] = lambda text: None,
     warn: Callable[[str], None] = lambda text: None,
-) -> tuple[Engine, Path, dict[str | None, Questions]]:
-    """An engine with the adapters, the file, and the rows of it for the base (None) and for each adapter by its name.
-
-    With `ask` they have prompts and wanted answers. Arguments and errors as for `evaluate_adapters`.
-    """
+) -> Opened:
+    """Load the base of some adapters, once, with all of them, for the rows of `data`; as `evaluate_adapters` says."""
     stored = [read(registry.find(adapter)) for adapter in adapters]
     opened = base_for(model, stored)
-    file = chosen_file(data)
+    file = chosen_file(data, prefer)
     stage(f"evaluating on {file}")
     if warning := _trained_on(file, data, stored):
         warn(warning)
@@ -100,12 +113,11 @@ def prepare(
     engine = Engine(loaded)
     tokenizer = engine.loaded.tokenizer
     chosen: dict[str | None, _Chosen] = {None: _chosen(stored[0] if stored else None, settings, tokenizer)}
-    for adapter, name in zip(stored, _names(stored), strict=True):
+    named = dict(zip(_names(stored), stored, strict=True))
+    for name, adapter in named.items():
         chosen[name] = _chosen(adapter, settings, tokenizer)
         engine.add(name, wrappers_for(engine.loaded.model, adapter), end=chosen[name].format.own_end)
-    own_rows = {own.key: own for own in chosen.values()}
-    asked = {key: own.questions(file, tokenizer, ask, progress) for key, own in own_rows.items()}
-    return engine, file, {name: asked[own.key] for name, own in chosen.items()}
+    return Opened(engine, file, named, chosen)
 
 
 def _scores(
@@ -134,6 +146,10 @@ class _Chosen:
     @property
     def key(self) -> str:
         return f"{self.settings.model_dump_json()} {self.thinking} {self.format.template}"
+
+    def with_settings(self, settings: Data) -> _Chosen:
+        """The same chats with other settings for the rows."""
+        return replace(self, settings=settings)
 
     def questions(self, file: Path, tokenizer: Any, exact: bool, progress: OnFile) -> Questions:
         """The rows of a file, and with `exact` their prompts and answers."""

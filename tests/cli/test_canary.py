@@ -100,7 +100,7 @@ def test_of_the_training_text_nothing_stays_in_the_home(
         ("data", "check", secret, *base, "--show", 2, "--allow-leaks"),
         ("train", *base, "--data", secret, "--name", "a", *often),
         ("train", *base, "--data", secret, "--name", "b", "train.iters=2", "data.packing=true", "quantize.bits=4"),
-        ("eval", *base, "--adapter", "a", "--data", secret, "--exact", "--max-tokens", 8),
+        ("eval", *base, "--adapter", "a", "--data", secret, "--exact", "--score", "json", "--max-tokens", 8),
         ("quantize", tiny_path, home / "models" / "q", "--verify", secret),
         ("fuse", *base, "--adapter", "a", "--data", secret, "--out", home / "models" / "f"),
         ("generate", *base, "--adapter", "a", "--prompt", CANARY, "--max-tokens", 8),
