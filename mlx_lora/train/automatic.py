@@ -45,7 +45,7 @@ METHODS = {
     "glora": 1.0,
     "bottleneck": 1.0,
     "qalora": 1.0,
-    "adalora": 2.0,
+    "adalora": 4.0,
     "vera": 10.0,
     "ia3": 10.0,
     "bitfit": 5.0,
