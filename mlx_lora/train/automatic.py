@@ -54,9 +54,7 @@ METHODS = {
     "full": 0.1,
 }
 # An optimizer's rate over Adam's. SGD has none: its rate depends on the size of the gradient.
-OPTIMIZERS = {"adam": 1.0, "adamw": 1.0, "adafactor": 1.0, "lion": 0.1, "muon": 4.0}
-# LoRA+ gives B a rate of its own, so many times higher; A's is then lower.
-LORAPLUS = 0.5
+OPTIMIZERS = {"adam": 1.0, "adamw": 1.0, "adafactor": 1.0, "lion": 0.25, "muon": 4.0}
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,8 @@ def learning_rate(settings: Train, adapter: Adapter, hidden: int, rows: int) -> 
     rate *= min(METHODS[name] for name in parts(adapter.method)) * OPTIMIZERS[settings.optimizer]
     if set(parts(adapter.method)) & set(SETTINGS["alpha"]):
         rate *= math.sqrt(PRODUCT / (adapter.alpha * (math.sqrt(adapter.rank) if adapter.rslora else 1)))
-    if settings.loraplus_ratio is not None and settings.loraplus_ratio > 1:
-        rate *= LORAPLUS
+    if settings.loraplus_ratio is not None:
+        rate /= math.sqrt(settings.loraplus_ratio)  # B's rate is so many times A's: their geometric mean stays
     return _rounded(rate), f"a base of width {hidden}, {adapter.method}, {steps} steps"
 
 

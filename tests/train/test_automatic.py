@@ -63,7 +63,7 @@ def test_sgd_has_to_be_given_a_rate() -> None:
         chosen(optimizer="sgd")
     assert chosen(optimizer="sgd", learning_rate=0.1).learning_rate == 0.1
     assert chosen(optimizer="lion").learning_rate < chosen().learning_rate
-    assert chosen(loraplus_ratio=16).learning_rate == pytest.approx(chosen().learning_rate / 2, rel=0.05)
+    assert chosen(loraplus_ratio=16).learning_rate == pytest.approx(chosen().learning_rate / 4, rel=0.05)
 
 
 @pytest.mark.parametrize(
