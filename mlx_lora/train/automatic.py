@@ -54,7 +54,7 @@ METHODS = {
     "full": 0.1,
 }
 # An optimizer's rate over Adam's. SGD has none: its rate depends on the size of the gradient.
-OPTIMIZERS = {"adam": 1.0, "adamw": 1.0, "adafactor": 1.0, "lion": 0.25, "muon": 4.0}
+OPTIMIZERS = {"adam": 1.0, "adamw": 1.0, "adafactor": 1.0, "lion": 0.25, "muon": 2.5}
 
 
 @dataclass(frozen=True)
