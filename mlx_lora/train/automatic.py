@@ -33,7 +33,7 @@ FEW_ROWS = 20
 
 # The rate of LoRA at the width WIDTH, and how it falls with the width: Tinker's `get_lr` for Llama, ten times the rate
 # of full fine-tuning ("LoRA Without Regret", Thinking Machines 2025). Measured here, in tests/bench/README.md: the
-# embedded base (width 128), SmolLM2 (576, a Llama) and Gemma 3 (640). Tinker gives Qwen another power, 0.0775: 0.6 times
+# embedded base (width 128), SmolLM2 (576, a Llama) and Gemma 3 (640). Tinker gives Qwen the power 0.0775: 0.6 times
 # this rate at width 1024, 1.7 times at 4096. No Qwen was measured here, and nothing wider than 640.
 RATE, WIDTH, POWER = 5e-4, 2000, 0.781
 # scale · rank of rank 8 and alpha 16. The best rate falls about with its square root: on the embedded base's sql, of

@@ -41,6 +41,7 @@ def run(model: str, data: str, settings: list[str], exact: bool) -> dict[str, An
         "steps": finished.iters,
         "epochs": finished.epochs,
         "stopped_by": finished.stopped_by,
+        "parameters": finished.trainable_parameters,
         "all_seconds": finished.seconds,
     }
 
