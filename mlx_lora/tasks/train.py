@@ -47,8 +47,8 @@ from mlx_lora.train.trainer import train
 class TrainedRun:
     """A trained adapter: where it lies, what training reported, and the model that still carries it.
 
-    `kept_old` says that an adapter of this name was there and stayed, since this run hasn't finished: `path` is then in
-    the run's folder.
+    `recipe` has the numbers that `auto` became. `kept_old` says that an adapter of this name was there and stayed,
+    since this run hasn't finished: `path` is then in the run's folder.
     """
 
     name: str
@@ -57,6 +57,7 @@ class TrainedRun:
     loaded: LoadedModel
     prepared: Prepared
     plan: Plan | None
+    recipe: Recipe
     kept_old: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -208,8 +209,9 @@ def _run(setup: Setup, resumed: Checkpoint | None, listener: Listener, group: Pr
     predicted = f", predicted {ui.size(plan.peak_memory_bytes)}" if plan else ""
     listener.stage(f"peak memory {ui.size(folder.finished.peak_memory_bytes)}{predicted}")
     return TrainedRun(
-        folder.name, path, folder.finished, setup.loaded, setup.prepared, plan, kept_old=folder.kept_old_adapter
-    )
+        folder.name, path, folder.finished, setup.loaded, setup.prepared, plan, recipe,
+        kept_old=folder.kept_old_adapter,
+    )  # fmt: skip
 
 
 def _read(recipe: Recipe, opened: OpenModel, listener: Listener) -> tuple[Prepared, Recipe]:
