@@ -141,7 +141,8 @@ def compare_each(before: Predictions, after: Predictions, rows: Sequence[Row]) -
                     hint="mlx-lora generate with that model names the part at fault",
                 )
             totals += sums
-        yield RowAgreement(*totals.tolist(), batch.trained)
+        kl, same, nll_before, nll_after = totals.tolist()
+        yield RowAgreement(kl, same, nll_before, nll_after, batch.trained)
 
 
 def _log_probabilities(logits: mx.array) -> mx.array:

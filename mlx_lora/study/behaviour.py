@@ -1,8 +1,8 @@
 """How answers look, whatever they say: their length, refusals, repetition, and whether the chat format is kept.
 
 An adapter that is right on its task may still have lost this: it goes on after the answer, repeats itself, writes the
-template's own tokens into the text, or refuses. Each answer is looked at by itself; the same prompts are put to the base
-and to an adapter, and the shares are compared row by row.
+template's own tokens into the text, or refuses. Each answer is looked at by itself; base and adapter get the same
+prompts, and their shares are compared row by row.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Change:
         return self.p_value < CHANCE and self.tuned - self.base >= SHARE
 
 
-def look(tokens: Sequence[int], text: str, *, most: int, special: Sequence[str]) -> Answer:
+def look(tokens: list[int], text: str, *, most: int, special: Sequence[str]) -> Answer:
     """An answer of at most `most` `tokens`, without its end token, and its `text`, in which `special` aren't hidden."""
     said = split_reasoning(text)[1]
     return Answer(
@@ -88,12 +88,13 @@ def refuses(text: str) -> bool:
     return REFUSAL.search(text.strip()[:REFUSAL_WITHIN].replace("’", "'")) is not None
 
 
-def loops(tokens: Sequence[int]) -> bool:
+def loops(tokens: list[int]) -> bool:
     """Whether an answer ends in one piece of 1 to 64 tokens at least four times over, 16 tokens or more in all."""
     count = len(tokens)
     for period in range(1, min(PERIOD, count // TIMES) + 1):
         needed = max(TIMES * period, TOKENS)
-        if needed <= count and all(tokens[-place] == tokens[-place - period] for place in range(1, needed - period + 1)):
+        end = tokens[-needed:]
+        if needed <= count and end[period:] == end[:-period]:
             return True
     return False
 
@@ -101,9 +102,12 @@ def loops(tokens: Sequence[int]) -> bool:
 def some(asked: Questions, most: int) -> Questions:
     """At most `most` of the prompts, evenly spaced, with all rows."""
     places = spaced(range(len(asked.prompts)), most)
-    lists = ([own[place] for place in places] for own in (asked.prompts, asked.answers, asked.last_rows))
-    prompts, wanted, last_rows = lists
-    return replace(asked, prompts=prompts, answers=wanted, last_rows=last_rows)
+    return replace(
+        asked,
+        prompts=[asked.prompts[place] for place in places],
+        answers=[asked.answers[place] for place in places],
+        last_rows=[asked.last_rows[place] for place in places],
+    )
 
 
 def answers(

@@ -16,6 +16,7 @@ Price (2012), which adds one row of each kind.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import comb, sqrt
 from statistics import NormalDist
 
@@ -33,7 +34,7 @@ FEW_CHANGED = 10
 TIE = 1e-9
 ENUMERATED = 14
 # Entries of drawings at a time.
-BLOCK = 1 << 21
+BLOCK = 1 << 20
 Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
 # A difference of so many standard errors is seen four times in five, at 5 %: 1.96 + 0.84.
 SEEN = Z + NormalDist().inv_cdf(0.8)
@@ -119,7 +120,7 @@ def bootstrap_t(
     if error <= TIE * max(1.0, abs(ratio)):
         return float(ratio), float(ratio)
     moments = np.stack([rest, weights, rest * rest, rest * weights, weights * weights], axis=1)
-    sums = _drawn(moments, drawings, np.random.default_rng(seed))
+    sums = _drawn(moments, drawings, seed)
     totals, off = sums[:, 1], sums[:, 0] / sums[:, 1]  # off: a drawing's ratio − the sample's
     squares = sums[:, 2] - 2 * off * sums[:, 3] + off * off * sums[:, 4]
     errors = np.sqrt(np.maximum(squares, 0) * count / (count - 1)) / totals
@@ -127,16 +128,26 @@ def bootstrap_t(
     return float(ratio - high * error), float(ratio - low * error)
 
 
-def _drawn(values: Array, drawings: int, generator: np.random.Generator) -> Array:
+def _drawn(values: Array, drawings: int, seed: int) -> Array:
     """Sums over rows drawn with replacement, (drawings, columns), of `values` (n, columns)."""
-    count, parts = len(values), []
-    step = max(1, BLOCK // count)
-    for start in range(0, drawings, step):
-        lines = min(step, drawings - start)
-        drawn = generator.integers(0, count, (lines, count), dtype=np.int32) + count * np.arange(lines)[:, None]
-        often = np.bincount(drawn.ravel(), minlength=lines * count).reshape(lines, count)
-        parts.append(often.astype(float) @ values)
-    return np.concatenate(parts)
+    count = len(values)
+    if drawings * count <= BLOCK:
+        return _often(count, drawings, seed) @ values
+    lines = max(1, BLOCK // count)
+    starts = range(0, drawings, lines)
+    parts = [_counted(count, min(lines, drawings - start), np.random.default_rng([seed, start])) for start in starts]
+    return np.concatenate([part @ values for part in parts])
+
+
+@lru_cache(maxsize=4)
+def _often(count: int, drawings: int, seed: int) -> Array:
+    """How often each row is drawn, (drawings, n): the same for all that is measured on as many rows."""
+    return _counted(count, drawings, np.random.default_rng(seed))
+
+
+def _counted(count: int, drawings: int, generator: np.random.Generator) -> Array:
+    drawn = generator.integers(0, count, (drawings, count)) + count * np.arange(drawings)[:, None]
+    return np.bincount(drawn.ravel(), minlength=drawings * count).reshape(drawings, count).astype(float)
 
 
 def paired_shares(fixed: int, broken: int, rows: int) -> tuple[float, float]:

@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Literal
 
+import numpy as np
+
 from mlx_lora.study.behaviour import FAULTS, Change
 from mlx_lora.study.drift import Moved
-from mlx_lora.study.statistics import Difference
+from mlx_lora.study.evaluate import Result, RowResult
+from mlx_lora.study.statistics import Difference, of_losses, of_scores
 
 Word = Literal["helped", "hurt", "no_difference", "too_few_rows"]
 LOSS = "loss"
@@ -28,6 +31,14 @@ FEWEST_ROWS = 10
 LEAST_DIFFERENCE = 0.01
 # A difference worth having: in a score's units; in nats, or as a part of the base's loss where that is more.
 WORTH_SCORE, WORTH_NATS, WORTH_PART = 0.2, 0.1, 0.1
+# What the sentence calls a score whose name is no noun.
+WORDS = {
+    "exact": "exact match", "normalised": "match", "json": "JSON match", "pattern": "share that matches",
+    "numbers": "share of right numbers", "sql": "share of right results", "scorer": "own score", LOSS: "loss",
+}  # fmt: skip
+# A row is fixed where its score comes from below this to at least this, broken the other way round; of rows without a
+# score, where the loss per token has fallen or risen by so many nats.
+HALF, FIXED_NATS = 0.5, 0.1
 # General text is forgotten where its loss has risen by this many nats: a tenth in perplexity.
 FORGOT = 0.1
 
@@ -72,6 +83,45 @@ class Elsewhere:
         )
 
 
+@dataclass(frozen=True)
+class Compared:
+    """The same rows with the base and with an adapter, and what they say; `fixed` and `broken` are row numbers."""
+
+    measured: Measured
+    pairs: Sequence[tuple[RowResult, RowResult]]
+    fixed: list[int]
+    broken: list[int]
+
+
+def compare(base: Result, tuned: Result, *, seed: int = 0) -> Compared:
+    """Compare two results row by row: by their score where they have one, else by the loss.
+
+    Raises ValueError where they share no row.
+    """
+    others = {row.number: row for row in tuned.each}
+    pairs = [(row, others[row.number]) for row in base.each if row.number in others]
+    tokens = np.array([row.tokens for row, _ in pairs], float)
+    before, after = (np.array([pair[side].loss for pair in pairs], float) for side in (0, 1))
+    loss = of_losses(before, after, tokens, seed=seed)
+    means = (float(before.sum() / tokens.sum()), float(after.sum() / tokens.sum()))
+    scored = [pair for pair in pairs if pair[0].score is not None and pair[1].score is not None]
+    if not scored:
+        steps = {row.number: (row.loss - other.loss) / max(row.tokens, 1) for row, other in pairs}
+        return Compared(
+            Measured(LOSS, *means, loss), pairs,
+            [number for number, fell in steps.items() if fell >= FIXED_NATS],
+            [number for number, fell in steps.items() if -fell >= FIXED_NATS],
+        )  # fmt: skip
+    before, after = (np.array([pair[side].score for pair in scored], float) for side in (0, 1))
+    numbers = np.array([row.number for row, _ in scored])
+    measured = Measured(
+        str(base.score_name), float(before.mean()), float(after.mean()), of_scores(before, after, seed=seed),
+        loss, means,
+    )  # fmt: skip
+    fixed, broken = numbers[(before < HALF) & (after >= HALF)], numbers[(before >= HALF) & (after < HALF)]
+    return Compared(measured, pairs, fixed.tolist(), broken.tolist())
+
+
 def judge(measured: Measured, elsewhere: Elsewhere) -> tuple[Word, str]:
     """The word and the sentence. The sentence has numbers and the metric's name, never text of a row."""
     word = word_of(measured)
@@ -105,7 +155,7 @@ def rows_needed(measured: Measured) -> int:
 
 
 def _task(word: Word, measured: Measured) -> str:
-    found, metric = measured.difference, measured.metric.replace("_", " ")
+    found, metric = measured.difference, WORDS.get(measured.metric, measured.metric)
     low, high = found.interval
     numbers = f"{metric} {measured.base:.2f} without the adapter, {measured.tuned:.2f} with it, on {found.rows} rows"
     interval = f"95 % interval of the difference {low:+.2f} to {high:+.2f}"
@@ -162,4 +212,4 @@ def _general(word: Word, elsewhere: Elsewhere) -> str:
         return f"; general text may be worse ({numbers}), too few rows to say"
     if moved.difference.estimate <= -FORGOT and high < 0:
         return f"; general text got better too ({numbers})"
-    return f"; general text is as it was ({numbers})"
+    return f"; general text is no worse ({numbers})"

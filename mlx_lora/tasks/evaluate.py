@@ -21,7 +21,7 @@ from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
 from mlx_lora.store.base import base_for
-from mlx_lora.study.evaluate import Questions, Result, chosen_file, evaluate_each, questions
+from mlx_lora.study.evaluate import TEST_FIRST, Questions, Result, chosen_file, evaluate_each, questions
 
 Settings = Callable[[dict[str, Any] | None], Data]
 
@@ -52,9 +52,45 @@ def evaluate_adapters(
     """Results of the base, by default the adapters' own, then of each adapter. `settings` turns an adapter's own data
     settings (None: it has none) into those to use; the base follows the first adapter. `warn` is told where the rows
     are training rows. Raises before loading for adapters that don't belong."""
+    opened = open_adapters(model, adapters, data, settings, stage=stage, warn=warn)
+    engine, file, chosen = opened.engine, opened.file, opened.chosen
+    tokenizer = engine.loaded.tokenizer
+    asked = {
+        key: own.questions(file, tokenizer, exact, progress) for key, own in {o.key: o for o in chosen.values()}.items()
+    }
+    work = sum(len(asked[own.key].rows) + len(asked[own.key].prompts) for own in chosen.values())
+    advance = progress("evaluating", work)
+    each = {name: asked[own.key] for name, own in chosen.items()}
+    return Evaluation(file, evaluate_each(engine, each, max_tokens=max_tokens, on_row=advance))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base and adapters in one engine; `chosen` has each one's data settings, the base's (None) being the first's.
+
+    `file` is the file of rows, `stored` the adapters by the names that the engine has for them.
+    """
+
+    engine: Engine
+    file: Path
+    stored: dict[str, StoredAdapter]
+    chosen: dict[str | None, _Chosen]
+
+
+def open_adapters(
+    model: str | None,
+    adapters: Sequence[str],
+    data: str,
+    settings: Settings,
+    *,
+    prefer: tuple[str, ...] = TEST_FIRST,
+    stage: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Opened:
+    """Load the base of some adapters, once, with all of them, for the rows of `data`; as `evaluate_adapters` says."""
     stored = [read(registry.find(adapter)) for adapter in adapters]
     opened = base_for(model, stored)
-    file = chosen_file(data)
+    file = chosen_file(data, prefer)
     stage(f"evaluating on {file}")
     if warning := _trained_on(file, data, stored):
         warn(warning)
@@ -64,16 +100,11 @@ def evaluate_adapters(
     engine = Engine(loaded)
     tokenizer = engine.loaded.tokenizer
     chosen: dict[str | None, _Chosen] = {None: _chosen(stored[0] if stored else None, settings, tokenizer)}
-    for adapter, name in zip(stored, _names(stored), strict=True):
+    named = dict(zip(_names(stored), stored, strict=True))
+    for name, adapter in named.items():
         chosen[name] = _chosen(adapter, settings, tokenizer)
         engine.add(name, wrappers_for(engine.loaded.model, adapter), end=chosen[name].format.own_end)
-    asked = {
-        key: own.questions(file, tokenizer, exact, progress) for key, own in {o.key: o for o in chosen.values()}.items()
-    }
-    work = sum(len(asked[own.key].rows) + len(asked[own.key].prompts) for own in chosen.values())
-    advance = progress("evaluating", work)
-    each = {name: asked[own.key] for name, own in chosen.items()}
-    return Evaluation(file, evaluate_each(engine, each, max_tokens=max_tokens, on_row=advance))
+    return Opened(engine, file, named, chosen)
 
 
 @dataclass(frozen=True)
@@ -87,6 +118,10 @@ class _Chosen:
     @property
     def key(self) -> str:
         return f"{self.settings.model_dump_json()} {self.thinking} {self.format.template}"
+
+    def with_settings(self, settings: Data) -> _Chosen:
+        """The same chats with other settings for the rows."""
+        return replace(self, settings=settings)
 
     def questions(self, file: Path, tokenizer: Any, exact: bool, progress: OnFile) -> Questions:
         """The rows of a file, and with `exact` their prompts."""

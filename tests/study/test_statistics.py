@@ -9,6 +9,7 @@ from math import comb
 import numpy as np
 import pytest
 
+from mlx_lora.study import statistics
 from mlx_lora.study.statistics import bootstrap_t, mcnemar, of_losses, of_scores, paired_shares, sign_flip
 
 Generator = np.random.Generator
@@ -85,6 +86,15 @@ def test_what_could_be_seen_is_seen_four_times_in_five() -> None:
     assert 0.7 < np.mean(found) < 0.9
 
 
+def test_many_rows_are_drawn_in_parts() -> None:
+    draw = np.random.default_rng(2)
+    values, tokens = draw.normal(1, 1, 3000), draw.integers(1, 9, 3000).astype(float)
+    low, high = bootstrap_t(values * tokens, tokens)
+    rest = values * tokens - (values * tokens).sum() / tokens.sum() * tokens
+    error = np.sqrt((rest**2).sum()) / tokens.sum()
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.08)
+
+
 def test_no_rows_are_refused() -> None:
     for call in (lambda: of_scores([], []), lambda: of_losses([1.0], [1.0], [0.0])):
         with pytest.raises(ValueError, match="no rows"):
@@ -126,10 +136,16 @@ SAMPLES = {
 TIMES = 1000
 
 
+@pytest.fixture
+def untested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the permutation test, which takes most of the time and has no part in the interval."""
+    monkeypatch.setattr(statistics, "sign_flip", lambda differences, **settings: 1.0)
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("rows", [20, 50, 200])
 @pytest.mark.parametrize("name", SAMPLES)
-def test_intervals_of_scores_hold_the_truth(name: str, rows: int) -> None:
+def test_intervals_of_scores_hold_the_truth(name: str, rows: int, untested: None) -> None:
     draw = np.random.default_rng([rows, len(name)])
     held = 0
     for _ in range(TIMES):
@@ -142,7 +158,7 @@ def test_intervals_of_scores_hold_the_truth(name: str, rows: int) -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize("rows", [20, 50, 200])
-def test_intervals_of_losses_hold_the_truth(rows: int) -> None:
+def test_intervals_of_losses_hold_the_truth(rows: int, untested: None) -> None:
     """Rows of very different lengths, and differences a token that are skewed."""
     draw, held = np.random.default_rng(rows), 0
     for _ in range(TIMES):
