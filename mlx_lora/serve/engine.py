@@ -113,7 +113,7 @@ class Engine:
         if not prompt:
             raise MlxLoraError("the prompt is empty")
         sampler = _sampler(sampling or Sampling())
-        layers, rest = self._resume(self._complete(prompt, first_answer))
+        layers, rest = self._resume(self.complete(prompt, first_answer))
         try:
             with allocation.memory_limits(lean=False):
                 prefill(self.loaded.model, rest[:-1], layers, on_prompt, most=self.chunk, total=len(rest))
@@ -135,6 +135,22 @@ class Engine:
             self.forget()
             raise
 
+    def read(self, prompt: Sequence[int], *, first_answer: int | None = None) -> tuple[list[Any], int]:
+        """Caches that hold a prompt up to its last token, and that token; as `stream` reads it, which they belong to.
+
+        What prompts that follow one another have in common is read once. Raises as `stream`.
+        """
+        layers, rest = self._resume(self.complete(prompt, first_answer))
+        try:
+            with allocation.memory_limits(lean=False):
+                prefill(
+                    self.loaded.model, rest[:-1], layers, lambda done, total: None, most=self.chunk, total=len(rest)
+                )
+        except BaseException:
+            self.forget()
+            raise
+        return layers, rest[-1]
+
     def batch(
         self,
         prompts: Sequence[Sequence[int]],
@@ -147,7 +163,7 @@ class Engine:
         `first_answers` are the prompts' `first_answer`, as `stream` takes it. Raises as `stream` does.
         """
         places = first_answers or [None] * len(prompts)
-        complete = [self._complete(prompt, place) for prompt, place in zip(prompts, places, strict=True)]
+        complete = [self.complete(prompt, place) for prompt, place in zip(prompts, places, strict=True)]
         generator = BatchGenerator(
             self.loaded.model, stop_tokens=[[end] for end in sorted(self.ends)], max_tokens=max_tokens,
             sampler=finite.marking(make_sampler(temp=0.0)),
@@ -195,7 +211,8 @@ class Engine:
         own = self._own_ends[self.current] if self.current is not None else frozenset()
         return set(self.loaded.tokenizer.eos_token_ids) | own
 
-    def _complete(self, prompt: Sequence[int], first_answer: int | None) -> list[int]:
+    def complete(self, prompt: Sequence[int], first_answer: int | None = None) -> list[int]:
+        """A prompt with the virtual tokens of the adapter in use. Raises ModelError as `stream`."""
         token_ids.check(self.loaded.tokenizer, prompt)
         virtual = self.virtual
         return virtual.prompt(prompt, first_answer) if virtual else list(prompt)

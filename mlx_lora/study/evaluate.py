@@ -12,11 +12,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_lora.config import Data
-from mlx_lora.data.batch import by_length
 from mlx_lora.data.encode import Encoded, Encoder
 from mlx_lora.data.example import Example, split_reasoning
 from mlx_lora.data.fit import encode_file
@@ -24,15 +22,14 @@ from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.read import HINT, find_splits
 from mlx_lora.data.rows import Row, common, trained
 from mlx_lora.errors import DataError, Problem
-from mlx_lora.models import finite
 from mlx_lora.models.chat_format import ChatFormat
-from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.serve.engine import Engine
 from mlx_lora.serve.requests import Request
+from mlx_lora.study.labels import likeliest
+from mlx_lora.study.losses import summed
 from mlx_lora.study.scores.base import Score
-from mlx_lora.train.objectives.likelihood import Loss, as_arrays
+from mlx_lora.study.scores.labels import Accuracy, answered, applied
 
-BATCH = 8
 # Which file of a folder is read, in order of preference. Adapters are evaluated on test rows, since validation rows may
 # have chosen between them. Quantizing and fusing measure a model on validation rows, so that test rows stay unused.
 TEST_FIRST = ("test", "valid", "train")
@@ -124,7 +121,9 @@ def questions(
     encoded = encode_file(file, found.encoder, found.count, found.take)
     problems = encoded.problems
     if exact and not problems and encoded.texts:
-        problems.append(Problem(str(file), 0, "plain text has no answer to match, --exact needs prompts"))
+        problems.append(
+            Problem(str(file), 0, "plain text has no answer to compare with: --exact and --score need prompts")
+        )
     if not problems and not encoded.rows:
         problems.append(Problem(str(file), 0, "no row is left to evaluate"))
     if problems:
@@ -185,19 +184,35 @@ def evaluate_each(
     asked: Mapping[str | None, Questions],
     *,
     score: Score | None = None,
+    more: Sequence[Score] = (),
+    exact: bool | None = None,
     max_tokens: int = 256,
     on_row: Callable[[], None] = lambda: None,
 ) -> list[Result]:
     """Evaluate adapters of an engine, and its base for None, each on its own rows; `on_row` as for `evaluate`.
 
-    Exact matches are counted, and `score` is computed, where the questions have prompts.
+    Questions that have prompts are answered: by the likeliest label for accuracy, by generation for everything else.
+    `more` scores are computed beside `score`, in `details["more"]`. Exact matches are counted where `exact` is true, or
+    is None and answers are generated anyway.
     """
-    losses = {}
+    scores = [*([score] if score else []), *more]
+    labels = next((one.labels for one in scores if isinstance(one, Accuracy)), None)
+    losses, likely = dict[str | None, tuple[float, np.ndarray]](), dict[str | None, list[str] | None]()
     for name, own in asked.items():
         engine.use(name)
         losses[name] = row_losses(engine, own.rows, on_row)
-    said = answers(engine, asked, max_tokens=max_tokens, on_row=on_row)
-    return [_result(name, own, *losses[name], said[name], score) for name, own in asked.items()]
+        places = first_answers(own) if engine.virtual and own.prompts else None
+        likely[name] = likeliest(engine, own, labels, places, on_row) if labels and own.prompts else None
+    generated = answered(scores, bool(exact)) > bool(labels) or None in likely.values()
+    said = answers(engine, asked, max_tokens=max_tokens, on_row=on_row) if generated else {}
+    results = []
+    for name, own in asked.items():
+        result = _losses(name, own, *losses[name])
+        if said and exact is not False and own.prompts:
+            pairs = zip(own.answers, said[name], strict=True)
+            result = replace(result, exact_match=sum(a.strip() == b for a, b in pairs) / len(own.prompts))
+        results.append(_scored(result, own, scores, said.get(name), likely[name]))
+    return results
 
 
 def answers(
@@ -227,49 +242,44 @@ def answers(
     return said
 
 
-def _result(
-    name: str | None, own: Questions, loss: float, sums: np.ndarray, said: list[str], score: Score | None
-) -> Result:
-    """The result of one adapter: mean loss, Σ nll of each row, and answers in the order of the prompts."""
-    wanted = [answer.strip() for answer in own.answers[: len(said)]]
+def _losses(name: str | None, own: Questions, loss: float, sums: np.ndarray) -> Result:
+    """The result of one adapter without answers: mean loss, and Σ nll of each row to sum for each example."""
     numbers, counts = own.numbers(), trained(own.rows)
     each = {number: RowResult(number, 0.0, 0) for number in numbers}
     for number, nll, tokens in zip(numbers, sums.tolist(), counts.tolist(), strict=True):
         each[number] = replace(each[number], loss=each[number].loss + nll, tokens=each[number].tokens + tokens)
-    scores = [score.of(right, answer) for right, answer in zip(wanted, said, strict=True)] if score else []
-    for place, (right, answer) in enumerate(zip(wanted, said, strict=True)):
-        number = numbers[own.last_rows[place]]
-        each[number] = replace(each[number], answer=answer, wanted=right, score=scores[place] if score else None)
-    matches = sum(right == answer for right, answer in zip(wanted, said, strict=True))
-    return Result(
-        name, loss, math.exp(min(loss, 700)), int(counts.sum()), len(own.rows),
-        matches / len(said) if said else None,
-        sum(scores) / len(scores) if scores else None,
-        score.name if score and scores else None,
-        score.details(wanted, said) if score and scores else {},
-        tuple(each[number] for number in sorted(each)),
-    )  # fmt: skip
+    ordered = tuple(each[number] for number in sorted(each))
+    return Result(name, loss, math.exp(min(loss, 700)), int(counts.sum()), len(own.rows), each=ordered)
+
+
+def _scored(
+    result: Result, own: Questions, scores: Sequence[Score], said: list[str] | None, likely: list[str] | None
+) -> Result:
+    """A result with its answers and their scores. The rows have those of the first score."""
+    if not own.prompts or (said is None and likely is None):
+        return result
+    wanted = [answer.strip() for answer in own.answers]
+    found = [applied(score, wanted, said, likely) for score in scores]
+    numbers = own.numbers()
+    each = {row.number: row for row in result.each}
+    for place, last in enumerate(own.last_rows):
+        answer = found[0].answers[place] if found else (said or [])[place]
+        value = found[0].values[place] if found else None
+        number = numbers[last]
+        each[number] = replace(each[number], answer=answer, wanted=wanted[place], score=value)
+    result = replace(result, each=tuple(each.values()))
+    if not found:
+        return result
+    first, *others = found
+    more = {score.name: {"score": one.mean, **one.details} for score, one in zip(scores[1:], others, strict=True)}
+    details = {**first.details, "more": more} if more else first.details
+    return replace(result, score=first.mean, score_name=scores[0].name, details=details)
 
 
 def row_losses(engine: Engine, rows: Sequence[Row], on_row: Callable[[], None]) -> tuple[float, np.ndarray]:
     """(mean loss per token, Σ nll of each row (rows,) float64), with the attached adapter, if any. Raises NotFinite."""
-    model, virtual = engine.loaded.model, engine.virtual
-    rows = [virtual.row(row) for row in rows] if virtual else rows
-    loss_sum = Loss(take_apart(model))
-    total, tokens, sums = 0.0, 0, np.zeros(len(rows))
-    for batch in by_length(rows, BATCH):
-        arrays = as_arrays(batch)
-        loss, each = loss_sum.with_each(arrays)
-        mx.eval(loss, each)
-        if not math.isfinite(float(loss.item())):
-            raise finite.error(model, mx.array(batch.inputs))
-        total += float(loss.item())
-        tokens += batch.trained
-        lines = np.array(arrays["positions"]) // batch.inputs.shape[1]
-        sums[[row for (row,) in batch.lines]] = np.bincount(lines, np.array(each), len(batch.lines))
-        for _ in batch.inputs:
-            on_row()
-    return total / tokens, sums
+    virtual = engine.virtual
+    return summed(engine.loaded.model, [virtual.row(row) for row in rows] if virtual else rows, on_row)
 
 
 def first_answers(asked: Questions) -> list[int | None]:

@@ -22,6 +22,10 @@ from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
 from mlx_lora.store.base import base_for
 from mlx_lora.study.evaluate import TEST_FIRST, Questions, Result, chosen_file, evaluate_each, questions
+from mlx_lora.study.scores.base import Score
+from mlx_lora.study.scores.choose import Given, check, choose
+from mlx_lora.study.scores.labels import answered
+from mlx_lora.study.scores.scorer import Scorer
 
 Settings = Callable[[dict[str, Any] | None], Data]
 
@@ -44,24 +48,33 @@ def evaluate_adapters(
     settings: Settings,
     *,
     exact: bool = False,
+    scores: Sequence[str] = (),
+    given: Given | None = None,
     max_tokens: int = 256,
     progress: OnFile = silent,
     stage: Callable[[str], None] = lambda text: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Results of the base, by default the adapters' own, then of each adapter. `settings` turns an adapter's own data
-    settings (None: it has none) into those to use; the base follows the first adapter. `warn` is told where the rows
-    are training rows. Raises before loading for adapters that don't belong."""
+    settings (None: it has none) into those to use; the base follows the first adapter. `scores` are names, `auto` for
+    the one that suits the wanted answers. `warn` is told where the rows are training rows. Raises before loading for
+    adapters that don't belong, and for scores that can't be computed."""
+    check(scores, given or Given())
     opened = open_adapters(model, adapters, data, settings, stage=stage, warn=warn)
     engine, file, chosen = opened.engine, opened.file, opened.chosen
-    tokenizer = engine.loaded.tokenizer
+    tokenizer, ask = engine.loaded.tokenizer, exact or bool(scores)
     asked = {
-        key: own.questions(file, tokenizer, exact, progress) for key, own in {o.key: o for o in chosen.values()}.items()
+        key: own.questions(file, tokenizer, ask, progress) for key, own in {o.key: o for o in chosen.values()}.items()
     }
-    work = sum(len(asked[own.key].rows) + len(asked[own.key].prompts) for own in chosen.values())
-    advance = progress("evaluating", work)
     each = {name: asked[own.key] for name, own in chosen.items()}
-    return Evaluation(file, evaluate_each(engine, each, max_tokens=max_tokens, on_row=advance))
+    found = _scores(each[None].answers, scores, given, stage)
+    times = answered(found, exact)
+    results = evaluate_each(
+        engine, each,
+        score=found[0] if found else None, more=found[1:], exact=exact, max_tokens=max_tokens,
+        on_row=progress("evaluating", sum(len(one.rows) + times * len(one.prompts) for one in each.values())),
+    )  # fmt: skip
+    return Evaluation(file, results)
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,21 @@ def open_adapters(
     return Opened(engine, file, named, chosen)
 
 
+def _scores(
+    wanted: Sequence[str], names: Sequence[str], given: Given | None, stage: Callable[[str], None]
+) -> list[Score]:
+    """The scores of these names, each once; it is said which `auto` is, and why."""
+    found: dict[str, Score] = {}
+    for name in names:
+        chosen = choose(wanted, name, given)
+        if name == "auto":
+            stage(f"score: {chosen.score.name}, since {chosen.why}")
+        if isinstance(chosen.score, Scorer):
+            stage(f"running {chosen.score.file}: it is code, and may do what you may, apart from the network")
+        found.setdefault(chosen.score.name, chosen.score)
+    return list(found.values())
+
+
 @dataclass(frozen=True)
 class _Chosen:
     """The data settings for an adapter and its chats; those with one `key` have the same rows."""
@@ -124,7 +152,7 @@ class _Chosen:
         return replace(self, settings=settings)
 
     def questions(self, file: Path, tokenizer: Any, exact: bool, progress: OnFile) -> Questions:
-        """The rows of a file, and with `exact` their prompts."""
+        """The rows of a file, and with `exact` their prompts and answers."""
         return questions(
             str(file), self.settings, tokenizer,
             exact=exact, format=self.format, thinking=self.thinking, progress=progress,

@@ -19,7 +19,7 @@ TABLES = "select name from sqlite_master where type in ('table', 'view') and nam
 def rows(file: Path, settings: Data, note: Note) -> Iterator[Raw]:
     number = 0
     try:
-        with closing(sqlite3.connect(_address(file), uri=True)) as connection:
+        with closing(sqlite3.connect(address(file), uri=True)) as connection:
             if settings.query is None:
                 raise Unreadable(_choices(connection))
             connection.set_authorizer(_only_reading)
@@ -36,7 +36,7 @@ def rows(file: Path, settings: Data, note: Note) -> Iterator[Raw]:
         raise Unreadable(f"data.query: {str(error)[:80]}") from None
 
 
-def _address(file: Path) -> str:
+def address(file: Path) -> str:
     """A write-ahead log that holds something has to be read too; without one, SQLite may leave no file beside this."""
     log = file.with_name(f"{file.name}-wal")
     alone = not (log.exists() and log.stat().st_size)

@@ -19,6 +19,7 @@ TOLERANCES = {
     "last layer": (1e-4, 5e-2),
     "start": (1e-5, 1e-5),
     "packing": (1e-3, 5e-2),
+    "labels": (1e-3, 5e-2),
 }
 # Gradients with a norm below this share of the largest one are mostly rounding error, so they are compared relative
 # to that share of the largest norm.

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+# Seconds for what comes from elsewhere and may not end: a query, an expression, a scorer.
+QUERY_SECONDS, PATTERN_SECONDS, SCORER_SECONDS = 2.0, 0.2, 10.0
+
 
 class Score(Protocol):
     """`name` is what the command line calls it."""
@@ -18,5 +21,15 @@ class Score(Protocol):
     def details(self, wanted: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
         """What there is to say of all answers together, beside the mean of `of`: plain values, as JSON has them.
 
-        No text of an answer, only wanted labels where the answers are labels.
+        Numbers, and the names of labels and of JSON fields that are wanted; no other text.
         """
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean, 0 of nothing."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def f1(right: float, wanted: float, answered: float) -> float:
+    """2 · right / (wanted + answered), the harmonic mean of precision and recall; 1 where there is nothing to find."""
+    return 2 * right / (wanted + answered) if wanted + answered else 1.0
