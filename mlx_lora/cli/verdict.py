@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_lora import ui
+from mlx_lora.cli.eval import Database, OwnScorer, Pattern, Tolerance
 from mlx_lora.cli.options import Adapters, Force, Forget, Json, MaxTokens, Model, Overrides, data_settings, progress
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ def verdict(
     adapter: Adapters = None,
     forget: Forget = None,
     score: Annotated[str, typer.Option("--score", help="auto, loss, or a score of `eval`.")] = "auto",
-    database: Annotated[Path | None, typer.Option("--database", help="For sql: the SQLite file.")] = None,
-    pattern: Annotated[str | None, typer.Option("--pattern", help="For pattern: the expression.")] = None,
-    scorer: Annotated[Path | None, typer.Option("--scorer", help="For scorer: your Python file.")] = None,
-    tolerance: Annotated[str, typer.Option("--tolerance", help="For numbers: 0.5, or 5%.")] = "0",
+    database: Database = None,
+    pattern: Pattern = None,
+    scorer: OwnScorer = None,
+    tolerance: Tolerance = None,
     max_tokens: MaxTokens = 256,
     name: Annotated[str | None, typer.Option("--name", help="The record's name; the adapters' by default.")] = None,
     examples: Annotated[int, typer.Option("--examples", min=0, help="Fixed and broken rows to show.")] = 3,

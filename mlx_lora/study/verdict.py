@@ -191,13 +191,17 @@ def _lost(word: Word, elsewhere: Elsewhere) -> str:
         if change.what in FAULTS and change.worth_saying
     ]
     lengths = [
-        f"answers general questions in {change.tuned:.0f} tokens where the base takes {change.base:.0f}"
+        f"takes {_tokens(change.tuned)} to answer a general question, the base {_tokens(change.base)}"
         for change in elsewhere.general_changes
         if change.what == "length" and change.worth_saying
     ]
     looks = faults + lengths
     shown = f"; it {', '.join(looks[:-1])}{' and ' if looks[:-1] else ''}{looks[-1]}" if looks else ""
     return _general(word, elsewhere) + shown
+
+
+def _tokens(mean: float) -> str:
+    return f"{mean:.0f} token{'' if round(mean) == 1 else 's'}"
 
 
 def _general(word: Word, elsewhere: Elsewhere) -> str:

@@ -23,8 +23,10 @@ from mlx_lora.study import behaviour
 from mlx_lora.study.behaviour import Answer, Change
 from mlx_lora.study.drift import Drift, Moved, spaced
 from mlx_lora.study.evaluate import Questions, Result, evaluate_each
-from mlx_lora.study.scores.choose import Given, choose
-from mlx_lora.study.verdict import Compared, Elsewhere, Word, compare, judge
+from mlx_lora.study.scores.choose import Given, check, choose
+from mlx_lora.study.scores.labels import answered
+from mlx_lora.study.scores.scorer import Scorer
+from mlx_lora.study.verdict import LOSS, Compared, Elsewhere, Word, compare, judge
 from mlx_lora.tasks.evaluate import Opened, Settings, open_adapters
 
 GENERAL = ("data", "general", "general.jsonl")
@@ -105,6 +107,7 @@ def judge_adapters(
     Raises before loading for adapters that don't belong, and DataError for rows that can't be used.
     """
     forget = general_file(judging.forget)
+    check([judging.score] if judging.score != LOSS else [], judging.given)
     opened = open_adapters(model, adapters, data, settings, stage=stage, warn=warn)
     name = paths.check_name(name or "-".join(Path(each).name for each in opened.stored)[:MOST_NAME].rstrip(".-"))
     groups: dict[str, list[str]] = {}
@@ -173,14 +176,16 @@ class _Group:
     def choose(self, stage: Callable[[str], None]) -> str:
         """Choose the score, and say which it is and why."""
         if not self.task.prompts:
-            if self.judging.score not in ("auto", "loss"):
+            if self.judging.score not in ("auto", LOSS):
                 raise MlxLoraError(f"--score {self.judging.score}: these rows are plain text, without an answer")
             return "the loss, since plain text has no answer to score"
-        if self.judging.score == "loss":
+        if self.judging.score == LOSS:
             return "the loss, as asked"
         chosen = choose(self.task.answers, self.judging.score, self.judging.given)
         self.score = chosen.score
         stage(f"judging by {chosen.score.name}: {chosen.why}")
+        if isinstance(chosen.score, Scorer):
+            stage(f"running {chosen.score.file}: it is code, and may do what you may, apart from the network")
         return f"{chosen.score.name}: {chosen.why}"
 
     def judged(self) -> dict[str, Judgement]:
@@ -205,10 +210,11 @@ class _Group:
     def _results(self) -> dict[str | None, Result]:
         sides: list[str | None] = [None, *self.adapters]
         asked = self.task if self.score is not None else Questions(self.task.rows, [], [], [], self.task.examples)
-        advance = self.progress("evaluating", len(sides) * (len(asked.rows) + len(asked.prompts)))
+        times = answered([self.score], False) if self.score is not None else 0
+        advance = self.progress("evaluating", len(sides) * (len(asked.rows) + times * len(asked.prompts)))
         results = evaluate_each(
-            self.engine, dict.fromkeys(sides, asked), score=self.score, max_tokens=self.judging.max_tokens,
-            on_row=advance,
+            self.engine, dict.fromkeys(sides, asked), score=self.score, exact=False,
+            max_tokens=self.judging.max_tokens, on_row=advance,
         )  # fmt: skip
         return dict(zip(sides, results, strict=True))
 
