@@ -188,7 +188,8 @@ def blend(
         return
     if blended.tried:
         header = ["scale", "loss", "gain kept", "KL on the task", "KL on general text", "loss there", ""]
-        rows: list[tuple[object, ...]] = [("0 (base)", blended.base_loss, "0%", 0.0, 0.0, blended.base_loss_general, "")]
+        base = ("0 (base)", blended.base_loss, "0%", 0.0, 0.0, blended.base_loss_general, "")
+        rows: list[tuple[object, ...]] = [base]
         rows += [
             (f"{t.scale:g}", t.loss, f"{t.kept:.0%}", t.kl_task, t.kl_general, t.loss_general,
              "chosen" if t.scale == blended.scale else "")

@@ -194,9 +194,9 @@ def search(
         return [_tried(scale, *found[scale], gain) for scale in sorted(found)]
 
     best = choose(tried(), max_drift, refuse=False)
-    # With a bound, more may be within it above the best; without, less may be enough below it.
+    # Where the best is within a bound, more may be; else less may be enough, or within it.
     step = SCALES[0] / 2
-    middle = round(best.scale + step if max_drift is not None and best.scale < 1 else best.scale - step, 3)
+    middle = round(best.scale + step if _within(best, max_drift) else best.scale - step, 3)
     if 0 < middle < 1:
         found[middle] = look(middle)
     return tried(), (whole.loss_base, general.loss_base if general else None)
@@ -209,11 +209,15 @@ def _tried(scale: float, task: Moved, general: Moved | None, gain: float) -> Tri
     )
 
 
+def _within(one: Tried, max_drift: float | None) -> bool:
+    return max_drift is not None and one.kl_general is not None and one.kl_general <= max_drift
+
+
 def choose(tried: list[Tried], max_drift: float | None, *, refuse: bool = True) -> Tried:
     """The scale to take. Raises AdapterError where none is within the bound; without `refuse` the smallest is taken."""
     if max_drift is None:
         return min((one for one in tried if one.kept >= MOST_OF_IT), key=lambda one: one.scale)
-    within = [one for one in tried if one.kl_general is not None and one.kl_general <= max_drift]
+    within = [one for one in tried if _within(one, max_drift)]
     if within:
         return min(within, key=lambda one: one.loss)
     least = min(tried, key=lambda one: one.scale)

@@ -108,6 +108,8 @@ def judge_adapters(
     """
     forget = general_file(judging.forget)
     check([judging.score] if judging.score != LOSS else [], judging.given)
+    if name is not None:
+        paths.check_name(name)
     opened = open_adapters(model, adapters, data, settings, stage=stage, warn=warn)
     name = paths.check_name(name or "-".join(Path(each).name for each in opened.stored)[:MOST_NAME].rstrip(".-"))
     groups: dict[str, list[str]] = {}
