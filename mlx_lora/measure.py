@@ -8,7 +8,7 @@ memory, nor are the logits of a whole row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,16 +41,34 @@ class Agreement:
     tokens: int
 
 
+@dataclass(frozen=True)
+class RowAgreement:
+    """Sums over one row's positions with loss, of which there are `tokens`; nats, and positions with one top token."""
+
+    kl: float
+    same: float
+    nll_before: float
+    nll_after: float
+    tokens: int
+
+
 @dataclass
 class Predictions:
     """What a model says of some rows: the states that enter its head at the positions with loss, and the head.
 
     The states, (N, d) for each row by its number, lie in a file. Of a model that can't be taken apart they are the
-    logits of these positions themselves, and the head hands them on.
+    logits of these positions themselves, and the head hands them on. `attach` is called before the head is: it makes
+    the model again what it was when the states were computed, where one model is both sides of a comparison.
     """
 
     trunk: Trunk
     states: StatesFile
+    attach: Callable[[], object] = lambda: None
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits (N, V) of some of the states (N, d)."""
+        self.attach()
+        return self.trunk.head(hidden)
 
     def free(self) -> None:
         """Let go of all of the model but its head: it can't run afterwards, and these predictions still compare."""
@@ -88,18 +106,31 @@ def compare(before: Predictions, after: Predictions, rows: Sequence[Row]) -> Agr
 
     Raises NotFinite for a model whose logits aren't finite.
     """
-    totals, tokens = np.zeros(4), 0
+    each = list(compare_each(before, after, rows))
+    tokens = sum(row.tokens for row in each)
+    totals = [sum(sums) for sums in zip(*((r.kl, r.same, r.nll_before, r.nll_after) for r in each), strict=True)]
+    kl, same, nll_before, nll_after = (total / max(tokens, 1) for total in totals or [0.0] * 4)
+    return Agreement(
+        kl=max(kl, 0.0),
+        top1_agreement=same,
+        perplexity_before=math.exp(nll_before),
+        perplexity_after=math.exp(nll_after),
+        tokens=tokens,
+    )
+
+
+def compare_each(before: Predictions, after: Predictions, rows: Sequence[Row]) -> Iterator[RowAgreement]:
+    """The sums of `compare` row by row, in their order; a row without loss has zeros. Raises as `compare` does."""
     vocabulary = max(before.trunk.vocabulary, after.trunk.vocabulary)
     step = max(TILE_BYTES // (4 * vocabulary), LEAST_POSITIONS)
     for number, batch in enumerate(collate([row]) for row in rows):
-        if not batch.trained:
-            continue
-        states = [side.states[number] for side in (before, after)]
-        positions, targets, weights = batch.with_loss()
+        totals = np.zeros(4)
+        positions, targets, weights = batch.with_loss() if batch.trained else (np.zeros(0),) * 3
+        states = [side.states[number] for side in (before, after)] if batch.trained else []
         for start in range(0, len(positions), step):
             tile = slice(start, start + step)
             first, second = (
-                _log_probabilities(side.trunk.head(hidden[tile]))
+                _log_probabilities(side.head(hidden[tile]))
                 for side, hidden in zip((before, after), states, strict=True)
             )
             sums = np.array(_sums(first, second, mx.array(targets[tile]), mx.array(weights[tile])).tolist())
@@ -110,15 +141,8 @@ def compare(before: Predictions, after: Predictions, rows: Sequence[Row]) -> Agr
                     hint="mlx-lora generate with that model names the part at fault",
                 )
             totals += sums
-        tokens += batch.trained
-    kl, same, nll_before, nll_after = totals / max(tokens, 1)
-    return Agreement(
-        kl=max(float(kl), 0.0),
-        top1_agreement=float(same),
-        perplexity_before=math.exp(nll_before),
-        perplexity_after=math.exp(nll_after),
-        tokens=tokens,
-    )
+        kl, same, nll_before, nll_after = totals.tolist()
+        yield RowAgreement(kl, same, nll_before, nll_after, batch.trained)
 
 
 def _log_probabilities(logits: mx.array) -> mx.array:

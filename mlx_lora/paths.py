@@ -24,7 +24,7 @@ from mlx_lora.errors import MlxLoraError, NameTaken
 # The folders that come with the package.
 SHIPPED = ("data", "recipes")
 # Files that tell a directory made by this package, or by another tool for the same purpose, from anything else.
-MARKS = ("config.json", "adapter_config.json", "training.json", "Modelfile")
+MARKS = ("config.json", "adapter_config.json", "training.json", "verdict.json", "Modelfile")
 # Names that devices have on the systems that a disk may be carried to, whatever ending follows.
 DEVICES = re.compile(r"(?i:aux|con|nul|prn|com[0-9]|lpt[0-9])(?:\.|$)")
 MOST_NAME_BYTES = 128

@@ -35,11 +35,13 @@ MOST_LINES, MOST_FUNCTION_LINES = 300, 40
 OPTIONS = "a command's options are its parameters, each with its help"
 DERIVATIVE = "a custom function and its derivative share what is defined around both"
 LONGER = {
+    ("cli/adapters.py", "blend"): OPTIONS,
     ("cli/adapters.py", "merge"): OPTIONS,
     ("cli/base.py", "import_gguf"): OPTIONS,
     ("cli/base.py", "quantize"): OPTIONS,
     ("cli/compare.py", "compare"): OPTIONS,
     ("cli/serve.py", "serve"): OPTIONS,
+    ("cli/verdict.py", "verdict"): OPTIONS,
     ("adapters/glora.py", "multiply_hadamard"): DERIVATIVE,
     ("models/recurrence/convolution.py", "_tapped"): DERIVATIVE,
     ("models/recurrence/scan.py", "_spans"): DERIVATIVE,

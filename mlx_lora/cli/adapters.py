@@ -1,4 +1,4 @@
-"""adapters list, show, path, rename, remove, verify, merge, import, export."""
+"""adapters list, show, path, rename, remove, verify, merge, blend, import, export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from mlx_lora import ui
 from mlx_lora.cli.export_hf import show_check
-from mlx_lora.cli.options import Base, Force, Json, Yes, agree, progress
+from mlx_lora.cli.options import Base, Force, Forget, Json, Yes, agree, data_settings, number, progress
 from mlx_lora.methods import ADAPTER_FORMATS, MERGES
 
 app = typer.Typer(help="The adapters in the home directory.", no_args_is_help=True, rich_markup_mode=None)
@@ -146,6 +146,57 @@ def merge(
         header = ["task of", "rows", "loss of the base", "of the adapter", "of the merge", "gain kept"]
         rows_shown = [(t.parent, t.data, t.base_loss, t.parent_loss, t.merged_loss, f"{t.kept:.0%}") for t in tasks]
         ui.table(header, rows_shown)
+
+
+@app.command()
+def blend(
+    adapter: Annotated[str, typer.Argument(metavar="NAME", help="A name in the home, or a directory like ./mine.")],
+    scale: Annotated[str, typer.Option("--scale", metavar="X|auto", help="1 is the adapter, 0.5 half of its update.")],
+    name: Annotated[str, typer.Option("--name", help="The new adapter's name.")],
+    model: Base = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="For auto: the task's rows, of which valid is used.")
+    ] = None,
+    forget: Forget = None,
+    max_drift: Annotated[
+        float | None, typer.Option("--max-drift", min=0, help="For auto: most nats of KL a token on general text.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Scale an adapter's update, between the base and the adapter.
+
+    auto tries some scales on the task's rows and on general text, and takes the one with the least loss within
+    --max-drift, or without that the smallest one that keeps 90 % of the gain.
+    """
+    from mlx_lora.errors import AdapterError
+    from mlx_lora.tasks.blend import blend as at_scale
+    from mlx_lora.tasks.blend import blend_auto
+
+    if scale != "auto":
+        blended = at_scale(adapter, number(scale), name, force=force)
+    elif data is None:
+        raise AdapterError("--scale auto evaluates on the task's rows", hint="name them with --data")
+    else:
+        with ExitStack() as stack:
+            blended = blend_auto(
+                adapter, name, data, lambda stored: data_settings(None, stored), model=model, forget=forget,
+                max_drift=max_drift, force=force, progress=progress(stack), stage=ui.note,
+            )  # fmt: skip
+    if json:
+        ui.as_json(blended.as_dict())
+        return
+    if blended.tried:
+        header = ["scale", "loss", "gain kept", "KL on the task", "KL on general text", "loss there", ""]
+        base = ("0 (base)", blended.base_loss, "0%", 0.0, 0.0, blended.base_loss_general, "")
+        rows: list[tuple[object, ...]] = [base]
+        rows += [
+            (f"{t.scale:g}", t.loss, f"{t.kept:.0%}", t.kl_task, t.kl_general, t.loss_general,
+             "chosen" if t.scale == blended.scale else "")
+            for t in blended.tried
+        ]  # fmt: skip
+        ui.table(header, rows)
+    ui.result(f"{blended.adapter}: {adapter} at scale {blended.scale:g}")
 
 
 @app.command("import")

@@ -42,6 +42,10 @@ Out = Annotated[Path | None, typer.Argument(metavar="OUT", help="The directory t
 NewModel = Annotated[str | None, typer.Option("--name", help="Write to the home's models: --model NAME then uses it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]…", help="Recipe settings, dotted keys.")]
 
+Forget = Annotated[
+    str | None, typer.Option("--forget", metavar="FILE", help="General text that must not suffer; none: don't look.")
+]
+
 # How a fused model is written, as `interop.fuse` takes it.
 Bits = StrEnum("Bits", {"mixed": "mixed", "keep": "keep", "eight": "8", "sixteen": "16"})
 Yes = Annotated[bool, typer.Option("--yes", help="Don't ask.")]
@@ -79,6 +83,14 @@ def data_settings(overrides: list[str] | None, stored: dict[str, Any] | None = N
         raise RecipeError(f"{', '.join(unused)}: only data settings apply here", hint="like data.template=none")
     kept = {f"data.{key}": value for key, value in (stored or {}).items() if key != "path"}
     return load_recipe(None, overrides, settings=kept).data
+
+
+def number(text: str) -> float:
+    """A number given to --scale. Raises a usage error for anything else."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"--scale is {text!r}, a number or auto is needed") from None
 
 
 def agree(question: str, *, yes: bool) -> None:
