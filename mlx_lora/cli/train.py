@@ -1,4 +1,4 @@
-"""train and eval."""
+"""train."""
 
 from __future__ import annotations
 
@@ -11,19 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_lora import ui
-from mlx_lora.cli.options import (
-    Adapters,
-    Base,
-    Force,
-    Json,
-    MaxTokens,
-    Model,
-    Overrides,
-    RecipeWords,
-    Rows,
-    data_settings,
-    progress,
-)
+from mlx_lora.cli.options import Base, Force, Json, RecipeWords, Rows, progress
 from mlx_lora.cli.settings import TrainCommand
 from mlx_lora.errors import MlxLoraError, PeerFailed, TrainingError
 
@@ -33,7 +21,6 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     app.command(cls=TrainCommand)(train)
-    app.command("eval")(evaluate)
 
 
 def train(
@@ -183,34 +170,3 @@ def _step(event: Any) -> str:
         f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  {event.tokens_per_second:.0f} tok/s  "
         f"{ui.size(event.peak_memory)}{note}"
     )
-
-
-def evaluate(
-    data: Annotated[str, typer.Option("--data", help="A file, or a folder whose test file is used.")],
-    settings: Overrides = None,
-    model: Model = None,
-    adapter: Adapters = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Also generate answers and count exact matches.")] = False,
-    max_tokens: MaxTokens = 256,
-    json: Json = False,
-) -> None:
-    """Loss, perplexity and exact match of the base and of each adapter, in one load."""
-    from mlx_lora.tasks.evaluate import evaluate_adapters
-
-    with ExitStack() as stack:
-        evaluation = evaluate_adapters(
-            model,
-            adapter or [],
-            data,
-            lambda stored: data_settings(settings, stored),
-            exact=exact,
-            max_tokens=max_tokens,
-            progress=progress(stack),
-            stage=ui.note,
-            warn=ui.warning,
-        )
-    if json:
-        ui.as_json(evaluation.as_dict())
-        return
-    rows = [(r.adapter or "(base)", r.loss, r.perplexity, r.tokens, r.rows, r.exact_match) for r in evaluation.results]
-    ui.table(["adapter", "loss", "perplexity", "tokens", "rows", "exact match"], rows)
