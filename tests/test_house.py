@@ -39,6 +39,7 @@ LONGER = {
     ("cli/base.py", "import_gguf"): OPTIONS,
     ("cli/base.py", "quantize"): OPTIONS,
     ("cli/compare.py", "compare"): OPTIONS,
+    ("cli/leaks.py", "leaks"): OPTIONS,
     ("cli/serve.py", "serve"): OPTIONS,
     ("adapters/glora.py", "multiply_hadamard"): DERIVATIVE,
     ("models/recurrence/convolution.py", "_tapped"): DERIVATIVE,

@@ -16,22 +16,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
-from mlx_lora.data.batch import by_length
-from mlx_lora.data.rows import Row, common
-from mlx_lora.models import finite
-from mlx_lora.models.trunk.verify import take_apart
+from mlx_lora.data.rows import Row, common, trained
 from mlx_lora.serve.engine import Engine
 from mlx_lora.serve.requests import Request
-from mlx_lora.train.objectives.likelihood import as_arrays, negative_log_likelihood
+from mlx_lora.study import evaluate
 
 # Tokens that an answer, or the rest of a row, is compared by: longer ones count as given back when these are.
 MOST = 50
-BATCH = 32
-# Positions whose logits are held at once.
-TILE = 128
 Z = 1.959963984540054  # a normal variable is within ±Z in 95 % of cases
 OnRow = Callable[[], None]
 
@@ -113,28 +106,8 @@ def row_losses(engine: Engine, name: str | None, rows: Sequence[Row], on_row: On
     Raises NotFinite.
     """
     engine.use(name)
-    model, virtual = engine.loaded.model, engine.virtual
-    rows = [virtual.row(row) for row in rows] if virtual else rows
-    trunk = take_apart(model)
-    sums, counts = np.zeros((2, len(rows)))
-    for batch in by_length(rows, BATCH):
-        arrays = as_arrays(batch)
-        hidden = trunk.run(arrays["inputs"])
-        hidden = hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]
-        nll = [mx.array([])]
-        for start in range(0, hidden.shape[0], TILE):
-            (part,) = mx.depends([hidden[start : start + TILE]], nll[-1:])  # one tile's logits at a time
-            nll.append(negative_log_likelihood(trunk.head(part), arrays["targets"][start : start + TILE]))
-        losses = np.array(mx.concatenate(nll) * arrays["weights"], np.float64)
-        if not np.isfinite(losses).all():
-            raise finite.error(model, mx.array(batch.inputs))
-        weights = np.array(arrays["weights"], np.float64)
-        owners = np.array([line[0] for line in batch.lines])[np.array(arrays["positions"]) // batch.inputs.shape[1]]
-        np.add.at(sums, owners, losses)
-        np.add.at(counts, owners, weights)
-        for _ in batch.lines:
-            on_row()
-    return sums / counts
+    _, sums = evaluate.row_losses(engine, rows, on_row)
+    return sums / trained(rows)
 
 
 @dataclass(frozen=True)

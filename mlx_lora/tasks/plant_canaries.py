@@ -18,7 +18,7 @@ from typing import Any
 from mlx_lora import paths
 from mlx_lora.config import Data
 from mlx_lora.data import columns, readers, write
-from mlx_lora.data.canaries import RECORD, Planting, most, rows_of
+from mlx_lora.data.canaries import RECORD, Canary, Planting, most, rows_of
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.read import HINT, check_text, find_splits, sha256
 from mlx_lora.data.sources import FORMATS
@@ -73,24 +73,40 @@ def plant_canaries(
     aside = set() if "valid" in files else _set_aside(counts["train"], seed)
     places = planting.places(counts["train"] - len(aside))
     planting = replace(planting, format=files["train"].format, rows=rows_of(planting, places))
+    written = _write(files, targets, counts, planting, places, aside, progress)
+    _record(out, replace(planting, sha256=sha256(targets["train"])))
+    return Planted(str(out), written, planting.count, planting.copies, planting.repeats, seed)
+
+
+def _write(
+    files: dict[str, _Rows],
+    targets: dict[str, Path],
+    counts: dict[str, int],
+    planting: Planting,
+    places: dict[int, Canary],
+    aside: set[int],
+    progress: OnFile,
+) -> dict[str, int]:
+    """Write the rows and, at their places, the canaries; returns the rows of each file."""
+    written = dict.fromkeys(targets, 0)
     with write.files_written(targets.values()) as opened:
-        written = {split: 0 for split in targets}
 
         def add(split: str, row: dict[str, Any]) -> None:
             opened[targets[split]].write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             written[split] += 1
 
+        def plant() -> None:
+            while canary := places.get(written["train"]):
+                add("train", canary.row(planting.format))
+
         for split, rows in files.items():
             advance = progress(f"writing {targets[split].name}", counts[split])
             for number, row in enumerate(rows):
-                while split == "train" and (canary := places.get(written[split])):
-                    add(split, canary.row(planting.format))
+                plant()
                 add("valid" if split == "train" and number in aside else split, row)
                 advance()
-        while canary := places.get(written["train"]):
-            add("train", canary.row(planting.format))
-    _record(out, replace(planting, sha256=sha256(targets["train"])))
-    return Planted(str(out), written, planting.count, planting.copies, planting.repeats, seed)
+        plant()
+    return written
 
 
 def _record(out: Path, planting: Planting) -> None:
