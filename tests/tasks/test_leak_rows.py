@@ -92,6 +92,7 @@ def test_planted_rows_are_no_members(
     assert len(found.others.rows) == 2
 
 
+@pytest.mark.real
 def test_the_command_prints_no_text_of_a_row_and_writes_it_where_it_is_told(
     run: Callable[..., Ran], tiny_path: Path, write_rows: Callable[..., Path], tmp_path: Path, home: Path
 ) -> None:
