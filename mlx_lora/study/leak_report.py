@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from mlx_lora.study.leaks import Membership, Share, more_often
 
 # What `Extraction.asked` is called.
 ANSWERS, RESTS = "answers", "rests"
+# Fewer tokens are no text that could be given away; that they come back more often still tells which rows were learned.
+LEAST_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class Extraction:
     """Rows that came back verbatim, asked for their `answers` by their prompts, or for their `rests` by their
     beginnings.
 
-    `rows` are the numbers, from 0 as read, of training rows that the adapter gives back and the base doesn't.
+    `rows` are the numbers, from 0 as read, of training rows that the adapter gives back and the base doesn't. `tokens`
+    is the median of what was wanted: a label comes back because it was guessed right, not because it was remembered.
     """
 
     asked: str
@@ -26,6 +30,7 @@ class Extraction:
     held_out_base: Share | None = None
     held_out: Share | None = None
     rows: list[int] = field(default_factory=list)
+    tokens: int = LEAST_TOKENS
 
     @property
     def difference(self) -> tuple[float, tuple[float, float]] | None:
@@ -37,7 +42,7 @@ class Extraction:
         values = {name: share.as_dict() if (share := getattr(self, name)) else None for name in shares}
         found = self.difference
         more = None if found is None else {"difference": found[0], "interval": found[1]}
-        return {"asked": self.asked, **values, "more_often": more, "rows": self.rows}
+        return {"asked": self.asked, "tokens": self.tokens, **values, "more_often": more, "rows": self.rows}
 
 
 @dataclass(frozen=True)
@@ -118,13 +123,18 @@ class Leaks:
         """verbatim, by_loss, none_seen, or cant_tell without held-out rows and canaries.
 
         Verbatim: training rows come back more often than held-out rows, or a planted secret that the base doesn't give.
-        By loss: the adapter's loss tells training rows from others. Each beyond what chance does in 95 % of cases.
+        By loss: the adapter's loss tells training rows from others, or ranks planted secrets first; or short answers
+        come back more often. Each beyond what chance does in 95 % of cases.
         """
-        more = [found for one in self.extraction if (found := one.difference)]
-        if any(low > 0 for _, (low, _) in more) or any(one.extracted > one.extracted_base for one in self._planted):
+        more = [(one.tokens, found[1][0]) for one in self.extraction if (found := one.difference)]
+        if any(one.extracted > one.extracted_base for one in self._planted):
             return "verbatim"
-        known = any(one.first > one.first_base + _chance(one, self.candidates) for one in self._planted)
-        if known or (self.losses and max(self.losses.of_adapter.interval[0], self.losses.of_both.interval[0]) > 0.5):
+        if any(low > 0 and tokens >= LEAST_TOKENS for tokens, low in more):
+            return "verbatim"
+        secrets = sum(one.secrets for one in self._planted)
+        known = sum(one.first for one in self._planted) > by_chance(secrets, 1 / self.candidates)
+        told = self.losses and max(self.losses.of_adapter.interval[0], self.losses.of_both.interval[0]) > 0.5
+        if known or told or any(low > 0 for _, low in more):
             return "by_loss"
         return "none_seen" if more or self._planted else "cant_tell"
 
@@ -155,7 +165,7 @@ class Leaks:
 
 SAID = {
     "verbatim": "{} gives training rows away word for word",
-    "by_loss": "{} gives away by its loss which rows it has seen, and no row word for word beyond what can be guessed",
+    "by_loss": "{} gives away which rows it has seen, and no row word for word beyond what can be guessed",
     "none_seen": "{} shows no sign of giving training rows away",
     "cant_tell": "without held-out rows (--held-out) what {} remembers can't be told from what it guesses",
 }
@@ -166,6 +176,11 @@ def times(repeats: int) -> str:
     return {0: "never planted", 1: "planted once"}.get(repeats, f"planted {repeats} times")
 
 
-def _chance(one: Planted, candidates: int) -> int:
-    """As many secrets as rank first by chance in 95 % of cases; each does in one of `candidates` cases."""
-    return 0 if one.secrets / candidates < 0.05 else 1
+def by_chance(count: int, chance: float) -> int:
+    """The fewest successes of `count`, each with this chance, that are exceeded in at most one case of twenty."""
+    below, successes = 0.0, 0
+    while True:
+        below += math.comb(count, successes) * chance**successes * (1 - chance) ** (count - successes)
+        if 1 - below <= 0.05:
+            return successes
+        successes += 1

@@ -159,7 +159,8 @@ class _Audit:
         numbers = self.found.members.numbers
         self.came_back += [self._text(one, asked, numbers) for one, came in zip(members, back, strict=True) if came]
         rows = {int(numbers[one.number]) for one, came in zip(members, back & ~base, strict=True) if came}
-        return Extraction(asked, shares[0], shares[1], held[0], held[1], sorted(rows))
+        tokens = int(np.median([len(one.wanted) for one in members]))
+        return Extraction(asked, shares[0], shares[1], held[0], held[1], sorted(rows), tokens)
 
     def _text(self, one: Beginning, asked: str, numbers: np.ndarray) -> dict[str, Any]:
         decode = self.engine.loaded.tokenizer.decode

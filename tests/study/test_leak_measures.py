@@ -16,7 +16,7 @@ from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.serve.engine import Engine
 from mlx_lora.study import leaks
 from mlx_lora.study.evaluate import questions
-from mlx_lora.study.leak_report import ANSWERS, RESTS, Extraction, Leaks, Losses, Planted
+from mlx_lora.study.leak_report import ANSWERS, RESTS, Extraction, Leaks, Losses, Planted, by_chance
 from mlx_lora.study.leaks import Membership, Share
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 
@@ -98,6 +98,14 @@ def test_a_row_comes_back_where_greedy_generation_goes_on_as_it_does(tiny: Loade
     assert leaks.given_back(engine, None, [right, wrong]).tolist() == [True, False]
 
 
+def test_chance_is_that_of_a_binomial() -> None:
+    draw = np.random.default_rng(2)
+    for count, chance in ((12, 1 / 256), (12, 1 / 16), (40, 0.1)):
+        drawn = draw.binomial(count, chance, 100_000)
+        least = by_chance(count, chance)
+        assert (drawn > least).mean() <= 0.052 and (least == 0 or (drawn > least - 1).mean() > 0.05)
+
+
 def audit(**changes: object) -> Leaks:
     no = Membership(0.5, (0.4, 0.6), 50, 50)
     losses = Losses(1.0, 0.5, 1.0, 0.6, no, no, no)
@@ -113,10 +121,14 @@ def test_the_sentence_says_what_was_found() -> None:
     assert audit().verdict == "none_seen" and "20 of 50 answers" in audit().sentence
     more = [Extraction(RESTS, Share(0, 50), Share(20, 50), Share(0, 50), Share(0, 50), [1, 2])]
     assert audit(extraction=more).verdict == "verbatim"
+    labels = Extraction(ANSWERS, Share(0, 50), Share(50, 50), Share(0, 50), Share(20, 50), tokens=2)
+    assert audit(extraction=[labels]).verdict == "by_loss"  # labels aren't text that leaks
     told = Membership(0.8, (0.7, 0.88), 50, 50)
     assert audit(losses=Losses(1, 1, 1, 1, told, told, told)).verdict == "by_loss"
     seen = Planted(16, 4, 0, 4, 0, 3, 1.0, 8.0)
     assert audit(canaries=[Planted(0, 4, 0, 0, 0, 0, 1.0, 1.2), seen]).verdict == "verbatim"
     assert "4 of 4 planted 16 times" in audit(canaries=[seen]).sentence
+    one = Planted(1, 12, 0, 1, 0, 0, 1.0, 2.0)
+    assert audit(canaries=[one]).verdict == "by_loss" and audit(canaries=[one], candidates=64).verdict == "none_seen"
     alone = audit(losses=None, extraction=[Extraction(ANSWERS, Share(0, 50), Share(20, 50))])
     assert alone.verdict == "cant_tell" and "--held-out" in alone.sentence
