@@ -34,7 +34,7 @@ def audit(shell: Shell, planted: Path) -> Callable[[str], Any]:
     shell.json("train", "--model", base, "--data", planted, "--name", "learned", "train.learning_rate=5e-3",
                "train.batch_size=8", "train.epochs=6")  # fmt: skip
     return lambda name: shell.json(
-        "study", "leaks", name, "--data", planted, "--model", base, "--candidates", 127, "--rows", 40
+        "study", "leaks", name, "--data", planted, "--model", base, "--candidates", 63, "--rows", 40
     )
 
 
@@ -44,8 +44,8 @@ def test_secrets_are_found_by_how_often_they_were_repeated(audit: Callable[[str]
     print("\n", [(one["repeats"], one["first"], one["extracted"], round(one["exposure"], 1)) for one in curve])
     assert [one["repeats"] for one in curve] == [0, 1, 4, 16]
     never, _, some, often = curve
-    assert often["first"] == often["extracted"] == often["secrets"] == 4 and often["exposure"] == 7.0
-    assert some["exposure"] > 4 and all(left["exposure"] <= right["exposure"] + 0.5 for left, right in pairwise(curve))
+    assert often["first"] == often["extracted"] == often["secrets"] == 4 and often["exposure"] == 6.0
+    assert some["exposure"] > 3.5 and all(left["exposure"] <= right["exposure"] + 0.5 for left, right in pairwise(curve))
     assert never["first"] <= 1 and never["extracted"] == 0 and never["exposure"] < 4
     for one in curve:  # nobody has trained the base on them
         assert one["first_base"] <= 1 and one["extracted_base"] == 0 and one["exposure_base"] < 4
