@@ -40,6 +40,7 @@ LONGER = {
     ("cli/base.py", "import_gguf"): OPTIONS,
     ("cli/base.py", "quantize"): OPTIONS,
     ("cli/compare.py", "compare"): OPTIONS,
+    ("cli/leaks.py", "leaks"): OPTIONS,
     ("cli/serve.py", "serve"): OPTIONS,
     ("cli/verdict.py", "verdict"): OPTIONS,
     ("adapters/glora.py", "multiply_hadamard"): DERIVATIVE,

@@ -1,4 +1,4 @@
-"""Remake the data: `python -m data.make [--seed 7] [tasks tokenizer base]`, by default everything, in that order.
+"""Remake the data: `python -m data.make [--seed 7] [tasks everyday tokenizer base]`, by default everything.
 
 Run it at the top of the repository. Task sets and tokenizer come out byte for byte the same with the same seed; the
 base's weights depend on the machine's arithmetic in their last digits.
@@ -11,12 +11,13 @@ from mlx_lora.machine import blas
 
 blas.load_blas()  # has to come before anything that imports mlx
 
+from .everyday import make_everyday  # noqa: E402
 from .pretrain import make_base  # noqa: E402
 from .tasks import make_tasks  # noqa: E402
 from .tokenizer import make_tokenizer  # noqa: E402
 
 DATA = Path(__file__).parent.parent
-PARTS = ("tasks", "tokenizer", "base")
+PARTS = ("tasks", "everyday", "tokenizer", "base")
 
 
 def main() -> None:
@@ -31,6 +32,9 @@ def main() -> None:
     if "tasks" in parts:
         make_tasks(DATA / "tasks", arguments.seed)
         print("task sets written", flush=True)
+    if "everyday" in parts:
+        make_everyday(DATA / "tasks", arguments.seed)
+        print("task sets for real models written", flush=True)
     if "tokenizer" in parts:
         count = make_tokenizer(DATA / "base", arguments.seed)
         print(f"tokenizer written, both files agree on {count} texts", flush=True)

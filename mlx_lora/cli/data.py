@@ -1,4 +1,4 @@
-"""data check, split, convert and redact."""
+"""data check, split, convert and redact; canaries are in `leaks`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_lora import ui
+from mlx_lora.cli import leaks
 from mlx_lora.cli.options import Force, Json, Overrides, data_settings, progress
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(
         help="Look at data before training on it, and write it anew.", no_args_is_help=True, rich_markup_mode=None
     )
-    for command in (check, split, convert, redact):
+    for command in (check, split, convert, redact, leaks.canaries):
         group.command()(command)
     app.add_typer(group, name="data")
 

@@ -1,4 +1,4 @@
-"""study subspace and compare: instruments that look into adapters, and at recipes side by side."""
+"""study subspace, compare and leaks: instruments that look into adapters, and at recipes side by side."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from mlx_lora import ui
-from mlx_lora.cli import compare
+from mlx_lora.cli import compare, leaks
 from mlx_lora.cli.options import Json
 
 app = typer.Typer(help="Instruments to study adapters with.", no_args_is_help=True, rich_markup_mode=None)
 compare.register(app)
+app.command()(leaks.leaks)
 Studied = Annotated[str, typer.Argument(metavar="ADAPTER", help="A directory, or a name in the home.")]
 Factor = StrEnum("Factor", ["a", "b"])
 
