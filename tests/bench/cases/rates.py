@@ -54,6 +54,7 @@ def tables(figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[Any]
     rates = sorted({float(rate) for found in figures.values() for rate in found["losses"]})
     title = "Validation loss in nats after 80 steps of 4 rows, by learning rate: LoRA of rank 8 on attention, alpha 16."
     rows = [
-        [name, found["hidden"], *(found["losses"].get(f"{rate:g}") for rate in rates)] for name, found in figures.items()
+        [name, found["hidden"], *(found["losses"].get(f"{rate:g}") for rate in rates)]
+        for name, found in figures.items()
     ]
     return [(title, ["base, task", "hidden size", *(f"{rate:g}" for rate in rates)], rows)]
