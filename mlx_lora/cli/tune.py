@@ -26,7 +26,11 @@ def tune(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Find rate, rank, targets and epochs by short trainings; what you set stays. The same command goes on."""
+    """Find rate, rank, targets and epochs by short trainings within some minutes, and print the recipe.
+
+    Validation rows choose, test rows aren't read. What key=value sets stays as it is. The same command goes on where it
+    was interrupted, or with more minutes where it ended.
+    """
     from mlx_lora.cli.train import StopSignal, listener
     from mlx_lora.recipe import load_recipe
     from mlx_lora.tasks.tune import tune as run
