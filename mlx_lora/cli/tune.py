@@ -42,7 +42,10 @@ def tune(
         check_out(out, force=force)
     with ExitStack() as stack:
         try:
-            found = run(recipe, settings or [], minutes=minutes, listener=listener(stack, StopSignal(stack)))
+            found = run(
+                recipe, settings or [], minutes=minutes, stage=ui.note,
+                listener=lambda: listener(stack, StopSignal(stack), quiet=True),
+            )  # fmt: skip
         except KeyboardInterrupt:
             stack.close()
             ui.note("the same command goes on; what is done is kept")

@@ -1,7 +1,7 @@
 """Which training to try next so that a budget of seconds finds a good recipe, and what the tried ones say in the end.
 
     rates          on a short run first: the default's, four times of it, and so on towards the best
-    longer runs    the best few again over three times the steps, until the runs are as long as the recipe asks
+    longer runs    the best two and their neighbours over three times the steps, until runs are as long as they will be
     around         more epochs, more targets, a higher rank: each kept where it is better by more than chance
 
 That is successive halving (arXiv 1502.07943) with a factor of three. Each run has its whole schedule, so a short one
@@ -21,7 +21,8 @@ from mlx_lora.study.trials import Found, Line, Space, Trial, difference
 FACTOR = 3  # steps of a rung over those of the one below
 LEAST_STEPS = 12  # a shorter run is mostly its warm-up
 STRIDE = 2  # between neighbouring rates
-WIDE, MOST_RATES, SURVIVORS = 2, 7, 3
+WIDE = 2  # neighbours in one step, while the best is at an end
+MOST_RATES, SURVIVORS, MOST_LATER = 7, 2, 4  # trials of the first sweep; of a later one at its beginning, and at most
 # Shares of the budget: for a sweep that longer runs follow, for one of the longest runs, and for the last two runs.
 SWEEP, ONLY_SWEEP, LAST = 0.4, 0.9, 0.65
 WIDER, HIGHER = "all-linear", 4  # the other targets, and the factor of a higher rank
@@ -108,12 +109,12 @@ class Plan:
     def _sweep(self, rung: int) -> Trial | None:
         """At first wide steps from the default until the best has worse ones on both sides, then its neighbours.
 
-        In longer runs the survivors, then a neighbour of their best.
+        In longer runs the survivors, then the neighbours of their best: the best rate of longer runs is often lower.
         """
         here = sorted(self._at(rung), key=lambda line: line.trial.rate)
         first = rung == self._start() or not self._below(rung)
         trials = [self._with(0, rung)] if first else self._survivors(self._below(rung)[-1], rung)
-        if all(trial in self.lines for trial in trials) and len(here) < (MOST_RATES if first else SURVIVORS + 1):
+        if all(trial in self.lines for trial in trials) and len(here) < (MOST_RATES if first else MOST_LATER):
             best = self._power(min(here, key=self.mean).trial.rate)
             trials = [self._with(best - 1, rung), self._with(best + 1, rung)]
             if first and best == self._power(here[0].trial.rate):
@@ -134,7 +135,9 @@ class Plan:
         goal = reached[-1]
         if self._at(goal):
             return goal
-        between = [mid for mid in reached if mid < goal and SURVIVORS * self._cost(mid) + missing[goal] <= self.left]
+        between = [
+            mid for mid in reached if mid < goal and (SURVIVORS + 1) * self._cost(mid) + missing[goal] <= self.left
+        ]
         return between[0] if between else goal
 
     def _saved(self, rung: int) -> float:

@@ -46,14 +46,15 @@ class Bench:
     recipe: Recipe
     opened: OpenModel
     prepared: Prepared
-    listener: Listener
     default: Trial
+    listener: Callable[[], Listener] = Listener  # one for each trial
+    stage: Callable[[str], None] = lambda text: None
     checkpoints: dict[Trial, Checkpoint] = field(default_factory=dict)
 
     @cached_property
     def engine(self) -> Engine:
         """The base, loaded and where the recipe says so quantized: once for all trials."""
-        self.listener.stage(f"loading {self.recipe.model}" + (" and quantizing it" if self.recipe.quantize else ""))
+        self.stage(f"loading {self.recipe.model}" + (" and quantizing it" if self.recipe.quantize else ""))
         loaded = load_stored(self.opened, quantization=self.recipe.quantize)
         ready(loaded)
         return Engine(loaded)
@@ -89,7 +90,7 @@ class Bench:
             plan = plan_rows(recipe, self.opened, self.prepared)
         except ModelError:  # an architecture whose memory isn't known
             plan = None
-        model = self.engine.loaded.model
+        model, listener = self.engine.loaded.model, self.listener()
         events = train(
             model, self.prepared.train, (), recipe.train, seed=recipe.seed, trunk=take_apart(model),
             packing=recipe.data.packing, plan=plan, resume=resume, should_stop=lambda: time.monotonic() > until,
@@ -97,7 +98,7 @@ class Bench:
         with closing(events):
             for event in events:
                 if isinstance(event, Step | Finished):
-                    self.listener.event(event)
+                    listener.event(event)
                 if isinstance(event, Step):
                     watch.step(event, lambda: self._look(model))
                 elif isinstance(event, Checkpoint):  # a constant rate: a longer run begins with this one

@@ -37,20 +37,27 @@ FILE = "tuning.json"
 SECTIONS = ("adapter", "data", "train")
 
 
-def tune(recipe: Recipe, words: Sequence[str], *, minutes: float, listener: Listener | None = None) -> Tuned:
+def tune(
+    recipe: Recipe,
+    words: Sequence[str],
+    *,
+    minutes: float,
+    listener: Callable[[], Listener] = Listener,
+    stage: Callable[[str], None] = lambda text: None,
+) -> Tuned:
     """Try trainings for `minutes` and say which is best; what the `key=value` words have set in the recipe stays.
 
     Raises RecipeError without validation rows, and TrainingError where the time is too short for two trainings to be
     compared, or where every one of them failed. What is done is recorded after each training.
     """
-    listener, started = listener or Listener(), time.monotonic()
+    started = time.monotonic()
     name, asked = required(recipe), _asked(recipe, words)
     with locked(name):
         opened = open_model(str(recipe.model))
-        prepared = _rows(recipe, opened, listener)
+        prepared = _rows(recipe, opened, listener(), stage)
         recipe = _automatic(recipe, asked, opened)
         space, per_epoch = _space(recipe, asked, prepared)
-        bench = Bench(recipe, opened, prepared, listener, space.default)
+        bench = Bench(recipe, opened, prepared, space.default, listener, stage)
         record = Record(paths.room("tunings", name) / FILE)
         of = made_of(recipe) | {"asked": sorted(asked)}
         lines = _recorded(record, of)
@@ -62,7 +69,7 @@ def tune(recipe: Recipe, words: Sequence[str], *, minutes: float, listener: List
         for line in _trials(bench, space, lines, minutes * 60, used):
             record.put(line.trial.name, line, made_of=of)
             record.write()
-            listener.stage(_said(line, space))
+            stage(_said(line, space))
         found = Plan(space, lines, seconds=minutes * 60, used=used()).found()
         if found is None or found.compared < 2:
             raise _nothing(found, lines, space, minutes)
@@ -73,26 +80,24 @@ def _trials(bench: Bench, space: Space, lines: list[Line], seconds: float, used:
     """Run what the plan asks for while there is time; each line is added to `lines`."""
     while (plan := Plan(space, lines, seconds=seconds, used=used())) and (trial := plan.next()):
         takes = f", about {ui.duration(plan.predicted(trial))}" if lines else ""
-        bench.listener.stage(
-            f"{len(lines) + 1}: {trial.name}{takes}; {used() / 60:.1f} of {seconds / 60:g} minutes used"
-        )
+        bench.stage(f"{len(lines) + 1}: {trial.name}{takes}; {used() / 60:.1f} of {seconds / 60:g} minutes used")
         try:
             line = bench.run(trial, plan.looks(trial.steps), time.monotonic() + seconds - used())
         except OutOfTime:
-            bench.listener.stage("the time is up: this one is left out")
+            bench.stage("the time is up: this one is left out")
             return
         lines.append(line)
         yield line
 
 
-def _rows(recipe: Recipe, opened: OpenModel, listener: Listener) -> Prepared:
-    listener.stage(f"reading {recipe.data.path}")
+def _rows(recipe: Recipe, opened: OpenModel, listener: Listener, stage: Callable[[str], None]) -> Prepared:
+    stage(f"reading {recipe.data.path}")
     prepared = prepare(
         str(recipe.data.path), recipe.data, opened.tokenizer,
         seed=recipe.seed, progress=listener.progress, virtual=virtual_of(recipe.adapter),
     )  # fmt: skip
     for note in prepared.notes:
-        listener.stage(note)
+        stage(note)
     if not prepared.valid:
         raise RecipeError(
             "validation rows choose between trainings, and there are none",

@@ -85,18 +85,19 @@ class Tuned:
         over = "" if steps == default.steps else f", seen in runs of {steps} of {default.steps} steps"
         return f"the default (rate {default.rate:g}) would have lost {_interval(found.lost)}{over}"
 
-    def text(self) -> str:
-        """The recipe file."""
+    def text(self, file: str | None = None) -> str:
+        """The recipe, as the file of that name; NAME.yaml by default."""
         recipe, name, against = self.recipe, str(self.recipe.name), self.against_default()
+        file = file or f"{name}.yaml"
         head = [
             f"# {name}: found by `mlx-lora tune`, which compared {len(self.lines)} trainings on"
             f" {len(self.space.tokens)} validation rows of {recipe.data.path}.",
             f"# {against[0].upper()}{against[1:]}.",
             "#",
             f"# Needs:    the model {recipe.model}, the data {recipe.data.path}",
-            f"# Run:      mlx-lora train {name}.yaml",
+            f"# Run:      mlx-lora train {file}",
             f"# Look:     mlx-lora eval --adapter {name} --data {recipe.data.path}",
-            f"# Change:   mlx-lora train {name}.yaml adapter.rank=16 --name {name}-wide",
+            f"# Change:   mlx-lora train {file} adapter.rank=16 --name {name}-wide",
             _line("model", recipe.model),
             _line("name", name),
         ]
@@ -141,18 +142,22 @@ class Tuned:
         ]  # fmt: skip
         if not others:
             return "the default; others were left out, for want of time"
+        if what == "steps":  # the nearest fewer and the nearest more
+            fewer = [line for line in others if line.trial.steps < best.trial.steps]
+            more = [line for line in others if line.trial.steps > best.trial.steps]
+            others = [*sorted(fewer, key=_steps)[-1:], *sorted(more, key=_steps)[:1]]
         said = []
         for line in others:
-            value = getattr(line.trial, what)
-            named = f"{value} steps" if what == "steps" else str(value)
-            said.append(f"{named} loses {_interval(difference(line.losses, best.losses, tokens))}")
+            value, lost = getattr(line.trial, what), difference(line.losses, best.losses, tokens)
+            named = f"{value} steps lose" if what == "steps" else f"{value} loses"
+            said.append(f"{named} {_interval(lost)}")
         return "; ".join(said)
 
 
 def write(tuned: Tuned, out: Path, *, force: bool = False) -> None:
     """Write the recipe file. Raises NameTaken where it exists."""
     check_out(out, force=force)
-    text = tuned.text()
+    text = tuned.text(out.name)
     parse_recipe(yaml.safe_load(text), str(out))  # a fault would be one of this program
     with paths.created(out, "wb") as stream:
         stream.write(text.encode())
@@ -169,6 +174,10 @@ def _interval(lost: Difference) -> str:
         return f"{lost.nats:.3f} nats a token"
     sure = "" if lost.low > 0 or lost.high < 0 else ", which may be chance"
     return f"{lost.nats:.3f} nats a token ({lost.low:.3f} to {lost.high:.3f} at 95 %{sure})"
+
+
+def _steps(line: Line) -> int:
+    return line.trial.steps
 
 
 def _mean(line: Line, tokens: int) -> float | None:

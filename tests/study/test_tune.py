@@ -91,7 +91,7 @@ def test_the_rate_is_within_two_hundredths_of_the_best_of_a_grid_of_eight(best: 
 def test_short_runs_come_first_and_the_survivors_run_longer() -> None:
     _, lines, _ = World(2, free=ONLY_RATES).tune(900)
     counts = Counter(line.trial.steps for line in lines)
-    assert list(counts) == [28, FULL] and counts[28] >= 5 and counts[FULL] == 2
+    assert list(counts) == [28, FULL] and counts[28] >= 5 and counts[FULL] >= 2
     short = sorted((line for line in lines if line.trial.steps == 28), key=lambda line: sum(line.losses))
     assert {line.trial.rate for line in lines if line.trial.steps == FULL} == {line.trial.rate for line in short[:2]}
 

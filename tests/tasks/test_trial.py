@@ -18,7 +18,7 @@ from mlx_lora.errors import AdapterError
 from mlx_lora.models.open import open_model
 from mlx_lora.recipe import load_recipe
 from mlx_lora.study.trials import Trial
-from mlx_lora.tasks.train import Listener, train_adapter
+from mlx_lora.tasks.train import train_adapter
 from mlx_lora.tasks.trial import Bench, OutOfTime
 from tests.conftest import questions
 
@@ -36,7 +36,7 @@ def bench(tiny_path: Path, write_rows: Callable[..., Path]) -> Callable[..., Ben
         given = {"model": str(tiny_path), "data.path": str(data), "name": "tried"}
         recipe = load_recipe(None, ["train.learning_rate=0.01", "adapter.rank=4", *words], settings=given)
         opened = open_model(str(tiny_path))
-        return Bench(recipe, opened, prepare(data, recipe.data, opened.tokenizer), Listener(), TRIAL)
+        return Bench(recipe, opened, prepare(data, recipe.data, opened.tokenizer), TRIAL)
 
     return make
 
@@ -47,9 +47,7 @@ def test_a_trial_ends_where_training_does_and_takes_its_adapter_out(bench: Calla
     before = dict(tree_flatten(model.parameters()))
     line = made.run(TRIAL, 1, NEVER)
     after = dict(tree_flatten(model.parameters()))
-    assert before.keys() == after.keys() and all(
-        mx.array_equal(before[name], after[name]).item() for name in before
-    )
+    assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]).item() for name in before)
     words = ["train.iters=4", "train.eval_every=4", "train.learning_rate=0.01", "adapter.rank=4"]
     given = {"model": made.recipe.model, "data.path": made.recipe.data.path, "name": "mine"}
     finished = train_adapter(load_recipe(None, words, settings=given)).finished
