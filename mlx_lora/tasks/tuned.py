@@ -83,7 +83,8 @@ class Tuned:
             return f"nothing that was tried is better than the default (rate {default.rate:g}) by more than chance"
         steps = found.default.trial.steps
         over = "" if steps == default.steps else f", seen in runs of {steps} of {default.steps} steps"
-        return f"the default (rate {default.rate:g}) would have lost {_interval(found.lost)}{over}"
+        verb = "lost" if found.lost.nats >= 0 else "gained"
+        return f"the default (rate {default.rate:g}) would have {verb} {_interval(found.lost)}{over}"
 
     def text(self, file: str | None = None) -> str:
         """The recipe, as the file of that name; NAME.yaml by default."""
@@ -97,7 +98,7 @@ class Tuned:
             f"# Needs:    the model {recipe.model}, the data {recipe.data.path}",
             f"# Run:      mlx-lora train {file}",
             f"# Look:     mlx-lora eval --adapter {name} --data {recipe.data.path}",
-            f"# Change:   mlx-lora train {file} adapter.rank=16 --name {name}-wide",
+            f"# Change:   mlx-lora train {file} seed=1 --name {name}-again",
             _line("model", recipe.model),
             _line("name", name),
         ]
@@ -149,8 +150,9 @@ class Tuned:
         said = []
         for line in others:
             value, lost = getattr(line.trial, what), difference(line.losses, best.losses, tokens)
-            named = f"{value} steps lose" if what == "steps" else f"{value} loses"
-            said.append(f"{named} {_interval(lost)}")
+            said.append(
+                f"{value}{' steps' * (what == 'steps')}: {_interval(lost)} {'more' if lost.nats >= 0 else 'less'}"
+            )
         return "; ".join(said)
 
 
@@ -170,10 +172,13 @@ def check_out(out: Path, *, force: bool) -> None:
 
 
 def _interval(lost: Difference) -> str:
+    """Its size, whichever of the two is better."""
+    sign = 1 if lost.nats >= 0 else -1
     if lost.low is None or lost.high is None:
-        return f"{lost.nats:.3f} nats a token"
-    sure = "" if lost.low > 0 or lost.high < 0 else ", which may be chance"
-    return f"{lost.nats:.3f} nats a token ({lost.low:.3f} to {lost.high:.3f} at 95 %{sure})"
+        return f"{sign * lost.nats:.3f} nats a token"
+    low, high = sorted((sign * lost.low, sign * lost.high))
+    sure = "" if low > 0 else ", which may be chance"
+    return f"{sign * lost.nats:.3f} nats a token ({low:.3f} to {high:.3f} at 95 %{sure})"
 
 
 def _steps(line: Line) -> int:

@@ -66,7 +66,7 @@ def test_people_get_the_recipe_with_its_reasons(run: Run, data: Path, tiny_path:
     values = yaml.safe_load(ran.out)
     assert values["model"] == str(tiny_path) and values["name"] == "data" and values["adapter"]["rank"] in (8, 32)
     rank = next(line for line in ran.out.splitlines() if line.startswith("  rank: "))
-    assert " nats a token" in rank and rank.partition("#")[2].split()[0] in ("8", "32")
+    assert " nats a token" in rank and rank.partition("#")[2].split()[0] in ("8:", "32:")
     assert "learning_rate: 0.01  # as you asked" in ran.out
     assert "best: rate 0.01" in ran.err and "5 validation rows say little" in ran.err
 
