@@ -17,12 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from mlx_lora import paths
-from mlx_lora.config import number
+from mlx_lora.config import Recipe, number
 from mlx_lora.data.read import find_splits, read, sha256
 from mlx_lora.data.rows import trained
 from mlx_lora.errors import DataError, MlxLoraError, NameTaken, Problem, RecipeError
@@ -64,8 +64,15 @@ class Outcome:
         }
 
 
+class AsDict(Protocol):
+    """A line of a record: a comparison's, or a tuning's."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
 class Record:
-    """A comparison's file: what each run depends on, its line once it is trained, the test rows it was measured on."""
+    """A comparison's file, or a tuning's: what each run depends on, its line once it is trained, the test rows that a
+    comparison measured it on."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -76,13 +83,17 @@ class Record:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise MlxLoraError(f"{file} can't be read: {error}", hint="remove it to begin again") from None
 
+    def fields(self, name: str, made_of: dict[str, Any]) -> dict[str, Any] | None:
+        """A run's line as it was put; None if there is none, or what it depends on has changed."""
+        entry = self.runs.get(name, {})
+        return entry.get("line") if entry.get("made_of") == made_of else None
+
     def line(self, name: str, made_of: dict[str, Any]) -> Line | None:
         """A trained run's line; None if the run failed or what it depends on has changed."""
-        entry = self.runs.get(name, {})
-        fields = entry.get("line") if entry.get("made_of") == made_of else None
+        fields = self.fields(name, made_of)
         return Line(**fields) if fields and not fields.get("error") else None
 
-    def put(self, name: str, line: Line | None, **entries: dict[str, Any]) -> None:
+    def put(self, name: str, line: AsDict | None, **entries: dict[str, Any]) -> None:
         """Set a run's line, and its `made_of` or `measured_on`."""
         self.runs[name] = {**self.runs.get(name, {}), **entries, "line": line.as_dict() if line else None}
 
@@ -191,21 +202,26 @@ def _made_of(run: Candidate) -> dict[str, Any]:
     recipe = run.recipe
     if not recipe.model or not recipe.data.path:
         check(recipe, force=True)  # says what is missing
-    settings = recipe.model_dump(
-        mode="json", exclude={"model": True, "name": True, "data": {"path"}, "train": {"memory_limit_gb"}}
-    )
-    if run.bare:
-        settings = {key: settings[key] for key in ("quantize", "data")}
     splits = find_splits(str(recipe.data.path))
     if "test" not in splits:
         raise DataError(
             [Problem(str(recipe.data.path), 0, "has no test file")],
             hint="a comparison is judged on rows that training doesn't read: a folder with train.jsonl and test.jsonl",
         )
+    found = made_of(recipe)
+    if run.bare:
+        found["recipe"] = {key: found["recipe"][key] for key in ("quantize", "data")}
+    return found
+
+
+def made_of(recipe: Recipe) -> dict[str, Any]:
+    """What training with a recipe depends on, wherever its files lie."""
     return {
-        "recipe": settings,
+        "recipe": recipe.model_dump(
+            mode="json", exclude={"model": True, "name": True, "data": {"path"}, "train": {"memory_limit_gb"}}
+        ),
         "base": fingerprint.of_directory(open_model(str(recipe.model)).path),
-        "data": {split: sha256(file) for split, file in splits.items() if split != "test"},
+        "data": {split: sha256(file) for split, file in find_splits(str(recipe.data.path)).items() if split != "test"},
     }
 
 

@@ -81,6 +81,7 @@ def test_no_command_but_pull_tries_to_connect(
         ("init", *base, "--data", data, "--out", tmp_path / "first.yaml", "--yes"),
         ("plan", *base, "--data", data),
         ("train", *base, "--data", data, "--name", "a", "train.iters=1"),
+        ("tune", *base, "--data", data, "--minutes", 1, "train.iters=1", "train.learning_rate=0.01", "adapter.rank=4"),
         ("eval", *base, "--adapter", "a", "--data", data, "--exact", "--score", "auto", "--max-tokens", 2),
         ("generate", *base, "--adapter", "a", "--prompt", "x", "--max-tokens", 2),
         ("chat", *base, "--adapter", "a"),
