@@ -11,10 +11,8 @@ from mlx_lora.errors import TrainingError
 
 if TYPE_CHECKING:
     from mlx_lora.cli.train import StopSignal
-    from mlx_lora.tasks.samples import Sample
     from mlx_lora.tasks.train import TrainedRun
 
-SHOWN = 200  # characters of a prompt or an answer, at most
 INTERRUPTED = 130
 
 
@@ -64,26 +62,9 @@ def _show_samples(run: TrainedRun) -> bool:
         ui.note("no answers then; the adapter is stored")
         return False
     for sample in samples:
-        for line in sample_lines(sample, {run.name: "answer"}):
+        for line in sample.lines():
             ui.err.print(ui.one_line(line))
     return True
-
-
-def sample_lines(sample: Sample, labels: dict[str | None, str]) -> list[str]:
-    """A sample as labelled lines; an answer that is the wanted one isn't said twice."""
-    answers = [
-        (labels[name], "the same" if text == sample.wanted else _short(text)) for name, text in sample.answers.items()
-    ]
-    lines = [("asked", _short(sample.prompt, end=True)), ("wanted", _short(sample.wanted)), *answers]
-    return [f"  {label:7} {text}" for label, text in lines]
-
-
-def _short(text: str, *, end: bool = False) -> str:
-    """One line of at most SHOWN characters: the first ones, or the last with `end`."""
-    flat = " ".join(text.split())
-    if len(flat) <= SHOWN:
-        return flat
-    return f"…{flat[1 - SHOWN :]}" if end else f"{flat[: SHOWN - 1]}…"
 
 
 def check_end(run: TrainedRun, stop: StopSignal) -> None:

@@ -18,6 +18,7 @@ from mlx_lora.data.example import split_reasoning
 from mlx_lora.data.rows import Row, common
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.trunk import Trunk
+from mlx_lora.report.sample import CUT, Sample
 from mlx_lora.serve.conversation import trained
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
@@ -37,18 +38,6 @@ OnToken = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A prompt without what all prompts share, the wanted answer, and what each adapter (None: the base) answered.
-
-    An answer that was cut, by its number of tokens or by time, ends with an ellipsis.
-    """
-
-    prompt: str
-    wanted: str
-    answers: dict[str | None, str]
-
-
-@dataclass(frozen=True)
 class Asked:
     """A row as a question: prompt tokens, the wanted answer's tokens, and where the first answer in it starts."""
 
@@ -62,7 +51,7 @@ def of_run(run: TrainedRun, *, count: int = COUNT, on_token: OnToken = lambda do
     if run.prepared.format == "text" or not run.prepared.valid:
         return []
     rows = run.prepared.valid[: max(count, COMPARED)]
-    return list(answered(run.loaded, rows, {run.name: read(run.path)}, count=count, on_token=on_token))
+    return list(answered(run.loaded, rows[:count], {run.name: read(run.path)}, beside=rows, on_token=on_token))
 
 
 def answered(
@@ -70,25 +59,27 @@ def answered(
     rows: Sequence[Row],
     adapters: Mapping[str | None, StoredAdapter | None],
     *,
-    count: int | None = None,
+    beside: Sequence[Row] = (),
     on_token: OnToken = lambda done, total: None,
     seconds: float = MOST_SECONDS,
 ) -> Iterator[Sample]:
     """Answer `rows` by each of `adapters`, None being the base; yields a sample as its last answer ends.
 
-    The first `count` rows are answered. `on_token` hears how many tokens have been made, of how many at most. Beyond
-    `seconds` answers are cut. The model has the last adapter in it afterwards.
+    What the prompts of `rows` and of those `beside` have in common isn't shown. A row that is learned from its first
+    token is left out. `on_token` hears how many tokens have been made, of how many at most. Beyond `seconds` answers
+    are cut. The model has the last adapter in it afterwards.
     """
     asked = [one for row in rows if (one := question(row)) is not None]
-    shown, tokenizer, engine = _shown([one.prompt for one in asked], loaded.tokenizer), loaded.tokenizer, Engine(loaded)
+    others = [one for row in beside if (one := question(row)) is not None]
+    tokenizer, engine = loaded.tokenizer, Engine(loaded)
+    shown = _shown([one.prompt for one in (*asked, *others)], tokenizer)
     for name, stored in adapters.items():
         if name is not None and stored is not None:
             end = trained(stored).format(tokenizer).own_end
             engine.add(name, wrappers_for(loaded.model, stored), end=end)
-    chosen = asked[:count]
-    most = [min(len(one.wanted) + BEYOND, MOST_TOKENS) for one in chosen]
+    most = [min(len(one.wanted) + BEYOND, MOST_TOKENS) for one in asked]
     total, done, until = sum(most) * len(adapters), 0, time.monotonic() + seconds
-    for one, prompt, limit in zip(chosen, shown, most, strict=False):
+    for one, prompt, limit in zip(asked, shown, most, strict=False):
         answers: dict[str | None, str] = {}
         for name in adapters:
             if engine.current != name:
@@ -101,7 +92,7 @@ def answered(
                     break
             cut = len(tokens) == limit or time.monotonic() > until
             done += limit
-            answers[name] = split_reasoning(tokenizer.decode(tokens))[1].strip() + ("…" if cut else "")
+            answers[name] = split_reasoning(tokenizer.decode(tokens))[1].strip() + (CUT if cut else "")
         yield Sample(prompt, _text(tokenizer, one.wanted), answers)
     on_token(total, total)
 
