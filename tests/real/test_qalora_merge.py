@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx_lm.utils
@@ -73,15 +72,3 @@ def test_trained_without_rounding_it_is_lost_but_for_float32(shell: Shell, publi
     assert "--zero-points float32" in refused.stderr
     fused = shell.json("fuse", *words, "--adapter", "unrounded", "--out", out, "--zero-points", "float32")
     assert fused["delta_survival"] > 0.99 and fused["zero_points_bytes"] > 0
-
-
-def test_lora_in_four_bits_is_refused_with_what_survives(
-    shell: Shell, trained: dict[str, Any], smollm2: Path, wikisql: Path
-) -> None:
-    out = shell.home / "models" / "lora-keep"
-    refused = shell(
-        "fuse", "--model", smollm2, "--adapter", "wikisql", "--out", out, "--bits", "keep", "--data", wikisql
-    )
-    print(f"\n{refused.stderr}")
-    assert refused.returncode and not out.exists()
-    assert "% of the adapter's update survives at bits=keep" in refused.stderr

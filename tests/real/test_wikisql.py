@@ -127,6 +127,18 @@ def test_fused_model_generates_in_mlx_lm(shell: Shell, trained: dict[str, Any], 
     assert np.isfinite(np.array(model(mx.array([[1, 2, 3]])))).all()
 
 
+def test_lora_in_four_bits_is_refused_with_what_survives(
+    shell: Shell, trained: dict[str, Any], smollm2: Path, wikisql: Path
+) -> None:
+    out = shell.home / "models" / "lora-keep"
+    refused = shell(
+        "fuse", "--model", smollm2, "--adapter", "wikisql", "--out", out, "--bits", "keep", "--data", wikisql
+    )
+    print(f"\n{refused.stderr}")
+    assert refused.returncode and not out.exists()
+    assert "% of the adapter's update survives at bits=keep" in refused.stderr
+
+
 def test_transformers_runs_the_exported_model(shell: Shell, trained: dict[str, Any], tmp_path: Path) -> None:
     """What it says of the next token is what base and adapter say."""
     report = shell.json("export", "hf", "--adapter", "wikisql", "--out", tmp_path / "out")

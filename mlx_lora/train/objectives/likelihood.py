@@ -56,13 +56,18 @@ class Loss:
         self._trunk, self._model, self._start = trunk, trunk.model, start
 
     def __call__(self, arrays: Arrays) -> mx.array:
+        return self.with_each(arrays)[0]
+
+    def with_each(self, arrays: Arrays) -> tuple[mx.array, mx.array]:
+        """The sum, and the weight · nll of each position, float32 (N,), that it is the sum of."""
         hidden = self._hidden(arrays)
-        total = mx.array(0.0)
+        total, each = mx.array(0.0), [mx.zeros(0)]
         for tile in self._tiles(hidden):
             (part,) = mx.depends([hidden[tile]], [total])  # one after another, or all logits are made side by side
             nll = negative_log_likelihood(self._trunk.head(part), arrays["targets"][tile])
-            total = total + (nll * arrays["weights"][tile]).sum()
-        return total
+            each.append(nll * arrays["weights"][tile])
+            total = total + each[-1].sum()
+        return total, mx.concatenate(each)
 
     def with_gradients(self, arrays: Arrays) -> tuple[mx.array, Any]:
         """The sum and its gradients by everything trainable in the model, a tree like its parameters; all float32.
