@@ -38,7 +38,12 @@ def test_a_run_ends_with_a_sentence_and_answers_beside_the_wanted_ones(run: Run,
 
 
 @pytest.mark.parametrize(
-    ("options", "there"), [(["--no-samples"], False), (["--json"], False), (["--json", "--samples"], True)]
+    ("options", "there"),
+    [
+        (["--no-samples"], False),
+        (["--json"], False),
+        pytest.param(["--json", "--samples"], True, marks=pytest.mark.real),
+    ],
 )
 def test_answers_are_shown_where_they_are_wanted(run: Run, words: list[Any], options: list[str], there: bool) -> None:
     ran = run(*words, *options)
@@ -47,6 +52,7 @@ def test_answers_are_shown_where_they_are_wanted(run: Run, words: list[Any], opt
         assert ran.json["ending"]["kind"] == "too_few" and "twice" not in ran.out
 
 
+@pytest.mark.real
 def test_plain_text_has_no_answers(run: Run, write_rows: Callable[..., Path], tiny_path: Path) -> None:
     folder = write_rows([{"text": f"one two {number}"} for number in range(12)]).parent
     ran = run("train", "--model", tiny_path, "--data", folder, "--name", "mine", "train.iters=1")
@@ -65,6 +71,7 @@ def test_ctrl_c_while_answering_loses_nothing(
     assert "the adapter is stored" in ran.err and run("runs", "show", "mine").out.startswith("mine is finished")
 
 
+@pytest.mark.real
 def test_the_answers_are_those_of_the_adapter_that_was_kept(
     run: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +111,7 @@ def test_a_report_replaces_nothing_else_and_knows_its_names(run: Run, trained: R
     assert nowhere.code == 1 and "is no directory" in nowhere.err
 
 
+@pytest.mark.real
 def test_a_report_says_where_rows_have_changed(run: Run, trained: Ran, data: Path, tmp_path: Path) -> None:
     file = data / "train.jsonl"
     file.write_text(file.read_text() + json.dumps({"prompt": "another", "completion": "row"}) + "\n")
