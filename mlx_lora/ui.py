@@ -208,8 +208,8 @@ def working(label: str) -> Iterator[None]:
 
 @contextmanager
 def bar(label: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on stderr; yields `advance(count, text)`. Plain lines when stderr is no terminal."""
-    if not err.is_terminal:
+    """A progress bar on stderr; yields `advance(count, text)`. Plain lines where no terminal shows it."""
+    if not err.is_terminal or err.is_dumb_terminal:
         yield _plain(label, total)
         return
     columns = (

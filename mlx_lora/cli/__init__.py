@@ -30,6 +30,7 @@ from mlx_lora.cli import (
     models,
     plan,
     quickstart,
+    report,
     run,
     runs,
     serve,
@@ -47,7 +48,9 @@ HELP = """Fine-tune language models on this machine, with files that never leave
 `mlx-lora quickstart` shows everything in a few minutes, without a network."""
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-for room in (quickstart, machine, base, init, data, settings, plan, train, tune, eval, verdict, chat, run, serve, bench):
+for room in (
+    quickstart, machine, base, init, data, settings, plan, train, tune, eval, verdict, report, chat, run, serve, bench,
+):  # fmt: skip
     room.register(app)
 app.add_typer(models.app, name="models")
 app.add_typer(adapters.app, name="adapters")

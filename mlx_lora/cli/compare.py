@@ -43,7 +43,8 @@ def compare(
     json: Json = False,
 ) -> None:
     """Train recipes on the same rows and compare them. Run it again to go on after Ctrl-C: what is done is kept."""
-    from mlx_lora.cli.train import StopSignal, listener
+    from mlx_lora.cli.live import listener
+    from mlx_lora.cli.train import StopSignal
     from mlx_lora.study.compare import rates_of, read, verdict
     from mlx_lora.tasks.compare import compare as run
 

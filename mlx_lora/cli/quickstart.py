@@ -23,7 +23,8 @@ def register(app: typer.Typer) -> None:
 
 def quickstart(json: Json = False) -> None:
     """Quantize the embedded base, train three adapters, swap them, fuse one. Minutes, no network."""
-    from mlx_lora.cli.train import StopSignal, listener
+    from mlx_lora.cli.live import listener
+    from mlx_lora.cli.train import StopSignal
     from mlx_lora.tasks.quickstart import quickstart as run
 
     with ExitStack() as stack:

@@ -1,8 +1,9 @@
-"""runs list, show, path, remove."""
+"""runs list, show, compare, path, remove."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from mlx_lora.store.run import RunRecord
 
 app = typer.Typer(help="The training runs in the home directory.", no_args_is_help=True, rich_markup_mode=None)
+BYTES = ("peak_memory_bytes", "predicted_memory_bytes")
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A run in the home.")]
 
 
@@ -41,6 +43,7 @@ def list_runs(json: Json = False) -> None:
 def show(name: Name, json: Json = False) -> None:
     """Show a run: its settings, its losses, why it stopped, and what can be done next."""
     from mlx_lora.store.run import read
+    from mlx_lora.study.ending import ending
     from mlx_lora.tasks.show_run import changed_settings, details, losses, next_step, reason
 
     record = read(name)
@@ -53,6 +56,8 @@ def show(name: Name, json: Json = False) -> None:
             ui.result(f"  {key}={value}")
     for text in record.notes:
         ui.result(f"note: {text}")
+    if ended := ending(record):
+        ui.result(ended.text)
     if table := losses(record):
         ui.table(["step", "train loss", "valid loss"], [tuple(line.values()) for line in table])
     if hint := next_step(record):
@@ -67,6 +72,45 @@ def _show_state(record: RunRecord, reason: str | None) -> None:
             f"{record.finished.trained_tokens} tokens trained in {record.finished.seconds:.0f} s, "
             f"peak {ui.size(record.finished.peak_memory_bytes)}"
         )
+
+
+@app.command()
+def compare(
+    one: Annotated[str, typer.Argument(metavar="A", help="A run in the home.")],
+    other: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    json: Json = False,
+) -> None:
+    """Show two runs beside each other: settings that differ, losses, time, memory, curves."""
+    from mlx_lora.report.compare import as_dict, curves
+    from mlx_lora.store.run import read
+
+    records = read(one), read(other)
+    found = as_dict(*records)
+    if json:
+        ui.as_json(found)
+        return
+    words: dict[str, Callable[[Any], str]] = {"seconds": ui.duration} | dict.fromkeys(BYTES, ui.size)
+    table = [(key, *map(_value, values)) for key, values in found["settings"].items()]
+    table += [
+        (
+            key.replace("_", " ").removesuffix(" bytes"),
+            *(_value(each[key], words.get(key, str)) for each in found["results"]),
+        )
+        for key in found["results"][0]
+        if key != "ending"
+    ]
+    ui.table(["", one, other], table)
+    for name, each in zip((one, other), found["results"], strict=True):
+        ui.result(f"{name}: {each['ending'] or 'no step was taken'}")
+    for line in curves(*records, width=min(ui.out.width, 140)):
+        ui.result(line)
+
+
+def _value(value: Any, words: Callable[[Any], str] = str) -> str | None:
+    """A cell: four digits of a number, or what `words` makes of it."""
+    if value is None:
+        return None
+    return f"{value:.4g}" if isinstance(value, float) and words is str else words(value)
 
 
 @app.command()

@@ -38,12 +38,19 @@ class Line(BaseModel):
 
 
 class Started(Line):
-    """The first line of a run: when, by which version, and whether an adapter of its name is there to be replaced."""
+    """The first line of a run: when, by which version, and whether an adapter of its name is there to be replaced.
+
+    Rows that it trains and validates on, predicted bytes and their limit are None where that wasn't known or recorded.
+    """
 
     event: Literal["started"] = "started"
     time: str
     mlx_lora: str
     replaces: bool = False
+    rows: int | None = None
+    valid_rows: int | None = None
+    predicted_memory_bytes: int | None = None
+    memory_limit_bytes: int | None = None
 
 
 class Resumed(Line):
@@ -117,6 +124,7 @@ class RunRecord(BaseModel):
     state: State
     recipe: Recipe | None = None
     started: str | None = None
+    first: Started | None = None
     replaces: bool = False
     steps: list[StepLine] = []
     evaluations: list[Evaluation] = []
@@ -229,6 +237,7 @@ def read_folder(folder: Path) -> RunRecord:
         state=_state(folder, finished, checkpoints),
         recipe=_recipe(folder / RECIPE),
         started=begun[0].time if begun else None,
+        first=next((line for line in begun if isinstance(line, Started)), None),
         replaces=begun[-1].replaces if begun else False,
         steps=[line for line in lines if isinstance(line, StepLine)],
         evaluations=[line for line in lines if isinstance(line, Evaluation)],

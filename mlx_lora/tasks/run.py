@@ -45,7 +45,10 @@ INCOMPLETE = (*CAN_GO_ON, "nonfinite")
 
 
 class RunFolder:
-    """Keeps of the events what should outlive the process, if it `writes`; `made_of` identifies the run."""
+    """Keeps of the events what should outlive the process, if it `writes`; `made_of` identifies the run.
+
+    `known` are figures for the run's first line: see `store.run.Started`.
+    """
 
     def __init__(
         self,
@@ -58,9 +61,10 @@ class RunFolder:
         made_of: dict[str, Any],
         writes: bool,
         chat_template: str | None = None,
+        known: dict[str, int | None] | None = None,
     ):
         self.manifest, self.wrappers, self.layers, self.name, self.writes = manifest, wrappers, layers, name, writes
-        self.made_of, self.recipe, self.chat_template = made_of, recipe, chat_template
+        self.made_of, self.recipe, self.chat_template, self.known = made_of, recipe, chat_template, known or {}
         self.best: dict[str, mx.array] | None = None
         self.last: dict[str, mx.array] = {}
         self.finished: Finished | None = None
@@ -90,7 +94,8 @@ class RunFolder:
         else:
             self.folder.mkdir(mode=0o700)
         self._write_recipe()
-        self._record(Started(time=_now(), mlx_lora=__version__, replaces=self.replaces).model_dump())
+        started = Started(time=_now(), mlx_lora=__version__, replaces=self.replaces)
+        self._record(started.model_dump() | self.known)
 
     def go_on(self, stored: checkpoint.Stored, record: RunRecord) -> Checkpoint:
         """The checkpoint to go on from, with the metrics cut to it and the recipe as it is now."""

@@ -24,6 +24,7 @@ from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.load import LoadedModel, load_stored, ready
 from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.trunk.layers import layers_of
+from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.store import registry
 from mlx_lora.store import run as runs
@@ -35,10 +36,11 @@ from mlx_lora.tasks.notes import notes
 from mlx_lora.tasks.plan import learn_from, over_limit, plan_rows
 from mlx_lora.tasks.resume import Start, check_same_run, find_start, stopped_before
 from mlx_lora.tasks.run import RunFolder
+from mlx_lora.tasks.samples import likely
 from mlx_lora.train.budget.choose import Plan, Way
 from mlx_lora.train.checkpoint import for_each
 from mlx_lora.train.distributed import Processes
-from mlx_lora.train.events import Checkpoint, Event, Finished
+from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished
 from mlx_lora.train.optim import total_steps
 from mlx_lora.train.trainer import train
 
@@ -68,10 +70,16 @@ class TrainedRun:
 
 @dataclass
 class Listener:
-    """What a screen may want to hear; `started` comes before the first step. The defaults hear nothing."""
+    """What a screen may want to hear; `planned`, then `started`, come before the first step.
+
+    The defaults hear nothing. `sampled`, where it is set, hears a wanted answer of a validation row at each evaluation,
+    and what the model would say in its place.
+    """
 
     event: Callable[[Event], None] = lambda event: None
     stage: Callable[[str], None] = lambda text: None
+    planned: Callable[[Plan | None], None] = lambda plan: None
+    sampled: Callable[[str | None, str | None], None] | None = None
     started: Callable[[], None] = lambda: None
     progress: OnFile = silent
     should_stop: Callable[[], bool] = lambda: False
@@ -150,9 +158,19 @@ def _prepare(
     template = ChatFormat.of(loaded.tokenizer, recipe.data).template
     folder = RunFolder(
         recipe, name, manifest, wrappers, layers,
-        made_of=runs.flat(made_of), writes=writes, chat_template=template,
+        made_of=runs.flat(made_of), writes=writes, chat_template=template, known=_known(prepared, plan),
     )  # fmt: skip
     return Setup(loaded, prepared, plan, folder)
+
+
+def _known(prepared: Prepared, plan: Plan | None) -> dict[str, int | None]:
+    """What is known of a run before its first step, for its record."""
+    return {
+        "rows": len(prepared.train),
+        "valid_rows": len(prepared.valid),
+        "predicted_memory_bytes": plan.peak_memory_bytes if plan else None,
+        "memory_limit_bytes": plan.limit_bytes if plan else None,
+    }
 
 
 def _begin(setup: Setup, start: Start | None, group: Processes, *, resume: bool, force: bool) -> Checkpoint | None:
@@ -175,14 +193,16 @@ def _begin(setup: Setup, start: Start | None, group: Processes, *, resume: bool,
 def _run(setup: Setup, resumed: Checkpoint | None, listener: Listener, group: Processes, *, force: bool) -> TrainedRun:
     """Train and store. Nothing is left of a run that ends before its first step."""
     recipe, folder, plan = setup.folder.recipe, setup.folder, setup.plan
+    trunk, prepared = take_apart(setup.loaded.model), setup.prepared
+    listener.planned(plan)
     listener.started()
     events = train(
         setup.loaded.model,
-        setup.prepared.train,
-        setup.prepared.valid,
+        prepared.train,
+        prepared.valid,
         recipe.train,
         seed=recipe.seed,
-        trunk=take_apart(setup.loaded.model),
+        trunk=trunk,
         packing=recipe.data.packing,
         scratch=folder.folder if folder.writes else None,
         processes=group,
@@ -194,24 +214,31 @@ def _run(setup: Setup, resumed: Checkpoint | None, listener: Listener, group: Pr
         with closing(events):
             for event in events:
                 folder.keep(event)
-                with suppress(OSError):  # the terminal may be gone, which is no reason to stop
-                    listener.event(event)
+                _tell(event, setup, trunk, listener)
         assert folder.finished is not None
         if not folder.finished.iters:
             folder.discard()
             raise KeyboardInterrupt
         path = folder.save(force=force or resumed is not None)
         if plan and folder.writes:
-            learn_from(plan, folder.finished, setup.prepared)
+            learn_from(plan, folder.finished, prepared)
     except TrainingError:  # raised before the first step
         folder.discard()
         raise
     predicted = f", predicted {ui.size(plan.peak_memory_bytes)}" if plan else ""
     listener.stage(f"peak memory {ui.size(folder.finished.peak_memory_bytes)}{predicted}")
     return TrainedRun(
-        folder.name, path, folder.finished, setup.loaded, setup.prepared, plan, recipe,
+        folder.name, path, folder.finished, setup.loaded, prepared, plan, recipe,
         kept_old=folder.kept_old_adapter,
     )  # fmt: skip
+
+
+def _tell(event: Event, setup: Setup, trunk: Trunk, listener: Listener) -> None:
+    """Let the screen hear an event, and see an answer after an evaluation, when the model is in evaluation mode."""
+    with suppress(OSError):  # the terminal may be gone, which is no reason to stop
+        listener.event(event)
+        if isinstance(event, Evaluated) and listener.sampled:
+            listener.sampled(*likely(trunk, setup.loaded.tokenizer, setup.prepared.valid, event.step))
 
 
 def _read(recipe: Recipe, opened: OpenModel, listener: Listener) -> tuple[Prepared, Recipe]:

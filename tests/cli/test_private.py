@@ -106,6 +106,8 @@ def test_no_command_but_pull_tries_to_connect(
         ("adapters", "rename", "a", "b"),
         ("runs", "list"),
         ("runs", "show", "b"),
+        ("runs", "compare", "b", "b"),
+        ("report", "b", "--out", tmp_path / "report.html"),
         ("runs", "path", "b"),
         ("runs", "remove", "b", "--yes"),
         ("adapters", "remove", "b", "--yes"),

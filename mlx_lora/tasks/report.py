@@ -1,0 +1,208 @@
+"""Write a report on a run or a verdict: one HTML file, from records in the home, and from the user's files if asked.
+
+Records hold no text. With `texts`, rows are read again from the files that the run was trained with, and answered anew
+by base and adapter. Only a file that the user has named gets them.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_lora import files, paths
+from mlx_lora.config import Data
+from mlx_lora.data.encode import Encoder
+from mlx_lora.data.fit import encode_file
+from mlx_lora.data.prepare import prepare
+from mlx_lora.data.read import find_splits, sha256
+from mlx_lora.data.rows import Row
+from mlx_lora.errors import MlxLoraError, NameTaken, nearest
+from mlx_lora.models.load import LoadedModel
+from mlx_lora.report.page import MARK
+from mlx_lora.report.run import Report, html
+from mlx_lora.report.sample import Sample
+from mlx_lora.report.verdict import Judged, judged
+from mlx_lora.serve.conversation import trained
+from mlx_lora.store import registry
+from mlx_lora.store import run as runs
+from mlx_lora.store.adapter import StoredAdapter, read
+from mlx_lora.store.base import base_for
+from mlx_lora.tasks.samples import COMPARED, answered, question
+
+SAMPLES, CHANGED, MOST_SECONDS = 5, 4, 120.0
+NO_TEXTS = "Rows and answers are left out: a report has them only in a file that is named with --out."
+VERDICTS, VERDICT = "verdicts", "verdict.json"
+
+OnToken = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the home has under a name: a run, a verdict's record, or both."""
+
+    name: str
+    run: runs.RunRecord | None
+    verdict: dict[str, Any] | None
+
+    @property
+    def results(self) -> list[Judged]:
+        return judged(self.verdict or {})
+
+
+def find(name: str) -> Record:
+    """The run and the verdict called `name`. Raises MlxLoraError where there is neither."""
+    paths.check_name(name)
+    folder, known = paths.home() / VERDICTS, runs.names()
+    verdicts = [path.parent.name for path in folder.glob(f"*/{VERDICT}")]
+    run = runs.read(name) if name in known else None
+    record = _record(folder / name / VERDICT) if name in verdicts else None
+    if run is None and record is None:
+        close = nearest(name, [*known, *verdicts]) if known or verdicts else "; there are none yet"
+        raise MlxLoraError(f"no run and no verdict {name!r}{close}", hint="mlx-lora runs list")
+    return Record(name, run, record)
+
+
+def _record(file: Path) -> dict[str, Any]:
+    values = files.read_json(file, MlxLoraError)
+    if not isinstance(values, dict):
+        raise MlxLoraError(f"{file}: not a verdict's record")
+    return values
+
+
+def check(out: Path) -> None:
+    """Raise NameTaken unless a report may be written to `out`: over another report, or where nothing is."""
+    if os.path.lexists(out) and not (out.is_file() and MARK.encode() in out.read_bytes()[:200]):
+        raise NameTaken(f"{out} exists, and is no report of mlx-lora", hint="name another file with --out")
+    if not out.parent.is_dir():
+        raise MlxLoraError(f"{out.parent} is no directory", hint="make it, or name another file with --out")
+
+
+def write(out: Path, content: str) -> None:
+    """Write a report whole or not at all, readable by the user alone."""
+    descriptor, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content.encode())
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def report(
+    record: Record,
+    *,
+    texts: bool = False,
+    model: str | None = None,
+    data: str | None = None,
+    stage: Callable[[str], None] = lambda text: None,
+    on_token: OnToken = lambda done, total: None,
+) -> str:
+    """The report as HTML. `texts` adds rows and answers, from `data` or the files that the run was trained with.
+
+    What can't be had of them, because a file has changed or the base is gone, is said in the report and by `stage`.
+    """
+    adapter = _adapter(record)
+    plain = Report(record.name, record.run, adapter.manifest if adapter else None, record.results, note=NO_TEXTS)
+    if not texts:
+        return html(plain)
+    try:
+        samples, changed = _texts(record, adapter, model, data, stage, on_token)
+    except MlxLoraError as fault:
+        stage(f"no rows and answers: {fault.message}")
+        return html(replace(plain, note=f"There are no rows and answers here: {fault.message}"))
+    return html(replace(plain, samples=samples, changed=changed, note=""))
+
+
+def _adapter(record: Record) -> StoredAdapter | None:
+    """The adapter of a run, or the first of a verdict; None where it is gone."""
+    names = [record.name] if record.run else [result.adapter for result in record.results]
+    for name in names:
+        try:
+            return read(registry.find(name))
+        except MlxLoraError:
+            continue
+    return None
+
+
+def _texts(
+    record: Record, adapter: StoredAdapter | None, model: str | None, data: str | None,
+    stage: Callable[[str], None], on_token: OnToken,
+) -> tuple[list[Sample], list[Sample]]:  # fmt: skip
+    """Answers to validation rows of the run, and to rows that a verdict calls fixed or broken."""
+    if adapter is None:
+        raise MlxLoraError(f"the adapter of {record.name} is not in the home any more")
+    recipe = record.run.recipe if record.run else None
+    place = data or (recipe.data.path if recipe else None)
+    if place is None:
+        raise MlxLoraError("a verdict's record doesn't say where its rows lie: --data names them")
+    stage(f"reading {place}")
+    opened = base_for(model or (recipe.model if recipe else None), [adapter])
+    wanted: dict[int, Row] = {}
+    if record.verdict:
+        wanted = _changed_rows(record, adapter, place, opened.tokenizer)
+    rows: Sequence[Row] = []
+    if recipe:
+        prepared = prepare(str(recipe.data.path), recipe.data, opened.tokenizer, seed=recipe.seed)
+        _check_same(prepared.files, adapter)
+        rows = [] if prepared.format == "text" else prepared.valid[:COMPARED]
+    stage(f"loading {registry.base_name(opened.path)}")
+    loaded = registry.open_base(opened, [adapter])
+    return _answer(loaded, adapter, rows, wanted, on_token)
+
+
+def _answer(
+    loaded: LoadedModel, adapter: StoredAdapter, rows: Sequence[Row], wanted: dict[int, Row], on_token: OnToken
+) -> tuple[list[Sample], list[Sample]]:
+    asked: dict[str | None, StoredAdapter | None] = {None: None, adapter.name: adapter}
+    chosen = [row for row in rows if question(row)][:SAMPLES]
+    wanted = {number: row for number, row in wanted.items() if question(row)}
+    both = [*chosen, *wanted.values()]
+    found = list(answered(loaded, both, asked, beside=rows, on_token=on_token, seconds=MOST_SECONDS))
+    changed = [replace(sample, row=number) for number, sample in zip(wanted, found[len(chosen) :], strict=True)]
+    return found[: len(chosen)], changed
+
+
+def _changed_rows(record: Record, adapter: StoredAdapter, place: str, tokenizer: Any) -> dict[int, Row]:
+    """A few of the rows that a verdict calls fixed or broken, by their numbers in its file."""
+    numbers = [n for result in record.results for n in (*result.fixed[:CHANGED], *result.broken[:CHANGED])]
+    if not numbers:
+        return {}
+    file = _file_of(record.verdict or {}, place)
+    settings = Data.model_validate((adapter.manifest.recipe or {}).get("data", {}) | {"path": None})
+    encoded = encode_file(file, Encoder(tokenizer, settings, trained(adapter).format(tokenizer)), lambda: None)
+    last = {int(group): place for place, group in enumerate(encoded.rows.groups)}
+    return {number: encoded.rows[last[number]] for number in dict.fromkeys(numbers) if number in last}
+
+
+def _file_of(verdict: dict[str, Any], place: str) -> Path:
+    """The file that a verdict was given on, by its hash, among those of a data path."""
+    wanted = set(_hashes(verdict))
+    found = [file for file in find_splits(place).values() if sha256(file) in wanted]
+    if not found:
+        raise MlxLoraError(f"no file of {place} is the one that the verdict was given on: --data names it")
+    return found[0]
+
+
+def _hashes(value: Any) -> Iterator[str]:
+    """Every sha256 that a record has, wherever it stands."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "sha256" and isinstance(inner, str):
+                yield inner
+            yield from _hashes(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _hashes(inner)
+
+
+def _check_same(read_now: Sequence[dict[str, Any]], adapter: StoredAdapter) -> None:
+    """Raise MlxLoraError where the files aren't those that the adapter was trained with."""
+    before = {str(entry.get("sha256")) for entry in adapter.manifest.data}
+    for entry in read_now:
+        if entry["sha256"] not in before:
+            raise MlxLoraError(f"{entry['file']} has changed since the run")

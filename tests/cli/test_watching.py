@@ -1,0 +1,160 @@
+"""What is said and shown at the end of a run, reports, and two runs beside each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_lora.serve.engine import Engine
+from mlx_lora.tasks import samples
+from tests.cli.conftest import Ran
+from tests.conftest import questions
+
+Run = Callable[..., Ran]
+# Of prompts and of completions in the rows of `data`.
+TEXT = ("twice", "say 2")
+
+
+@pytest.fixture
+def words(tiny_path: Path, data: Path) -> list[Any]:
+    return ["train", "--model", tiny_path, "--data", data, "--name", "mine", "train.iters=2", "adapter.rank=4"]
+
+
+def test_a_run_ends_with_a_sentence_and_answers_beside_the_wanted_ones(run: Run, words: list[Any], home: Path) -> None:
+    ran = run(*words)
+    figures, sentence, path = ran.out.splitlines()
+    assert figures.startswith("mine: train loss") and path == str(home / "adapters" / "mine")
+    assert "5 validation rows" in sentence and "too few rows to say more" in sentence
+    shown = [line.strip() for line in ran.err.splitlines() if line.startswith("  ")]
+    assert [line.split()[0] for line in shown] == ["asked", "wanted", "answer"] * 3
+    assert shown[0] == "asked   say 2 twice" and shown[1] == "wanted  22"
+    assert not any(text in ran.out for text in TEXT)
+    answer = run("generate", "--adapter", "mine", "--prompt", "say 2 twice", "--max-tokens", 19, "--json").json["text"]
+    assert " ".join(answer.split()) == shown[2].removeprefix("answer").strip().removesuffix("…")
+
+
+@pytest.mark.parametrize(
+    ("options", "there"),
+    [
+        (["--no-samples"], False),
+        (["--json"], False),
+        pytest.param(["--json", "--samples"], True, marks=pytest.mark.real),
+    ],
+)
+def test_answers_are_shown_where_they_are_wanted(run: Run, words: list[Any], options: list[str], there: bool) -> None:
+    ran = run(*words, *options)
+    assert ran.code == 0 and ("  asked " in ran.err) is there
+    if "--json" in options:
+        assert ran.json["ending"]["kind"] == "too_few" and "twice" not in ran.out
+
+
+@pytest.mark.real
+def test_plain_text_has_no_answers(run: Run, write_rows: Callable[..., Path], tiny_path: Path) -> None:
+    folder = write_rows([{"text": f"one two {number}"} for number in range(12)]).parent
+    ran = run("train", "--model", tiny_path, "--data", folder, "--name", "mine", "train.iters=1")
+    assert ran.code == 0 and "asked" not in ran.err
+
+
+def test_ctrl_c_while_answering_loses_nothing(
+    run: Run, words: list[Any], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "stream", interrupted)
+    ran = run(*words)
+    assert ran.code == 130 and ran.out.splitlines()[-1] == str(home / "adapters" / "mine")
+    assert "the adapter is stored" in ran.err and run("runs", "show", "mine").out.startswith("mine is finished")
+
+
+@pytest.mark.real
+def test_the_answers_are_those_of_the_adapter_that_was_kept(
+    run: Run, words: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best one, where the last one is worse: its arrays are read back from the home."""
+    seen: list[Any] = []
+    before = samples.read
+    monkeypatch.setattr(samples, "read", lambda path: seen.append(path) or before(path))
+    assert run(*words, "train.eval_every=1").code == 0
+    assert [path.name for path in seen] == ["mine"]
+
+
+def test_a_report_has_texts_only_in_a_file_that_was_named(
+    run: Run, trained: Ran, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = run("report", "mine")
+    assert ran.code == 0 and ran.out == "mine.html\n" and "--out mine.html writes those too" in ran.err
+    plain = (tmp_path / "mine.html").read_text()
+    assert not any(text in plain for text in TEXT) and "Settings" in plain
+    named = tmp_path / "named.html"
+    assert run("report", "mine", "--out", named, "--json").json["out"] == str(named)
+    assert "say 2 twice" in named.read_text() and named.stat().st_mode & 0o777 == 0o600
+    assert run("report", "mine", "--out", named, "--no-texts").code == 0, "a report may be replaced"
+    assert "say 2 twice" not in named.read_text()
+    for file in home.rglob("*"):
+        assert not file.is_file() or b"twice" not in file.read_bytes(), file
+
+
+def test_a_report_replaces_nothing_else_and_knows_its_names(run: Run, trained: Ran, tmp_path: Path) -> None:
+    letter = tmp_path / "letter.html"
+    letter.write_text("<p>Dear</p>")
+    refused = run("report", "mine", "--out", letter)
+    assert refused.code == 1 and "is no report of mlx-lora" in refused.err and letter.read_text() == "<p>Dear</p>"
+    missing = run("report", "mien")
+    assert missing.code == 1 and "no run and no verdict 'mien'; did you mean 'mine'?" in missing.err
+    nowhere = run("report", "mine", "--out", tmp_path / "none" / "x.html")
+    assert nowhere.code == 1 and "is no directory" in nowhere.err
+
+
+@pytest.mark.real
+def test_a_report_says_where_rows_have_changed(run: Run, trained: Ran, data: Path, tmp_path: Path) -> None:
+    file = data / "train.jsonl"
+    file.write_text(file.read_text() + json.dumps({"prompt": "another", "completion": "row"}) + "\n")
+    ran = run("report", "mine", "--out", tmp_path / "r.html")
+    assert ran.code == 0 and "no rows and answers: train.jsonl has changed since the run" in ran.err
+    assert "train.jsonl has changed since the run" in (tmp_path / "r.html").read_text()
+
+
+def test_a_report_on_a_verdict_shows_its_rows(run: Run, trained: Ran, home: Path, data: Path, tmp_path: Path) -> None:
+    from mlx_lora.data.read import sha256
+
+    record = {
+        "data": {"file": "test.jsonl", "sha256": sha256(data / "test.jsonl")},
+        "results": [
+            {"adapter": "mine", "verdict": "helped", "metric": "accuracy", "base": 0.0, "tuned": 0.4, "difference": 0.4,
+             "interval": [0.1, 0.7], "rows": 5, "fixed": [1], "broken": [3], "drift": {"kl_task": 0.5}}
+        ],
+    }  # fmt: skip
+    for name in ("mine", "judged"):
+        (home / "verdicts" / name).mkdir(parents=True)
+        (home / "verdicts" / name / "verdict.json").write_text(json.dumps(record))
+    out = tmp_path / "r.html"
+    assert run("report", "mine", "--out", out).code == 0
+    rows = questions(5, start=200)
+    page = out.read_text()
+    assert all(f"row {number}</h3>" in page and rows[number]["prompt"] in page for number in (1, 3))
+    assert "mine: it helped." in page and "0.1 to 0.7" in page
+    alone = run("report", "judged", "--out", out)
+    assert "--data names them" in alone.err and "row 1</h3>" not in out.read_text()
+    assert run("report", "judged", "--data", data / "test.jsonl", "--out", out).code == 0
+    assert "row 1</h3>" in out.read_text()
+    other = run("report", "judged", "--data", data / "train.jsonl", "--out", out)
+    assert "is the one that the verdict was given on" in other.err
+
+
+def test_two_runs_are_compared(run: Run, trained: Ran, words: list[Any]) -> None:
+    assert run(*words[:6], "other", *words[7:], "--no-samples", "train.eval_every=1").code == 0
+    shown = run("runs", "compare", "mine", "other").out
+    assert "adapter.rank" not in shown and "train.iters" in shown and "best valid loss" in shown and "┤" in shown
+    found = run("runs", "compare", "mine", "other", "--json").json
+    assert found["runs"] == ["mine", "other"] and found["settings"]["train.iters"] == [4, 2]
+    assert found["settings"]["train.eval_every"] == [None, 1] and "name" not in found["settings"]
+    mine, other = found["results"]
+    assert mine["best_valid_loss"] == trained.json["best_valid_loss"] and mine["rows"] == 24 and other["steps"] == 2
+    assert [step for step, _ in found["losses"][1]] == [0, 1, 2]
+    assert run("runs", "compare", "mine", "none").code == 1
