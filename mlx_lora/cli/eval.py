@@ -56,7 +56,6 @@ def evaluate(
     from mlx_lora.study.scores.choose import Given
     from mlx_lora.tasks.evaluate import evaluate_adapters
 
-    given = Given(database, pattern, scorer, tolerance)
     with ExitStack() as stack:
         evaluation = evaluate_adapters(
             model,
@@ -64,8 +63,8 @@ def evaluate(
             data,
             lambda stored: data_settings(settings, stored),
             exact=exact,
-            scores=score or (["auto"] if given != Given() else []),
-            given=given,
+            scores=score or [],
+            given=Given(database, pattern, scorer, tolerance),
             max_tokens=max_tokens,
             progress=progress(stack),
             stage=ui.note,

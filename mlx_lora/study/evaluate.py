@@ -94,11 +94,14 @@ class Questions:
         return self.examples or list(range(len(self.rows)))
 
     def first(self, count: int | None) -> Questions:
-        """The first `count` rows and prompts; None for all."""
-        chosen = self.rows[:count] if count is not None else self.rows
+        """The first `count` rows, and the prompts of examples that have all their rows among them; None for all."""
+        if count is None:
+            return self
+        prompts = sum(last < count for last in self.last_rows) if self.last_rows else count
         return Questions(
-            chosen, self.prompts[:count], self.answers[:count], self.last_rows[:count], self.examples[:count]
-        )
+            self.rows[:count], self.prompts[:prompts], self.answers[:prompts], self.last_rows[:prompts],
+            self.examples[:count],
+        )  # fmt: skip
 
 
 def questions(

@@ -59,15 +59,17 @@ def evaluate_adapters(
     settings (None: it has none) into those to use; the base follows the first adapter. `scores` are names, `auto` for
     the one that suits the wanted answers. `warn` is told where the rows are training rows. Raises before loading for
     adapters that don't belong, and for scores that can't be computed."""
-    check(scores, given or Given())
+    given = given or Given()
+    check(scores, given)
+    names = list(dict.fromkeys([*scores, *given.names]))
     opened = open_adapters(model, adapters, data, settings, stage=stage, warn=warn)
     engine, file, chosen = opened.engine, opened.file, opened.chosen
-    tokenizer, ask = engine.loaded.tokenizer, exact or bool(scores)
+    tokenizer, ask = engine.loaded.tokenizer, exact or bool(names)
     asked = {
         key: own.questions(file, tokenizer, ask, progress) for key, own in {o.key: o for o in chosen.values()}.items()
     }
     each = {name: asked[own.key] for name, own in chosen.items()}
-    found = _scores(each[None].answers, scores, given, stage)
+    found = _scores(each[None].answers, names, given, stage)
     times = answered(found, exact)
     results = evaluate_each(
         engine, each,
@@ -120,9 +122,7 @@ def open_adapters(
     return Opened(engine, file, named, chosen)
 
 
-def _scores(
-    wanted: Sequence[str], names: Sequence[str], given: Given | None, stage: Callable[[str], None]
-) -> list[Score]:
+def _scores(wanted: Sequence[str], names: Sequence[str], given: Given, stage: Callable[[str], None]) -> list[Score]:
     """The scores of these names, each once; it is said which `auto` is, and why."""
     found: dict[str, Score] = {}
     for name in names:

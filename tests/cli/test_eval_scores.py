@@ -53,10 +53,13 @@ def test_a_file_for_a_score_asks_for_it(run: Run, tiny_path: Path, write_rows: C
     database = file.with_name("own.sqlite")
     with closing(sqlite3.connect(database)) as connection:
         connection.execute("create table t (x)")
-    words = ("eval", "--model", tiny_path, "--data", file, "--database", database, "--max-tokens", 2, "--json")
-    ran = run(*words)
-    assert ran.code == 0 and ran.json["results"][0]["score_name"] == "sql", ran.err
-    assert ran.json["results"][0]["details"]["wanted_failed"] == 0
+    words = ("eval", "--model", tiny_path, "--database", database, "--max-tokens", 2, "--json", "--data")
+    ran = run(*words, file, "--pattern", "select")
+    assert ran.code == 0 and ran.json["results"][0]["score_name"] == "pattern", ran.err
+    assert ran.json["results"][0]["details"]["more"]["sql"]["wanted_failed"] == 0
+    other = write_rows([{"prompt": "x", "completion": "no query"}], name="other.jsonl")
+    ran = run(*words, other)
+    assert ran.code == 1 and "none of the first 1 wanted answers runs as a query on own.sqlite" in ran.err
 
 
 @pytest.mark.parametrize(

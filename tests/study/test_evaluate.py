@@ -115,3 +115,13 @@ def test_a_score_sees_the_answers_that_exact_match_counts(tiny: LoadedModel, wri
     assert [one.wanted for one in result.each] == [prompt * 4 for prompt in PROMPTS]
     assert result.score_name == "length" and result.details == {"rows": 4, "longest": max(map(len, said))}
     assert "each" not in result.as_dict() and result.as_dict()["exact_match"] == 0
+
+
+def test_the_first_rows_have_the_prompts_whose_rows_they_are(tiny: LoadedModel) -> None:
+    """Two conversations of two rows each, cut inside the second one."""
+    rows = [Row(np.array([5, 6, 7, 8]), np.array([0, 0, 1, 1])) for _ in range(4)]
+    asked = Questions(rows, [[5, 6], [7]], ["x", "y"], [1, 3], [0, 0, 1, 1])
+    first = asked.first(3)
+    assert (len(first.rows), first.prompts, first.answers, first.last_rows) == (3, [[5, 6]], ["x"], [1])
+    result = evaluate(Engine(tiny), None, first, score=Length(), max_tokens=2)
+    assert [(row.number, row.tokens, row.wanted) for row in result.each] == [(0, 4, "x"), (1, 2, None)]

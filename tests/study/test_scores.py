@@ -223,6 +223,7 @@ def test_the_score_that_suits_the_answers_is_chosen(name: str) -> None:
 def test_what_is_asked_for_is_taken_and_what_it_lacks_is_named() -> None:
     assert choose(CHOICES["accuracy"], "exact").score.name == "exact"
     assert choose(["x"], given=Given(pattern="x")).score.name == "pattern"
+    assert choose(["a b c"], given=Given(tolerance="1")).score.name == "numbers"
     queries = ["select 1", "SELECT 2", "with x as (select 1) select * from x"]
     assert choose(queries).score.name == "normalised" and "--database" in choose(queries).why
     cases: Any = ({"asked": "sql"}, "--database"), ({"asked": "rouge"}, "rouge-l"), ({"asked": "scorer"}, "--scorer")

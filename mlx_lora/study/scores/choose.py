@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from mlx_lora.errors import MlxLoraError, nearest
 from mlx_lora.study.scores.base import Score
@@ -35,6 +34,10 @@ NAMES = (
 MOST_LABELS, LABEL_WORDS, LABEL_CHARACTERS = 30, 5, 48
 # The median of words up to which answers are short, and up to which they are a sentence or two.
 SHORT, SENTENCES = 5, 40
+# What is given for a score.
+OPTIONS = {"scorer": "scorer FILE.py", "pattern": "pattern REGEX", "sql": "database FILE", "numbers": "tolerance X"}
+# Wanted queries that are run before anything is generated.
+TRIED = 10
 # A number with a sign, a currency or a unit around it.
 AROUND = re.compile(r"[^\d\W]{0,4}[\W_]?")
 SELECT = re.compile(r"\s*(?:select|with)\b", re.IGNORECASE)
@@ -48,6 +51,12 @@ class Given:
     pattern: str | None = None
     scorer: Path | None = None
     tolerance: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The scores that something was given for."""
+        given = {"scorer": self.scorer, "pattern": self.pattern, "sql": self.database, "numbers": self.tolerance}
+        return [name for name, value in given.items() if value is not None]
 
 
 @dataclass(frozen=True)
@@ -73,26 +82,23 @@ def choose(wanted: Sequence[str], asked: str = "auto", given: Given | None = Non
 
 def check(asked: Sequence[str], given: Given) -> None:
     """Raise what `choose` would without knowing the answers: for names, packages and files that aren't there."""
-    needed = {"sql": given.database, "pattern": given.pattern, "scorer": given.scorer, "numbers": given.tolerance}
-    names = {name for name, value in needed.items() if value is not None} | set(asked) - {"auto", "accuracy"}
+    names = {*given.names, *asked} - {"auto", "accuracy"}
     for name in sorted(names):
         _made(name, [], given)
 
 
 def _suited(answers: list[str], given: Given) -> tuple[str, str]:
     """The name of the score for these answers, and the reason."""
-    if given.scorer is not None or given.pattern is not None:
-        return ("scorer", "--scorer was given") if given.scorer is not None else ("pattern", "--pattern was given")
+    if given.names:
+        return given.names[0], f"--{OPTIONS[given.names[0]]} was given"
     if _share(answers, _is_structure) >= 0.95:
         return "json", "the wanted answers are JSON"
-    queries = _share(answers, lambda answer: SELECT.match(query_of(answer)) is not None) >= 0.95
-    if queries and given.database is not None:
-        return "sql", f"the wanted answers are queries, which {given.database.name} can run"
     labels = set(answers)
     if _are_labels(answers, labels):
         return "accuracy", f"{len(answers)} wanted answers are {len(labels)} short texts that repeat"
     if _share(answers, _is_number) >= 0.95:
         return "numbers", "the wanted answers are numbers"
+    queries = _share(answers, lambda answer: SELECT.match(query_of(answer)) is not None) >= 0.95
     return _for_texts(answers, "; --database FILE would run these queries" if queries else "")
 
 
@@ -120,12 +126,14 @@ def _made(name: str, answers: list[str], given: Given) -> Score:
     """The score of a name. Raises MlxLoraError for an unknown one, and where something that it needs isn't given."""
     if name not in NAMES:
         raise MlxLoraError(f"no score is called {name!r}{nearest(name, ('auto', *NAMES))}")
-    if name == "sql":
-        return Sql(_needed(given.database, name, "--database FILE"))
-    if name == "pattern":
-        return Pattern(_needed(given.pattern, name, "--pattern REGEX"))
-    if name == "scorer":
-        return Scorer(_needed(given.scorer, name, "--scorer FILE.py"))
+    if name in OPTIONS and name != "numbers" and name not in given.names:
+        raise MlxLoraError(f"the score {name} needs --{OPTIONS[name]}")
+    if given.database is not None and name == "sql":
+        return _running(Sql(given.database), answers)
+    if given.pattern is not None and name == "pattern":
+        return Pattern(given.pattern)
+    if given.scorer is not None and name == "scorer":
+        return Scorer(given.scorer)
     if name == "numbers":
         return Numbers(*tolerance_of(given.tolerance or "0"))
     if name == "accuracy":
@@ -154,10 +162,15 @@ def tolerance_of(text: str) -> tuple[float, bool]:
     return tolerance, relative
 
 
-def _needed(value: Path | str | None, name: str, option: str) -> Any:
-    if value is None:
-        raise MlxLoraError(f"the score {name} needs {option}")
-    return value
+def _running(score: Sql, answers: list[str]) -> Sql:
+    """A score of queries, of which the first few of the wanted ones can't all fail. Raises MlxLoraError."""
+    few = answers[:TRIED]
+    if few and all("fault" in score.result(answer) for answer in few):
+        raise MlxLoraError(
+            f"none of the first {len(few)} wanted answers runs as a query on {score.database.name}",
+            hint="the score sql compares results, so the wanted answers have to be queries of this database",
+        )
+    return score
 
 
 def _are_labels(answers: list[str], labels: set[str]) -> bool:
