@@ -134,7 +134,8 @@ def eval_every(settings: Train, rows: int, valid: int) -> tuple[int | None, str]
         return None, "there are no validation rows"
     steps = total_steps(settings, _per_epoch(settings, rows))
     trained = steps * settings.batch_size * settings.grad_accumulation
-    affordable = int(SHARE * trained / (FORWARD * valid))
+    passes = 1 if settings.max_drift is None else 2  # the base runs too
+    affordable = int(SHARE * trained / (FORWARD * passes * valid))
     every = math.ceil(steps / min(max(affordable, 1), EVALUATIONS))
     return every, f"{math.ceil(steps / every)} validations on {valid} rows"
 
