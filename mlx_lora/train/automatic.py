@@ -125,7 +125,7 @@ def learning_rate(settings: Train, adapter: Adapter, hidden: int, rows: int) -> 
     if settings.loraplus_ratio is not None:
         # B's rate is so many times A's: their geometric mean stays. With 16 the embedded base's sql was best at 1e-3.
         rate /= math.sqrt(settings.loraplus_ratio)
-    return _rounded(rate), f"a base of width {hidden}, {adapter.method}, {steps} steps"
+    return _rounded(rate), f"for {adapter.method} over a base of width {hidden}, in {steps} steps"
 
 
 def eval_every(settings: Train, rows: int, valid: int) -> tuple[int | None, str]:
@@ -134,7 +134,8 @@ def eval_every(settings: Train, rows: int, valid: int) -> tuple[int | None, str]
         return None, "there are no validation rows"
     steps = total_steps(settings, _per_epoch(settings, rows))
     trained = steps * settings.batch_size * settings.grad_accumulation
-    affordable = int(SHARE * trained / (FORWARD * valid))
+    passes = 1 if settings.max_drift is None else 2  # the base runs too
+    affordable = int(SHARE * trained / (FORWARD * passes * valid))
     every = math.ceil(steps / min(max(affordable, 1), EVALUATIONS))
     return every, f"{math.ceil(steps / every)} validations on {valid} rows"
 

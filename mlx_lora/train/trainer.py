@@ -113,6 +113,8 @@ def _loop(run: Session, should_stop: Callable[[], bool]) -> Iterator[Event]:
         yield Note(f"stopped, to keep the machine from swapping: {run.exceeded}")
     if run.settings.max_drift is not None and done.evaluated_at and done.best_loss is None:
         yield Note(NONE_WITHIN)
+    if stopped_by == "drift":
+        yield Note(f"stopped: {MOST_OVER} validations in a row were further from the base than train.max_drift allows")
     if stopped_by == "interrupted":
         yield Interrupted(done.step)
     if done.step:

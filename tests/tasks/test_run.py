@@ -36,7 +36,8 @@ def recipe(tiny_path: Path, write_rows: Callable[..., Path]) -> Recipe:
     rows = [{"prompt": f"{number} + 1 =", "completion": str(number + 1)} for number in range(12)]
     write_rows(rows[:4], name="valid.jsonl")
     folder = write_rows(rows).parent
-    settings = {"iters": 4, "batch_size": 4, "save_every": 1, "eval_every": 2, "learning_rate": 1e-2}
+    settings = {"iters": 4, "batch_size": 4, "save_every": 1, "eval_every": 2, "learning_rate": 1e-2,
+                "epochs": 1, "patience": None}  # fmt: skip
     return Recipe.model_validate(
         {"model": str(tiny_path), "name": "mine", "data": {"path": str(folder)}, "adapter": {"rank": 4, "dropout": 0.1},
          "train": settings}

@@ -96,6 +96,7 @@ def test_evaluations_are_five_to_ten_and_take_a_fifth_at_most(rows: int, share: 
     assert 1 <= count <= 10 and (cost <= 0.2 or count == 1)
     if share <= 0.1:
         assert count >= 5, "there is time for as many"
+    assert chosen(rows=rows, valid=valid, max_drift=1.0).eval_every >= made.eval_every, "the base runs too"
 
 
 def test_patience_is_a_third_of_the_run_and_longer_with_few_validation_rows() -> None:
