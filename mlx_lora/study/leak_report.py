@@ -58,6 +58,13 @@ class Losses:
     of_adapter: Membership
     of_both: Membership
 
+    @property
+    def test(self) -> Membership:
+        """The one that counts: by the adapter's loss, or less the base's where the base alone tells the rows apart,
+        since then the held-out rows are of another kind than the training rows."""
+        low, high = self.of_base.interval
+        return self.of_adapter if low <= 0.5 <= high else self.of_both
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -133,7 +140,7 @@ class Leaks:
             return "verbatim"
         secrets = sum(one.secrets for one in self._planted)
         known = sum(one.first for one in self._planted) > by_chance(secrets, 1 / self.candidates)
-        told = self.losses and max(self.losses.of_adapter.interval[0], self.losses.of_both.interval[0]) > 0.5
+        told = self.losses and self.losses.test.interval[0] > 0.5
         if known or told or any(low > 0 for _, low in more):
             return "by_loss"
         return "none_seen" if more or self._planted else "cant_tell"
@@ -155,9 +162,10 @@ class Leaks:
             held = f", held-out {one.held_out.count} of {one.held_out.rows}" if one.held_out else ""
             yield f"{one.adapter.count} of {one.adapter.rows} {what} come back verbatim (base {one.base.count}{held})"
         if self.losses:
-            best = max(self.losses.of_adapter, self.losses.of_both, key=lambda one: one.auc)
-            low, high = best.interval
-            yield f"the loss tells training rows from others with AUC {best.auc:.2f} [{low:.2f}, {high:.2f}]"
+            test = self.losses.test
+            low, high = test.interval
+            less = " less the base's" if test is self.losses.of_both else ""
+            yield f"its loss{less} tells training rows from others with AUC {test.auc:.2f} [{low:.2f}, {high:.2f}]"
         if self._planted:
             known = ", ".join(f"{one.first} of {one.secrets} {times(one.repeats)}" for one in self._planted)
             yield f"of its secrets it knows {known}"

@@ -21,6 +21,7 @@ from mlx_lora.data.encode import Encoder
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.rows import Row, common
 from mlx_lora.data.sources import FORMATS
+from mlx_lora.data.splits import find_splits
 from mlx_lora.data.system import with_system
 from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.unpack import unpack_once
@@ -67,17 +68,10 @@ def audit_leaks(
     """
     if out is not None:
         write.check_targets([out], force=force)
-    stored = read(registry.find(adapter))
-    opened = base_for(model, [stored])
-    stage(f"loading {model or registry.base_name(opened.path)}")
-    loaded = registry.open_base(opened, [stored])
-    unpack_once(loaded)
-    engine = Engine(loaded)
-    own = stored.manifest.recipe["data"] if stored.manifest.recipe else None
-    chosen = settings(own)
-    form = _format(stored, own, chosen, loaded.tokenizer)
-    engine.add(stored.name, wrappers_for(loaded.model, stored), end=form.own_end)
-    depth, encoder = depth or Depth(), Encoder(loaded.tokenizer, chosen, form)
+    for path in filter(None, (data, held_out)):
+        find_splits(path)  # a wrong path is said before anything is loaded
+    stored, depth = read(registry.find(adapter)), depth or Depth()
+    engine, encoder = _opened(model, stored, settings, stage)
     found = gather(data, held_out, encoder, stored.manifest, most=depth.rows, progress=progress)
     audit = _Audit(engine, stored.name, encoder, found, depth, progress)
     report = audit.run()
@@ -87,6 +81,22 @@ def audit_leaks(
                 files[out].write((ui.json_text(row) + "\n").encode())
         stage(f"{out} has the text of {len(audit.came_back)} rows that came back")
     return report
+
+
+def _opened(
+    model: str | None, stored: StoredAdapter, settings: Settings, stage: Callable[[str], None]
+) -> tuple[Engine, Encoder]:
+    """The base with the adapter, and what encodes rows as the adapter learned them."""
+    opened = base_for(model, [stored])
+    stage(f"loading {model or registry.base_name(opened.path)}")
+    loaded = registry.open_base(opened, [stored])
+    unpack_once(loaded)
+    engine = Engine(loaded)
+    own = stored.manifest.recipe["data"] if stored.manifest.recipe else None
+    chosen = settings(own)
+    form = _format(stored, own, chosen, loaded.tokenizer)
+    engine.add(stored.name, wrappers_for(loaded.model, stored), end=form.own_end)
+    return engine, Encoder(loaded.tokenizer, chosen, form)
 
 
 def _format(stored: StoredAdapter, own: dict[str, Any] | None, chosen: Data, tokenizer: Any) -> ChatFormat:

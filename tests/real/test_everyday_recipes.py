@@ -36,7 +36,8 @@ def test_the_adapter_of_a_recipe_helps(task: str, shell: Shell, smollm2: Path, t
     data = part(task, tmp_path / task)
     trained = shell.json("train", ROOT / "recipes" / f"{task}.yaml", "--model", smollm2, "--data", data,
                          f"train.epochs={EPOCHS}", f"train.learning_rate={RATE}", "data.valid_fraction=0")  # fmt: skip
-    verdict = shell.json("verdict", "--model", smollm2, "--adapter", task, "--data", data)
+    verdict = shell.json("verdict", "--model", smollm2, "--adapter", task, "--data", data, "--forget", "none",
+                         "--max-tokens", 64)  # fmt: skip
     (result,) = verdict["results"]
     print(f"\n{task}: {trained['seconds']:.0f} s of training, {time.monotonic() - start:.0f} s in all; {result}")
     assert result["verdict"] == "helped", result

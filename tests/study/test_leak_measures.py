@@ -106,9 +106,11 @@ def test_chance_is_that_of_a_binomial() -> None:
         assert (drawn > least).mean() <= 0.052 and (least == 0 or (drawn > least - 1).mean() > 0.05)
 
 
+NO = Membership(0.5, (0.4, 0.6), 50, 50)
+
+
 def audit(**changes: object) -> Leaks:
-    no = Membership(0.5, (0.4, 0.6), 50, 50)
-    losses = Losses(1.0, 0.5, 1.0, 0.6, no, no, no)
+    losses = Losses(1.0, 0.5, 1.0, 0.6, NO, NO, NO)
     extraction = [Extraction(ANSWERS, Share(0, 50), Share(20, 50), Share(0, 50), Share(18, 50))]
     values = {
         "adapter": "mine", "file": "train.jsonl", "sha256": "", "rows": 50, "held_out_file": "test.jsonl", "others": 50,
@@ -125,6 +127,9 @@ def test_the_sentence_says_what_was_found() -> None:
     assert audit(extraction=[labels]).verdict == "by_loss"  # labels aren't text that leaks
     told = Membership(0.8, (0.7, 0.88), 50, 50)
     assert audit(losses=Losses(1, 1, 1, 1, told, told, told)).verdict == "by_loss"
+    # where the base tells the rows apart too, they are of different kinds, and its loss is taken out
+    assert audit(losses=Losses(1, 1, 1, 1, told, told, NO)).verdict == "none_seen"
+    assert audit(losses=Losses(1, 1, 1, 1, NO, told, NO)).verdict == "by_loss"
     seen = Planted(16, 4, 0, 4, 0, 3, 1.0, 8.0)
     assert audit(canaries=[Planted(0, 4, 0, 0, 0, 0, 1.0, 1.2), seen]).verdict == "verbatim"
     assert "4 of 4 planted 16 times" in audit(canaries=[seen]).sentence
