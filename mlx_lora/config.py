@@ -7,7 +7,7 @@ serves yet is not in the type, so asking for it is an error and never ignored. N
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -132,22 +132,38 @@ class Data(Section):
         return value
 
 
+Auto = Literal["auto"]
+Chosen = TypeVar("Chosen")
+
+
+def number(value: Chosen | Auto) -> Chosen:
+    """A setting that is no longer `auto`. Raises ValueError for one that still is: `train.automatic.choose` sets it."""
+    if value == "auto":
+        raise ValueError("a setting of train is still auto; train.automatic.choose makes a number of it")
+    return value
+
+
 class Train(Section):
     """The loop. One optimizer step is batch_size × grad_accumulation rows, over all processes together.
 
     grad_checkpoint `auto` recomputes layers where a step's activations would not fit the free memory; cache_prefix
     `auto` keeps what enters the first adapted layer where that is a later one, there is room, and rows come again.
+    epochs, learning_rate, eval_every and patience `auto` become numbers once the rows are read (`train.automatic`).
     memory_limit_gb, in GiB, is what training may take, more or less than the machine recommends. on_memory says what
     happens where that isn't enough: refuse, or warn and train in the smallest way. save_every `auto` writes a
     checkpoint by the clock, so that at most half a minute of training is lost; null writes one only when the run is
-    stopped.
+    stopped. Over max_drift a validation isn't taken as the best, and the second one in a row ends the run.
     """
 
-    epochs: Integer = Field(default=1, ge=1, description="Passes over the training rows.")
+    epochs: Auto | Annotated[Integer, Field(ge=1)] = Field(
+        default="auto", description="Passes over the training rows; auto by their number."
+    )
     iters: Integer | None = Field(default=None, ge=1, description="Optimizer steps; overrides epochs.")
     batch_size: Integer = Field(default=4, ge=1, description="Rows of a micro-batch.")
     grad_accumulation: Integer = Field(default=1, ge=1, description="Micro-batches of an optimizer step.")
-    learning_rate: Number = Field(default=2e-4, gt=0, description="Highest learning rate.")
+    learning_rate: Auto | Annotated[Number, Field(gt=0)] = Field(
+        default="auto", description="Highest learning rate; auto by base, method and steps."
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="cosine", description="How the learning rate falls after the warm-up."
     )
@@ -162,13 +178,18 @@ class Train(Section):
     loraplus_ratio: Number | None = Field(
         default=None, gt=0, description="LoRA+: B's learning rate over A's; null is the same."
     )
-    eval_every: Integer | None = Field(
-        default=None, ge=1, description="Steps from one validation to the next; null is only the end."
+    eval_every: Auto | Annotated[Integer, Field(ge=1)] | None = Field(
+        default="auto", description="Steps between validations; null is only the end."
     )
     save_every: Literal["auto"] | Annotated[Integer, Field(ge=1)] | None = Field(
         default="auto", description="Steps between checkpoints; auto: by time, null: only when stopped."
     )
-    patience: Integer | None = Field(default=None, ge=1, description="Validations without gain before training stops.")
+    patience: Auto | Annotated[Integer, Field(ge=1)] | None = Field(
+        default="auto", description="Validations without gain before training stops."
+    )
+    max_drift: Number | None = Field(
+        default=None, gt=0, description="Most nats of KL from the base on the validation rows."
+    )
     grad_checkpoint: Annotated[Literal["auto", "on", "off"], BeforeValidator(as_switch)] = Field(
         default="auto", description="Compute layers again instead of keeping them: slower, less memory."
     )
@@ -185,7 +206,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _check(self) -> Train:
         faults = []
-        if self.patience is not None and self.eval_every is None:
+        if self.patience not in (None, "auto") and self.eval_every is None:
             faults.append("patience counts evaluations, and eval_every is not set")
         if self.weight_decay and self.optimizer == "adam":
             faults.append("weight_decay is not part of adam; adamw has it")

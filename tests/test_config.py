@@ -56,20 +56,21 @@ data:
   valid_fraction: 0.1
   packing: false
 train:
-  epochs: 1
+  epochs: auto
   iters: null
   batch_size: 4
   grad_accumulation: 1
-  learning_rate: 2.0e-4
+  learning_rate: auto
   schedule: cosine
   warmup: 0.03
   optimizer: adamw
   weight_decay: 0.0
   max_grad_norm: 1.0
   loraplus_ratio: null
-  eval_every: null
+  eval_every: auto
   save_every: auto
-  patience: null
+  patience: auto
+  max_drift: null
   grad_checkpoint: auto
   cache_prefix: auto
   memory_limit_gb: null

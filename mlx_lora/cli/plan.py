@@ -103,6 +103,8 @@ def _show(made: Plan) -> None:
         ui.result(f"about {ui.duration(made.seconds)}, {known_from[made.pace_from or 'runs']}")
     else:
         ui.result("how long it takes is not known yet: it depends on the rows (--data PATH), and on the machine")
+    for reason in made.reasons:
+        ui.result(reason)
     if made.suggestion:
         ui.result(f"would fit: {' '.join(made.suggestion)}")
     elif not made.fits:

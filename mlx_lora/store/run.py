@@ -72,12 +72,13 @@ class StepLine(Line):
 
 
 class Evaluation(Line):
-    """Validation loss after `step` steps."""
+    """Validation loss after `step` steps; `drift`, KL from the base in nats, where the recipe has a max_drift."""
 
     event: Literal["evaluated"] = "evaluated"
     step: int
     loss: float | None = None
     best: bool = False
+    drift: float | None = None
 
 
 class NoteLine(Line):

@@ -33,7 +33,10 @@ Results = list[dict[str, Any]]
 
 LENGTHS = (128, 512, 1024, 2048)
 # The optimizer isn't what is measured, so these are the cheapest settings in common use.
-PLAIN: dict[str, Any] = {"optimizer": "adam", "schedule": "constant", "warmup": 0, "max_grad_norm": None}
+PLAIN: dict[str, Any] = {
+    "optimizer": "adam", "schedule": "constant", "warmup": 0, "max_grad_norm": None, "learning_rate": 2e-4,
+    "epochs": 1, "eval_every": None, "patience": None,
+}  # fmt: skip
 EPOCHS = 3
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
+from mlx_lora import methods
 from mlx_lora.adapters.attach import Wrappers, attach, build
 from mlx_lora.adapters.init import eva, loftq
 from mlx_lora.adapters.placement import place
@@ -28,8 +29,13 @@ from mlx_lora.models.open import OpenModel
 BATCHES, POSITIONS = 16, 256
 
 
-def check_init(recipe: Recipe) -> None:
-    """Raise RecipeError for an init that this base can't give, before anything is loaded."""
+def check_start(recipe: Recipe) -> None:
+    """Raise RecipeError for what this base or this method can't give, before anything is loaded."""
+    if recipe.train.max_drift is not None and "prompt" in methods.parts(recipe.adapter.method):
+        raise RecipeError(
+            "train.max_drift runs the base on the same rows, and it has no embedding for prompt's virtual tokens",
+            hint="leave max_drift out, or use method lora or prefix",
+        )
     if recipe.adapter.init == "loftq" and recipe.quantize is None:
         raise RecipeError(
             "adapter.init loftq starts from what packing the base loses, and this recipe packs none",

@@ -52,8 +52,9 @@ from mlx_lora.train.step import Stepper
 from mlx_lora.train.trainer import train
 
 TRAIN = Train(
-    iters=20, batch_size=4, learning_rate=2e-3, schedule="constant", warmup=0, grad_checkpoint="off", cache_prefix="off"
-)
+    iters=20, batch_size=4, learning_rate=2e-3, schedule="constant", warmup=0, grad_checkpoint="off",
+    cache_prefix="off", epochs=1, eval_every=None, patience=None,
+)  # fmt: skip
 MODE_NAMES = {f"{mode} {bits}": Quantize(mode=mode, bits=bits) for mode, (kinds, _) in MODES.items() for bits in kinds}
 MODE_NAMES["nf4 4 double"] = Quantize(mode="nf4", double_quant=True)
 # What quantizing rounds away differs by ties.

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlx_lora import paths
-from mlx_lora.config import Recipe
+from mlx_lora.config import Recipe, number
 from mlx_lora.data.read import find_splits, read, sha256
 from mlx_lora.data.rows import trained
 from mlx_lora.errors import DataError, MlxLoraError, NameTaken, Problem, RecipeError
@@ -230,7 +230,8 @@ def _train_run(name: str, run: Candidate, listener: Callable[[], Listener]) -> L
     if run.bare:
         return Line(run.label)
     recipe = _with_name(name, run)
-    line = Line(run.label, method=recipe.adapter.method, learning_rate=recipe.train.learning_rate)
+    asked = recipe.train.learning_rate
+    line = Line(run.label, method=recipe.adapter.method, learning_rate=None if asked == "auto" else asked)
     try:
         trained = train_adapter(recipe, force=True, listener=listener())
     except DataError:  # every run reads the same rows
@@ -242,6 +243,7 @@ def _train_run(name: str, run: Candidate, listener: Callable[[], Listener]) -> L
         raise KeyboardInterrupt
     return replace(
         line,
+        learning_rate=number(trained.recipe.train.learning_rate),
         parameters=finished.trainable_parameters,
         valid_loss=finished.best_valid_loss,
         seconds=finished.seconds,

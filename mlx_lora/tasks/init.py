@@ -1,7 +1,7 @@
 """A first recipe for a model and some data: what suits them is read from both, and each choice says why.
 
 Nothing is guessed that can be looked up: the number of weights, how long the rows are, whether the base has a chat
-template, what training will take. What can't be looked up is chosen by the rules of `recipes/README.md`.
+template, what training will take. Rates, epochs and evaluations are those of `auto` (`train.automatic`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,10 @@ from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.shapes import network, summary
 from mlx_lora.quant.quantize import parameter_count
 from mlx_lora.recipe import load_recipe, parse_recipe
+from mlx_lora.tasks.automatic import resolved
 from mlx_lora.tasks.plan import lengths_of, plan_recipe
 from mlx_lora.train.budget.choose import Plan
 
-# Learning rates of LoRA by the largest number of weights that they suit.
-RATES = ((200e6, 1e-3), (3e9, 2e-4), (float("inf"), 1e-4))
-# Optimizer steps that a first training should have, where the rows allow it, and the most passes over the rows.
-STEPS, MOST_EPOCHS = 300, 5
 # Bases with more weights than this are quantized to 4 bits, unless they are packed already.
 LARGE = 1e9
 SHORTEST, LONGEST = 256, 4096
@@ -119,7 +116,8 @@ def draft(
         update={"max_seq_length": context_length(opened.config) or LONGEST}
     )
     prepared = prepare(data, settings, opened.tokenizer, progress=progress)
-    choices += _of_rows(prepared, given, epochs=asked.get("train.epochs"))
+    choices += _of_rows(prepared)
+    choices += _automatic(_with(given, choices), opened, prepared)
     rows = lengths_of(prepared.train, prepared.valid)
     plan = plan_recipe(_with(given, choices), rows=rows)
     if not plan.fits and plan.suggestion:
@@ -146,7 +144,6 @@ def _of_model(opened: OpenModel) -> list[Choice]:
     """What the size of the base decides."""
     config = summary(opened)
     count = parameter_count(network(config, gpu=True))
-    rate = next(rate for most, rate in RATES if count <= most)
     choices = []
     if count > LARGE and not config.get("quantization"):
         choices.append(Choice("quantize", {"mode": "affine", "bits": 4}, f"{count / 1e9:.1f} billion weights"))
@@ -154,27 +151,22 @@ def _of_model(opened: OpenModel) -> list[Choice]:
         Choice("adapter.rank", 8, "enough for a format or a style; 16 and more where many facts are to be learned"),
         Choice("adapter.alpha", 16, "twice the rank"),
         Choice("adapter.targets", "attention", "all-linear learns more, in more time and memory"),
-        Choice("train.learning_rate", rate, f"suits {count / 1e6:,.0f} million weights; halve it if the loss jumps"),
     ]
     return choices
 
 
-def _of_rows(prepared: Prepared, recipe: Recipe, *, epochs: int | None) -> list[Choice]:
-    """What the number and the length of the rows decide; `epochs` where they are decided already."""
+def _of_rows(prepared: Prepared) -> list[Choice]:
+    """What the length of the rows decides."""
     longest = int(max(lengths(prepared.train).max(), lengths(prepared.valid).max(initial=0)))
     padded = 1 << (longest - 1).bit_length()
-    per_epoch = -(-len(prepared.train) // recipe.train.batch_size)
-    epochs = epochs or min(max(round(STEPS / per_epoch), 1), MOST_EPOCHS)
-    every = max(per_epoch * epochs // 5, 1)
-    choices = [
-        Choice("data.max_seq_length", max(padded, SHORTEST), f"the longest row has {longest} tokens"),
-        Choice("train.epochs", epochs, f"{per_epoch * epochs} steps"),
-    ]
-    if prepared.valid:
-        choices.append(Choice("train.eval_every", every, f"validation on {len(prepared.valid)} rows, five times"))
-    if epochs > 1 and prepared.valid:
-        choices.append(Choice("train.patience", 3, "stops where validation doesn't get better; the best one is kept"))
-    return choices
+    return [Choice("data.max_seq_length", max(padded, SHORTEST), f"the longest row has {longest} tokens")]
+
+
+def _automatic(recipe: Recipe, opened: OpenModel, prepared: Prepared) -> list[Choice]:
+    """What `auto` stands for with these rows over this base, as numbers that may be edited."""
+    _, made = resolved(recipe, opened, rows=len(prepared.train), valid=len(prepared.valid))
+    values = made.settings.model_dump()
+    return [Choice(key, values[key.removeprefix("train.")], reason) for key, reason in made.reasons.items()]
 
 
 def _with(given: Recipe, choices: list[Choice]) -> Recipe:

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_lora import files, paths, ui
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Recipe
+from mlx_lora.config import Recipe, number
 from mlx_lora.data.batch import padded
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
 from mlx_lora.data.rows import Row, lengths, trained
@@ -26,6 +26,8 @@ from mlx_lora.machine import device, limits
 from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.shapes import network, stored_dtype, summary
 from mlx_lora.recipe import load_recipe
+from mlx_lora.tasks.automatic import resolved
+from mlx_lora.train import automatic
 from mlx_lora.train.budget import learn
 from mlx_lora.train.budget.choose import SMALLEST_STOPPED, Lengths, Plan, Way, plan
 from mlx_lora.train.budget.costs import Costs, costs
@@ -66,8 +68,12 @@ def plan_recipe(
     limit = limits.limit_bytes(memory_gb=memory_gb, setting=recipe.train.memory_limit_gb)
     machine = Machine(device.on_gpu() if gpu is None else gpu, limit)
     rows = rows or read_lengths(recipe, opened, progress)
+    reasons: tuple[str, ...] = ()
+    if rows:
+        recipe, chosen = resolved(recipe, opened, rows=len(rows.tokens), valid=len(rows.valid))
+        reasons = chosen.sentences
     here = memory_gb is None and machine.gpu == device.on_gpu()
-    made = plan_shape(config, recipe, rows, machine, time_products=here)
+    made = replace(plan_shape(config, recipe, rows, machine, time_products=here), reasons=reasons)
     return made if made.fits else replace(made, suggestion=suggest(config, recipe, rows, machine))
 
 
@@ -140,11 +146,20 @@ def plan_shape(
 
     Where no run has told how fast this machine is, `time_products` takes about a second to find out.
     """
+    recipe = _with_epochs(recipe, rows)
     cost = costs_of(config, recipe, gpu=machine.gpu)
     made = _plan(cost, recipe, rows, machine.limit, only=only, smaller_than=smaller_than)
     if made.pace is None and time_products and (rows or recipe.train.iters):
         made = replace(made, pace=learn.pace_of_products(cost), pace_from="products")
     return replace(made, seconds=_seconds(recipe, rows, made))
+
+
+def _with_epochs(recipe: Recipe, rows: Lengths | None) -> Recipe:
+    """The recipe with a number of epochs, which is 1 where no rows tell how many there will be."""
+    if recipe.train.epochs != "auto":
+        return recipe
+    epochs = automatic.epochs(recipe.train, len(rows.tokens))[0] if rows else 1
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": epochs})})
 
 
 def costs_of(config: dict[str, Any], recipe: Recipe, *, gpu: bool) -> Costs:
@@ -172,15 +187,14 @@ def _plan(
 
 
 def read_lengths(recipe: Recipe, model: OpenModel, progress: OnFile = silent) -> Lengths | None:
-    """The lengths of the recipe's training rows, or None where there are none to read."""
+    """The lengths of the recipe's rows, or None where there are none to read."""
     if not recipe.data.path or paths.existing(recipe.data.path) is None:
         return None
     virtual = virtual_of(recipe.adapter)
-    return lengths_of(
-        prepare(
-            recipe.data.path, recipe.data, model.tokenizer, seed=recipe.seed, progress=progress, virtual=virtual
-        ).train
+    prepared = prepare(
+        recipe.data.path, recipe.data, model.tokenizer, seed=recipe.seed, progress=progress, virtual=virtual
     )
+    return lengths_of(prepared.train, prepared.valid)
 
 
 def lengths_of(rows: Sequence[Row], valid: Sequence[Row] = ()) -> Lengths:
@@ -211,6 +225,7 @@ def suggest(config: dict[str, Any], recipe: Recipe, rows: Lengths | None, machin
         key = changed.model_dump_json(include={"quantize", "adapter"})
         if key not in known:
             known[key] = costs_of(config, changed, gpu=machine.gpu)
+        changed = _with_epochs(changed, rows)
         if _plan(known[key], changed, _shortened(rows, changed), machine.limit).fits:
             return overrides
     return None
@@ -266,5 +281,5 @@ def _seconds(recipe: Recipe, rows: Lengths | None, made: Plan) -> float | None:
         return None
     tokens = (rows or guessed(recipe)).tokens
     positions = sum(padded(length - 1) for length in tokens)
-    passes = recipe.train.epochs if steps is None else steps * per_step / len(tokens)
+    passes = number(recipe.train.epochs) if steps is None else steps * per_step / len(tokens)
     return pace * made.work * positions * passes

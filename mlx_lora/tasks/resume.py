@@ -84,20 +84,22 @@ def _check_longer(record: RunRecord, recipe: Recipe) -> None:
     key, longer = _longer(recipe if old is None else old)
     again = f"mlx-lora train {record.path / RECIPE} --force {key}={longer}"
     from_start = f"{again} trains it anew for longer; the adapter that is there stays until that has finished"
-    if finished.stopped_by in ("patience", "nonfinite"):
+    if finished.stopped_by in ("patience", "drift", "nonfinite"):
         hint = "more steps would not change that: change the recipe and train with --force"
         raise TrainingError(done, hint=hint)
     if not record.checkpoints:
         raise TrainingError(done, hint=from_start)
-    same = old is not None and (old.train.epochs, old.train.iters) == (recipe.train.epochs, recipe.train.iters)
-    if same:
+    asked = recipe.train
+    if old is not None and asked.iters == old.train.iters and asked.epochs in ("auto", old.train.epochs):
         raise TrainingError(done, hint=f"mlx-lora train --name {record.name} --resume {key}={longer} trains on")
 
 
 def _longer(recipe: Recipe) -> tuple[str, int]:
     """The setting that makes a run longer, and twice its value."""
     train = recipe.train
-    return ("train.iters", 2 * train.iters) if train.iters else ("train.epochs", 2 * train.epochs)
+    if train.iters:
+        return "train.iters", 2 * train.iters
+    return "train.epochs", 2 * (1 if train.epochs == "auto" else train.epochs)
 
 
 def check_same_run(

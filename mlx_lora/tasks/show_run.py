@@ -11,6 +11,7 @@ REASONS = {
     "epochs": "all its epochs are done",
     "iters": "all its steps are done",
     "patience": "the validation loss fell no more",
+    "drift": "it had moved further from the base than train.max_drift allows",
     "interrupted": "it was interrupted",
     "memory": "it took more memory than it may",
     "nonfinite": "the loss or the gradient was not finite three steps in a row",

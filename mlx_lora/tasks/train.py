@@ -28,7 +28,8 @@ from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.store import registry
 from mlx_lora.store import run as runs
 from mlx_lora.store.lock import locked
-from mlx_lora.tasks.begin import begin, check_init
+from mlx_lora.tasks.automatic import as_before, resolved
+from mlx_lora.tasks.begin import begin, check_start
 from mlx_lora.tasks.manifest import identity, manifest_of
 from mlx_lora.tasks.notes import notes
 from mlx_lora.tasks.plan import learn_from, over_limit, plan_rows
@@ -46,8 +47,8 @@ from mlx_lora.train.trainer import train
 class TrainedRun:
     """A trained adapter: where it lies, what training reported, and the model that still carries it.
 
-    `kept_old` says that an adapter of this name was there and stayed, since this run hasn't finished: `path` is then in
-    the run's folder.
+    `recipe` has the numbers that `auto` became. `kept_old` says that an adapter of this name was there and stayed,
+    since this run hasn't finished: `path` is then in the run's folder.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TrainedRun:
     loaded: LoadedModel
     prepared: Prepared
     plan: Plan | None
+    recipe: Recipe
     kept_old: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -111,6 +113,8 @@ def train_adapter(
             if resume and group.rank == 0:
                 start = find_start(name, recipe)
         try:
+            if resume:
+                recipe = as_before(recipe, start.record.recipe if start else None, group)
             setup = _prepare(recipe, opened, name, listener, group, start)
             resumed = _begin(setup, start, group, resume=resume, force=force)
             return _run(setup, resumed, listener, group, force=force)
@@ -124,8 +128,9 @@ def _prepare(
 ) -> Setup:
     """Read, plan, load and attach, each step on all processes or on none."""
     with group.agreed():
+        prepared, recipe = _read(recipe, opened, listener)
         smaller_than = start.too_large(recipe) if start else stopped_before(name, recipe)
-        prepared, plan = _read(recipe, opened, listener, start.way if start else None, smaller_than)
+        plan = _plan(recipe, opened, prepared, listener, start.way if start else None, smaller_than)
         if plan and plan.overruled:
             listener.stage(f"train.on_memory is warn: {over_limit(plan)}; the machine may swap, or end this program")
     with group.agreed():
@@ -204,14 +209,13 @@ def _run(setup: Setup, resumed: Checkpoint | None, listener: Listener, group: Pr
     predicted = f", predicted {ui.size(plan.peak_memory_bytes)}" if plan else ""
     listener.stage(f"peak memory {ui.size(folder.finished.peak_memory_bytes)}{predicted}")
     return TrainedRun(
-        folder.name, path, folder.finished, setup.loaded, setup.prepared, plan, kept_old=folder.kept_old_adapter
-    )
+        folder.name, path, folder.finished, setup.loaded, setup.prepared, plan, recipe,
+        kept_old=folder.kept_old_adapter,
+    )  # fmt: skip
 
 
-def _read(
-    recipe: Recipe, opened: OpenModel, listener: Listener, only: Way | None, smaller_than: Way | None
-) -> tuple[Prepared, Plan | None]:
-    """The rows, and the plan for them where the model's memory can be planned; no weight is loaded for either."""
+def _read(recipe: Recipe, opened: OpenModel, listener: Listener) -> tuple[Prepared, Recipe]:
+    """The rows, and the recipe with numbers for what was `auto`; no weight is loaded for either."""
     listener.stage(f"reading {recipe.data.path}")
     prepared = prepare(
         str(recipe.data.path), recipe.data, opened.tokenizer,
@@ -219,13 +223,30 @@ def _read(
     )  # fmt: skip
     for note in prepared.notes:
         listener.stage(note)
-    if recipe.train.patience and not prepared.valid:
-        raise RecipeError("train.patience needs validation rows", hint="add a valid file, or set data.valid_fraction")
+    asked = {"patience": recipe.train.patience not in (None, "auto"), "max_drift": recipe.train.max_drift is not None}
+    if any(asked.values()) and not prepared.valid:
+        keys = " and ".join(f"train.{key}" for key, value in asked.items() if value)
+        raise RecipeError(f"{keys}: needs validation rows", hint="add a valid file, or set data.valid_fraction")
+    recipe, chosen = resolved(recipe, opened, rows=len(prepared.train), valid=len(prepared.valid))
+    for sentence in chosen.sentences:
+        listener.stage(sentence)
+    return prepared, recipe
+
+
+def _plan(
+    recipe: Recipe,
+    opened: OpenModel,
+    prepared: Prepared,
+    listener: Listener,
+    only: Way | None,
+    smaller_than: Way | None,
+) -> Plan | None:
+    """The plan for the rows, None where the model's memory can't be planned; no weight is loaded for it."""
     try:
-        return prepared, plan_rows(recipe, opened, prepared, only=only, smaller_than=smaller_than)
+        return plan_rows(recipe, opened, prepared, only=only, smaller_than=smaller_than)
     except ModelError as error:
         listener.stage(f"its memory can't be planned: {error.message}")
-        return prepared, None
+        return None
 
 
 def required(recipe: Recipe) -> str:
@@ -241,7 +262,7 @@ def required(recipe: Recipe) -> str:
 def check(recipe: Recipe, *, force: bool) -> str:
     """The run's name, once everything that can be known without loading is in order."""
     name = required(recipe)
-    check_init(recipe)
+    check_start(recipe)
     target, folder = paths.room("adapters", name), paths.room("runs", name)
     record = runs.read_folder_or_damaged(folder)
     unfinished = bool(record.checkpoints) and record.state != "finished"

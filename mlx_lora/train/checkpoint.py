@@ -33,6 +33,8 @@ WEIGHTS, STATE = "training.safetensors", "training.json"
 # The last two stay: should the newest turn out unreadable, there is another.
 KEPT = 2
 LOSS_WINDOW = 10
+# Counters that checkpoints of older versions don't have.
+NEWER = {"too_large", "evaluations_over"}
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Progress:
     evaluated_at: int = 0
     best_loss: float | None = None
     evaluations_without_gain: int = 0
+    evaluations_over: int = 0
     seconds: float = 0.0
     recomputes: bool | None = None
     most_positions: int | None = None
@@ -62,7 +65,7 @@ class Progress:
     @classmethod
     def read(cls, values: dict[str, Any]) -> Progress:
         """The counters that `as_dict` gave. Raises TrainingError when they aren't those of this version."""
-        if not {one.name for one in fields(cls)} - {"too_large"} <= values.keys() <= {one.name for one in fields(cls)}:
+        if not {one.name for one in fields(cls)} - NEWER <= values.keys() <= {one.name for one in fields(cls)}:
             raise TrainingError("the checkpoint is of another version of mlx-lora", hint="start again with --force")
         recent = deque(((float(loss), int(tokens)) for loss, tokens in values["recent"]), maxlen=LOSS_WINDOW)
         return cls(**{**values, "recent": recent})

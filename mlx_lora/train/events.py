@@ -32,11 +32,15 @@ class Note:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Validation loss over all validation rows after `step` steps; `best` when the lowest of any trained adapter."""
+    """Validation loss over all validation rows after `step` steps; `best` when the lowest of any trained adapter.
+
+    `drift` is KL(base ‖ tuned) per token with loss, in nats, where `max_drift` is set; over it none is the best.
+    """
 
     step: int
     loss: float
     best: bool
+    drift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end: `stopped_by` is iters, epochs, patience, interrupted, memory or nonfinite; `valid_loss` is of the
+    """The end: `stopped_by` is iters, epochs, patience, drift, interrupted, memory or nonfinite; `valid_loss` is of the
     last step, None if it wasn't evaluated. Bytes and seconds are the loop's, `largest_micro_batch` is in positions.
     `kept_states_bytes`, part of the peak, are hidden states that were kept in memory."""
 

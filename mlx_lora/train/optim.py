@@ -10,19 +10,19 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten
 
-from mlx_lora.config import Train
+from mlx_lora.config import Train, number
 
 Schedule = Callable[[mx.array], mx.array]
 
 
 def total_steps(settings: Train, per_epoch: int) -> int:
     """Optimizer steps of a whole run, of which a pass over the rows takes `per_epoch`."""
-    return settings.iters or settings.epochs * per_epoch
+    return settings.iters or number(settings.epochs) * per_epoch
 
 
 def schedule(settings: Train, steps: int) -> Schedule:
     """Learning rate as a function of the optimizer step, from 0: linear warm-up, then the chosen shape down to 0."""
-    peak = settings.learning_rate
+    peak = number(settings.learning_rate)
     warmup = math.ceil(settings.warmup * steps) if settings.warmup else 0
 
     def rate(step: mx.array) -> mx.array:

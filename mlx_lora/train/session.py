@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_lora import ui
-from mlx_lora.config import Train
+from mlx_lora.config import Train, number
 from mlx_lora.data.batch import (
     MOST_POSITIONS,
     PACKED_POSITIONS,
@@ -220,9 +220,12 @@ class Session:
             skipped=not finite,
         )
 
-    def evaluate(self, should_stop: Callable[[], bool]) -> float | None:
-        """Mean loss per token over all validation rows, always in the same batches; None when asked to stop."""
-        total, tokens = mx.array(0.0), 0
+    def evaluate(self, should_stop: Callable[[], bool]) -> tuple[float, float | None] | None:
+        """Means per token over all validation rows, always in the same batches; None when asked to stop.
+
+        They are the loss, and with `max_drift` set the KL from the base, in nats.
+        """
+        total, tokens = mx.zeros(1 if self.settings.max_drift is None else 2), 0
         self.model.eval()  # also what makes states to keep
         share, most = self.processes.share, self.progress.most_positions
         for batch in by_length(self.valid, self.settings.batch_size, share, most):
@@ -234,11 +237,12 @@ class Session:
             tokens += batch.trained
         total, counted = self.processes.sum((total, mx.array(float(tokens))))
         self._mark = time.perf_counter()
-        return float(total.item()) / float(counted.item())
+        loss, *drift = (float(value) / float(counted.item()) for value in total.tolist())
+        return loss, max(drift[0], 0.0) if drift else None
 
     def evaluates(self, step: int) -> bool:
         """Whether there is an evaluation after `step` steps: once in a while, and at the end."""
-        every = self.settings.eval_every
+        every = number(self.settings.eval_every)
         return step == self.steps or bool(every and step % every == 0)
 
     def saves(self) -> bool:

@@ -21,6 +21,7 @@ from mlx_lora.models.trunk.arrays import arrays_kept
 from mlx_lora.train import optim
 from mlx_lora.train.adalora import rule_for
 from mlx_lora.train.distributed import Processes
+from mlx_lora.train.objectives.drift import Drift
 from mlx_lora.train.objectives.likelihood import Arrays, Loss
 
 # Compiled graphs are kept by shape; beyond this many the old ones are dropped, since each holds megabytes.
@@ -91,9 +92,11 @@ class Stepper:
             _refill(memory, _where(finite, memory, before))
             return norm, finite
 
+        measured = loss_sum if self._settings.max_drift is None else Drift(model, loss_sum)
+
         def evaluate(arrays: Arrays) -> mx.array:
             with arrays_kept(model):
-                return loss_sum(arrays)
+                return measured(arrays)
 
         drawn = [mx.random.state]  # all that a micro-batch changes
         self._accumulate = self._compiled(accumulate, inputs=state, outputs=drawn)
@@ -153,7 +156,7 @@ class Stepper:
         return Pending(loss, counts[0], norm, finite, counts[1], counts[2])
 
     def evaluate(self, arrays: Arrays) -> mx.array:
-        """Σ weight · nll, lazily, with dropout off."""
+        """Σ weight · nll, lazily, with dropout off; with `max_drift` set [that, Σ KL from the base]: see `Drift`."""
         self._model.eval()
         self._remember(arrays)
         return self._evaluate(arrays)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from mlx_lora.config import Train
+from mlx_lora.config import Train, number
 from mlx_lora.data.prefetch import prefetch
 from mlx_lora.data.rows import Row
 from mlx_lora.machine import allocation
@@ -28,6 +28,12 @@ from mlx_lora.train.events import Checkpoint, Evaluated, Event, Interrupted, Not
 from mlx_lora.train.session import Session
 
 MOST_SKIPPED = 3
+# Evaluations in a row over max_drift after which no later one is expected to be within it.
+MOST_OVER = 2
+NONE_WITHIN = (
+    "no evaluation was within train.max_drift, so the adapter is the last one, which is over it: evaluate more often "
+    "(train.eval_every), or learn more slowly (train.learning_rate)"
+)
 
 
 def train(
@@ -105,6 +111,8 @@ def _loop(run: Session, should_stop: Callable[[], bool]) -> Iterator[Event]:
         yield run.checkpoint()  # to go on from; with a constant rate also to train on for longer
     if stopped_by == "memory":
         yield Note(f"stopped, to keep the machine from swapping: {run.exceeded}")
+    if run.settings.max_drift is not None and done.evaluated_at and done.best_loss is None:
+        yield Note(NONE_WITHIN)
     if stopped_by == "interrupted":
         yield Interrupted(done.step)
     if done.step:
@@ -121,21 +129,28 @@ def _reason_to_stop(run: Session, should_stop: Callable[[], bool]) -> str | None
         return "memory"
     if done.skipped_in_a_row >= MOST_SKIPPED:
         return "nonfinite"
-    patience = run.settings.patience
+    if done.evaluations_over >= MOST_OVER:
+        return "drift"
+    patience = number(run.settings.patience)
     return "patience" if patience and done.evaluations_without_gain >= patience else None
 
 
 def _evaluate(run: Session, should_stop: Callable[[], bool]) -> Iterator[Event]:
     """One evaluation, unless there is nothing to evaluate on or it was interrupted on the way."""
     done = run.progress
-    loss = run.evaluate(should_stop) if run.valid else None
-    if loss is None:
+    measured = run.evaluate(should_stop) if run.valid else None
+    if measured is None:
         return
+    loss, drift = measured
+    most = run.settings.max_drift
+    over = done.step > 0 and most is not None and drift is not None and not drift <= most  # NaN is over
     # the untrained adapter is where it starts from, never the best: whoever stops early keeps what was learned
-    best = done.step > 0 and math.isfinite(loss) and (done.best_loss is None or loss < done.best_loss)
+    lower = math.isfinite(loss) and (done.best_loss is None or loss < done.best_loss)
+    best = done.step > 0 and lower and not over
     done.evaluations_without_gain = 0 if best or not done.step else done.evaluations_without_gain + 1
+    done.evaluations_over = done.evaluations_over + 1 if over else 0
     done.valid_loss, done.evaluated_at = loss, done.step
-    yield Evaluated(done.step, loss, best)
+    yield Evaluated(done.step, loss, best, drift)
     if best:
         done.best_loss = loss
         yield Saved(done.step, "best", run.stepper.adapter())

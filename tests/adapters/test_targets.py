@@ -16,13 +16,14 @@ from mlx_lora.adapters.attach import attach, attached, build, detach, put
 from mlx_lora.adapters.base import CONVOLUTIONS
 from mlx_lora.adapters.placement import place
 from mlx_lora.adapters.targets import bare_modules, find_targets, layer_prefixes
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter
 from mlx_lora.errors import AdapterError
 from mlx_lora.models import architectures
 from mlx_lora.store.adapter import Manifest, read, save, wrappers_for
 from mlx_lora.tasks.notes import named, notes
 from mlx_lora.train.budget.costs import costs
 from tests.adapters.zoo import network
+from tests.fixed import fixed
 from tests.models.tiny import mixed, plain
 from tests.models.tiny.build import build as tiny_model
 
@@ -197,7 +198,7 @@ def test_small_ranks_come_back_from_disk_with_their_scales_and_cost_what_they_ho
     wrappers = attach(model, config)
     assert list(wrappers) == list(placement.methods)
     held = sum(array.nbytes for wrapper in wrappers.values() for array in wrapper.adapter_arrays().values())
-    assert costs(model, Train(), dtype=mx.float32, gpu=False).adapter == held
+    assert costs(model, fixed(), dtype=mx.float32, gpu=False).adapter == held
     for number, wrapper in enumerate(wrappers.values()):
         for name, array in wrapper.adapter_arrays().items():
             noise = 0.05 * mx.random.normal(array.shape, key=mx.random.key(number))

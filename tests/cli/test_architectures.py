@@ -27,7 +27,8 @@ def test_train_eval_fuse_and_eval_of_the_fused_model(
     name: str, run: Callable[..., Ran], data: Path, tmp_path: Path
 ) -> None:
     base = write_directory(tmp_path / name, name, CONFIGS[name], packed_experts=name == "gpt_oss")
-    trained = run("train", "--model", base, "--data", data, "--name", "mine", "--json", "train.learning_rate=5e-3")
+    words = ("--json", "train.learning_rate=5e-3", "train.epochs=1", "train.eval_every=null")
+    trained = run("train", "--model", base, "--data", data, "--name", "mine", *words)
     assert trained.code == 0, trained.err
     before, after = run("eval", "--model", base, "--adapter", "mine", "--data", data, "--json").json["results"]
     assert after["loss"] < before["loss"] - 0.05

@@ -29,7 +29,7 @@ def test_without_questions_the_recipe_it_wrote_trains(run: Run, tiny_path: Path,
     made = run("init", "--model", tiny_path, "--data", data, "--name", "mine", "--yes", "--json", "epochs=1").json
     assert made["out"] == "mine.yaml" and made["command"] == "mlx-lora train mine.yaml"
     assert made["rows"] == 29 and made["plan"]["fits"]
-    assert made["settings"]["train.epochs"] == 1 and made["settings"]["train.learning_rate"] == 1e-3
+    assert made["settings"]["train.epochs"] == 1 and made["settings"]["train.learning_rate"] == 0.011
     text = (folder / "mine.yaml").read_text()
     assert all(word in text for word in ("# Needs:", "# Run:", "# Change:", "epochs: 1  # as you asked"))
     recipe = load_recipe(folder / "mine.yaml")

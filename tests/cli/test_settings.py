@@ -85,7 +85,7 @@ def test_help_of_train_lists_every_setting_with_its_default(run: Run) -> None:
     for setting in known.settings():
         assert f"  {setting.key}=" in printed
         assert setting.meaning.split()[0] in printed
-    assert "train.learning_rate=0.0002" in printed
+    assert "train.learning_rate=auto" in printed
 
 
 def test_the_version_is_told(run: Run) -> None:

@@ -20,7 +20,8 @@ def train(run: Run, data: Path, tiny_path: Path) -> Run:
 
     def call(name: str, *words: str) -> Ran:
         return run("train", "--model", tiny_path, "--data", data, "--name", name, "--json", "train.batch_size=6",
-                   "train.learning_rate=0.01", "adapter.rank=4", *words)  # fmt: skip
+                   "train.learning_rate=0.01", "train.epochs=1", "train.eval_every=null", "adapter.rank=4",
+                   *words)  # fmt: skip
 
     return call
 

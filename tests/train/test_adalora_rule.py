@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter
 from mlx_lora.data.batch import collate
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.verify import take_apart
@@ -19,6 +19,7 @@ from mlx_lora.train.adalora import Allocation, rule_for
 from mlx_lora.train.distributed import Processes
 from mlx_lora.train.events import Checkpoint, Saved
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
+from tests.fixed import fixed
 from tests.train.test_trainer import arrays_of, make_rows, of, run
 
 RANK = 4
@@ -149,7 +150,7 @@ def test_the_penalty_is_added_once_for_a_step(tiny: LoadedModel) -> None:
 
 def test_a_step_that_is_not_finite_is_not_remembered(tiny: LoadedModel) -> None:
     attach(tiny.model, Adapter(**SETTINGS))
-    stepper = step.Stepper(tiny.model, Loss(take_apart(tiny.model)), Train(), 10, 0, Processes())
+    stepper = step.Stepper(tiny.model, Loss(take_apart(tiny.model)), fixed(), 10, 0, Processes())
     batch = collate(make_rows(4))
     arrays, states = as_arrays(batch), []
     for broken in (False, True):

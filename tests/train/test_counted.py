@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter
 from mlx_lora.data.batch import collate
 from mlx_lora.data.rows import Row
 from mlx_lora.models.trunk.layers import layers_of
@@ -26,6 +26,7 @@ from mlx_lora.train.objectives import likelihood
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 from mlx_lora.train.trainer import train
 from tests.adapters import zoo
+from tests.fixed import fixed
 from tests.train.test_trainer import make_rows, of
 
 
@@ -38,7 +39,7 @@ def network(monkeypatch: pytest.MonkeyPatch, layers: int, adapted: int = 2) -> n
 
 
 def run(model: nn.Module, rows: list[Row], **settings: Any) -> Finished:
-    chosen = Train(**{"batch_size": 8, "warmup": 0.0, "cache_prefix": "off"} | settings)
+    chosen = fixed(**{"batch_size": 8, "warmup": 0.0, "cache_prefix": "off"} | settings)
     return of(list(train(model, rows, [], chosen, trunk=take_apart(model))), Finished)[0]  # type: ignore[no-any-return]
 
 
@@ -162,7 +163,7 @@ def test_frozen_parameters_have_neither_gradients_nor_optimizer_state(monkeypatc
         return original(gradients)
 
     monkeypatch.setattr(step.optim, "global_norm", noted)
-    chosen = Train(optimizer="adamw")
+    chosen = fixed(optimizer="adamw")
     stepper = step.Stepper(model, Loss(take_apart(model)), chosen, 1, 0, Processes())
     arrays = as_arrays(collate(make_rows(4)))
     before = addresses(model)

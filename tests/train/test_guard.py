@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_lora.adapters.attach import attach, detach
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter
 from mlx_lora.models.load import load
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train.budget.choose import Lengths, Plan, plan
@@ -17,11 +17,12 @@ from mlx_lora.train.budget.costs import costs
 from mlx_lora.train.events import Finished, Saved, Step
 from mlx_lora.train.trainer import train
 from tests.conftest import write_model
+from tests.fixed import fixed
 from tests.train.test_trainer import make_rows, of
 
 ROWS = make_rows(8, longest=440)
 # One step, not clipped: what the adapter moved by is the gradient.
-SETTINGS = Train(iters=1, batch_size=8, optimizer="sgd", warmup=0.0, max_grad_norm=None, learning_rate=1.0)
+SETTINGS = fixed(iters=1, batch_size=8, optimizer="sgd", warmup=0.0, max_grad_norm=None, learning_rate=1.0)
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.train.optim import build, schedule
+from tests.fixed import fixed
 from tests.train.test_trainer import arrays_of, make_rows, run
 
 
@@ -26,13 +27,13 @@ from tests.train.test_trainer import arrays_of, make_rows, run
     ],
 )
 def test_schedule(shape: str, expected: dict[int, float]) -> None:
-    rate = schedule(Train(schedule=shape, warmup=0.1, learning_rate=1.0), 40)
+    rate = schedule(fixed(schedule=shape, warmup=0.1, learning_rate=1.0), 40)
     for step, value in expected.items():
         assert rate(mx.array(step)).item() == pytest.approx(value, abs=1e-6), step
 
 
 def test_without_warmup_the_first_step_has_the_full_rate() -> None:
-    assert schedule(Train(warmup=0.0, learning_rate=0.5), 10)(mx.array(0)).item() == 0.5
+    assert schedule(fixed(warmup=0.0, learning_rate=0.5), 10)(mx.array(0)).item() == 0.5
 
 
 def test_b_learns_at_the_ratio_times_the_rate(tiny: LoadedModel) -> None:
@@ -58,7 +59,7 @@ def test_b_learns_at_the_ratio_times_the_rate(tiny: LoadedModel) -> None:
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lion", "adafactor", "muon"])
 def test_every_optimizer_has_two_rates(name: str) -> None:
     ones = tree_unflatten([("layers.1.lora_a", mx.ones((4, 4))), ("layers.1.lora_b", mx.ones((4, 4)))])
-    settings = Train(optimizer=name, learning_rate=1e-3, loraplus_ratio=8, warmup=0.0, schedule="constant")
+    settings = fixed(optimizer=name, learning_rate=1e-3, loraplus_ratio=8, warmup=0.0, schedule="constant")
     optimizer = build(settings, 10)
     optimizer.init(ones)
     after = dict(tree_flatten(optimizer.apply_gradients(ones, ones)))
@@ -72,6 +73,6 @@ def test_a_rate_for_lora_b_needs_one(tiny: LoadedModel) -> None:
 
 
 def test_the_names_of_a_state_stay_what_they_were() -> None:
-    optimizer = build(Train(), 10)
+    optimizer = build(fixed(), 10)
     optimizer.init({"x": mx.ones((2,))})
     assert {name for name, _ in tree_flatten(optimizer.state)} == {"step", "learning_rate", "x.m", "x.v"}

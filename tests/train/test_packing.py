@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter
 from mlx_lora.data import batch
 from mlx_lora.data.batch import collate, pack
 from mlx_lora.data.rows import Row
@@ -23,6 +23,7 @@ from mlx_lora.train.events import Evaluated, Finished, Step
 from mlx_lora.train.objectives.likelihood import Arrays, Loss, as_arrays
 from mlx_lora.train.trainer import train
 from tests.adapters import zoo
+from tests.fixed import fixed
 from tests.train.test_trainer import arrays_of, make_rows, of
 
 ROWS = make_rows(12)
@@ -86,7 +87,7 @@ def distance(one: dict[str, mx.array], other: dict[str, mx.array]) -> float:
 
 def run(model: nn.Module, *, packing: bool, seed: int = 0, **settings: Any) -> list[Any]:
     """Train; by default every step has all rows, so that steps can be compared whatever the order of rows."""
-    chosen = Train(**{"batch_size": len(ROWS), "warmup": 0.0, "iters": 3, "learning_rate": 1e-2} | settings)
+    chosen = fixed(**{"batch_size": len(ROWS), "warmup": 0.0, "iters": 3, "learning_rate": 1e-2} | settings)
     rows, valid = ROWS, make_rows(5, seed=1)
     return list(train(model, rows, valid, chosen, seed=seed, trunk=take_apart(model), packing=packing))
 

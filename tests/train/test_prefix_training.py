@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter
 from mlx_lora.data.batch import by_length, collate, epoch_steps
 from mlx_lora.errors import TrainingError
 from mlx_lora.models.trunk.layers import layers_of
@@ -21,6 +21,7 @@ from mlx_lora.train import prefix
 from mlx_lora.train.events import Evaluated, Finished, Note, Step
 from mlx_lora.train.trainer import train
 from tests.adapters import zoo
+from tests.fixed import fixed
 from tests.train.test_trainer import arrays_of, make_rows, of
 
 ROWS, VALID = make_rows(12), make_rows(5, seed=1)
@@ -47,7 +48,7 @@ def run(model: nn.Module, *, seed: int = 0, **settings: Any) -> list[Any]:
     """Train with SGD, whose steps follow the gradients; by default for three epochs with a kept prefix."""
     packing, scratch = settings.pop("packing", False), settings.pop("scratch", None)
     parts = settings.pop("trunk") if "trunk" in settings else take_apart(model)
-    chosen = Train(**{
+    chosen = fixed(**{
         "epochs": 3, "batch_size": 4, "warmup": 0.0, "optimizer": "sgd", "learning_rate": 0.05, "cache_prefix": "on",
     } | settings)  # fmt: skip
     return list(train(model, ROWS, VALID, chosen, seed=seed, trunk=parts, packing=packing, scratch=scratch))

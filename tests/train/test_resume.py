@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter
 from mlx_lora.data import batch
 from mlx_lora.errors import TrainingError
 from mlx_lora.machine import device
@@ -26,6 +26,7 @@ from mlx_lora.train.budget.costs import costs
 from mlx_lora.train.checkpoint import EACH, Progress, Stored
 from mlx_lora.train.events import Checkpoint, Evaluated, Event, Finished, Note, Saved, Step
 from mlx_lora.train.trainer import train
+from tests.fixed import fixed
 from tests.train.test_trainer import make_rows, of
 
 STEPS = 8
@@ -59,7 +60,7 @@ def events_of(loaded: LoadedModel, *, resume: Checkpoint | None = None, **case: 
     chosen = {"batch_size": 4, "learning_rate": 1e-2, "warmup": 0.3, "iters": STEPS, "eval_every": 2, "save_every": 1}
     attach(loaded.model, adapter, seed=5)
     return train(
-        loaded.model, ROWS, VALID, Train(**chosen | case), seed=5, trunk=take_apart(loaded.model), packing=packing,
+        loaded.model, ROWS, VALID, fixed(**chosen | case), seed=5, trunk=take_apart(loaded.model), packing=packing,
         plan=made, resume=resume, should_stop=should_stop,
     )  # fmt: skip
 
@@ -117,7 +118,7 @@ def test_without_save_every_the_clock_decides(tiny: LoadedModel, monkeypatch: py
 
 def plan_of(loaded: LoadedModel, limit: int, **case: Any) -> Plan:
     """The plan of a run of `events_of` within `limit` bytes."""
-    settings = Train(**{"batch_size": 4, "iters": STEPS} | case)
+    settings = fixed(**{"batch_size": 4, "iters": STEPS} | case)
     attach(loaded.model, Adapter(rank=4, dropout=0.1), seed=5)
     lengths = Lengths([len(row) for row in ROWS], max(row.trained for row in ROWS))
     return plan(costs(loaded.model, settings, dtype=mx.float32, gpu=False), lengths, settings, limit)
@@ -154,7 +155,7 @@ def test_after_a_memory_stop_the_run_goes_on_in_the_next_smaller_way(tiny: Loade
     stopped = Way(*saved.progress["too_large"])
     assert stopped == made.way
     attach(tiny.model, Adapter(rank=4, dropout=0.1), seed=5)
-    settings = Train(batch_size=4, iters=STEPS)
+    settings = fixed(batch_size=4, iters=STEPS)
     lengths = Lengths([len(row) for row in ROWS], max(row.trained for row in ROWS))
     counted = costs(tiny.model, settings, dtype=mx.float32, gpu=False)
     smaller = plan(counted, lengths, settings, 1 << 40, smaller_than=stopped)

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter
 from mlx_lora.data import batch
 from mlx_lora.data.batch import Batch, collate, epoch_steps, steps_per_epoch
 from mlx_lora.data.rows import Row
@@ -23,6 +23,7 @@ from mlx_lora.train import optim, session, step
 from mlx_lora.train.events import Checkpoint, Evaluated, Finished, Interrupted, Saved, Step
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 from mlx_lora.train.trainer import train
+from tests.fixed import fixed
 
 # Of events: what differs between two runs of the same.
 MEASURED = {"tokens_per_second", "peak_memory", "peak_memory_bytes", "seconds", "arrays"}
@@ -44,7 +45,7 @@ def run(loaded: LoadedModel, rows: list[Row], valid: list[Row], seed: int = 0, *
     adapter = settings.pop("adapter", Adapter(rank=4))
     stop = settings.pop("should_stop", lambda: False)
     attach(loaded.model, adapter, seed=seed)
-    chosen = Train(**{"batch_size": 4, "learning_rate": 1e-2, "warmup": 0.0} | settings)
+    chosen = fixed(**{"batch_size": 4, "learning_rate": 1e-2, "warmup": 0.0} | settings)
     return list(train(loaded.model, rows, valid, chosen, seed=seed, trunk=take_apart(loaded.model), should_stop=stop))
 
 
@@ -226,7 +227,7 @@ def test_clipping_bounds_the_update(tiny: LoadedModel) -> None:
 
 def test_nothing_trainable_is_an_error(tiny: LoadedModel) -> None:
     with pytest.raises(TrainingError, match="nothing is trainable"):
-        list(train(tiny.model, make_rows(4), [], Train()))
+        list(train(tiny.model, make_rows(4), [], fixed()))
 
 
 def test_counts_of_positions_and_padding(tiny: LoadedModel) -> None:
@@ -307,7 +308,7 @@ def test_steps_are_reported_once_in_order_each_with_its_own_figures(
 
 
 def test_learning_rates_are_those_of_their_steps(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Train(iters=6, warmup=0.34, learning_rate=1e-2)
+    chosen = fixed(iters=6, warmup=0.34, learning_rate=1e-2)
     rate = optim.schedule(chosen, 6)
     expected = [pytest.approx(rate(mx.array(number)).item(), rel=1e-6) for number in range(6)]
     settings = chosen.model_dump(include={"iters", "warmup", "learning_rate"})
@@ -336,7 +337,7 @@ def test_dispatched_ahead_a_step_is_read_after_the_next_is_on_its_way(
     ahead_of_figures(monkeypatch)
     tokens = dispatched(monkeypatch)
     attach(tiny.model, Adapter(rank=4))
-    chosen = Train(iters=5, batch_size=4)
+    chosen = fixed(iters=5, batch_size=4)
     seen = []
     for event in train(tiny.model, make_rows(20), [], chosen, trunk=take_apart(tiny.model)):
         if isinstance(event, Step):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlx_lora.config import Train
+from mlx_lora.config import Train, number
 from mlx_lora.data.batch import MOST_POSITIONS, PACKED_POSITIONS, padded
 from mlx_lora.errors import TrainingError
 from mlx_lora.train.budget.costs import Costs
@@ -61,7 +61,7 @@ class Plan:
     smallest way before: `on_memory` is warn. `fixed` are the bytes
     that no choice changes, `work` the multiplications of a position, `pace` the seconds of one where they are known,
     from earlier `runs` or from `products` that were timed, as `pace_from` says.
-    `kind` tells runs apart that don't correct each other.
+    `kind` tells runs apart that don't correct each other. `reasons` are sentences on settings that were `auto`.
     """
 
     parts: Parts
@@ -79,6 +79,7 @@ class Plan:
     suggestion: list[str] | None = None
     states_bytes: int = 0
     overruled: bool = False
+    reasons: tuple[str, ...] = ()
 
     @property
     def way(self) -> Way:
@@ -111,6 +112,7 @@ class Plan:
             "most_positions": self.most_positions,
             "micro_batch": asdict(self.micro),
             "kept_states_bytes": self.states_bytes,
+            "reasons": list(self.reasons),
         }
 
 
@@ -158,7 +160,7 @@ def plan(
 def states_bytes(costs: Costs, rows: Lengths, settings: Train) -> int:
     """Bytes of the hidden states that later epochs read instead of running the layers below the adapter; 0 without."""
     per_step = settings.batch_size * settings.grad_accumulation
-    passes = settings.epochs if settings.iters is None else settings.iters * per_step / len(rows.tokens)
+    passes = number(settings.epochs) if settings.iters is None else settings.iters * per_step / len(rows.tokens)
     if settings.cache_prefix == "off" or not costs.below or (passes <= 1 and settings.cache_prefix == "auto"):
         return 0
     return costs.size * costs.hidden * sum(length - 1 for length in [*rows.tokens, *rows.valid])

@@ -116,7 +116,7 @@ def costs(model: nn.Module, settings: Train, *, dtype: mx.Dtype, gpu: bool) -> C
     """The costs of training what is attached to `model`, with activations in `dtype`."""
     trained = dict(tree_flatten(model.trainable_parameters()))
     adapter = sum(array.nbytes for array in trained.values())
-    optimizer = optim.build(settings, 1)
+    optimizer = optim.build(settings.model_copy(update={"learning_rate": 1.0}), 1)  # no rate changes a shape
     optimizer.init(model.trainable_parameters())
     rule = rule_for(model, 1)
     states = [optimizer.state, rule.state if rule else {}]
@@ -139,6 +139,11 @@ def costs(model: nn.Module, settings: Train, *, dtype: mx.Dtype, gpu: bool) -> C
         forward=sum(work) + 2 * vocabulary * hidden,
         again=sum(work[first:]),
     )
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Numbers of a hidden state: the width of the token embedding."""
+    return _embedding(model, layers_of(model))[1]
 
 
 def _embedding(model: nn.Module, layers: list[nn.Module]) -> tuple[int, int]:

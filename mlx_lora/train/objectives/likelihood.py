@@ -60,9 +60,9 @@ class Loss:
 
     def with_each(self, arrays: Arrays) -> tuple[mx.array, mx.array]:
         """The sum, and the weight · nll of each position, float32 (N,), that it is the sum of."""
-        hidden = self._hidden(arrays)
+        hidden = self.hidden(arrays)
         total, each = mx.array(0.0), [mx.zeros(0)]
-        for tile in self._tiles(hidden):
+        for tile in self.tiles(hidden):
             (part,) = mx.depends([hidden[tile]], [total])  # one after another, or all logits are made side by side
             nll = negative_log_likelihood(self._trunk.head(part), arrays["targets"][tile])
             each.append(nll * arrays["weights"][tile])
@@ -76,7 +76,7 @@ class Loss:
         """
 
         def scaled(arrays: Arrays) -> tuple[mx.array, float]:
-            hidden = self._hidden(arrays)
+            hidden = self.hidden(arrays)
             scale = gradient_scale(hidden.dtype, arrays["weights"].size)
             weights = arrays["weights"] if scale == 1 else arrays["weights"] * scale
             return self._summed(hidden, arrays["targets"], weights), scale
@@ -89,7 +89,7 @@ class Loss:
 
     def differentiable(self, arrays: Arrays) -> mx.array:
         """The sum as MLX differentiates it, unscaled."""
-        return self._summed(self._hidden(arrays), arrays["targets"], arrays["weights"])
+        return self._summed(self.hidden(arrays), arrays["targets"], arrays["weights"])
 
     def _summed(self, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
         """Σ weight · nll, with gradients for the hidden states and for what is trained outside the layers.
@@ -97,7 +97,7 @@ class Loss:
         A custom function's vjp gives silent zeros for what its closure holds: both are explicit inputs.
         """
         outside = self._trained_outside_layers()
-        tiles = self._tiles(hidden)
+        tiles = self.tiles(hidden)
         endings = [self._ending(list(outside)) for _ in tiles]
 
         @mx.custom_function  # type: ignore[untyped-decorator]
@@ -119,7 +119,7 @@ class Loss:
 
         return summed(hidden, targets, weights, *outside.values())[0]  # type: ignore[no-any-return]
 
-    def _hidden(self, arrays: Arrays) -> mx.array:
+    def hidden(self, arrays: Arrays) -> mx.array:
         """What enters the head, (N, d); the logits themselves, (N, V), of a model that can't be taken apart."""
         states = arrays.get("states")
         hidden = self._trunk.run(
@@ -129,6 +129,10 @@ class Loss:
             segments=arrays.get("segments"),
         )
         return hidden.reshape(-1, hidden.shape[-1])[arrays["positions"]]
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits (N, V) of what enters the head."""
+        return self._trunk.head(hidden)
 
     def _ending(self, names: list[str]) -> Callable[..., mx.array]:
         """The head as a function of hidden states (n, d) and of the trained arrays called `names`.
@@ -162,7 +166,7 @@ class Loss:
         trained = tree_flatten(self._model.trainable_parameters())
         return {name: array for name, array in trained if id(array) not in inside}
 
-    def _tiles(self, hidden: mx.array) -> list[slice]:
+    def tiles(self, hidden: mx.array) -> list[slice]:
         """Equal parts of the rows, up to one, whose logits fit TILE_BYTES, or of LEAST_ROWS."""
         vocabulary = self._trunk.vocabulary
         rows = hidden.shape[0]

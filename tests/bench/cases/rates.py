@@ -1,7 +1,7 @@
 """Validation loss by learning rate: what `train.learning_rate: auto` rests on.
 
-LoRA of rank 8 on attention, 80 steps of the default 4 rows: the embedded base on its three tasks, SmolLM2-135M on WikiSQL
-and on 80 support questions with five labels, Gemma 3 270M on the latter.
+LoRA of rank 8 on attention, 80 steps of the default 4 rows: the embedded base on its three tasks, SmolLM2-135M on
+WikiSQL and on 80 support questions with five labels, Gemma 3 270M on the latter.
 """
 
 from __future__ import annotations

@@ -12,12 +12,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Data, Train
+from mlx_lora.config import Adapter, Data
 from mlx_lora.data.prepare import prepare
 from mlx_lora.data.rows import Row
 from mlx_lora.models.load import load
 from mlx_lora.study.bench import PLAIN, measure
 from tests.bench.sides import rows as plain
+from tests.fixed import fixed
 
 RATE = 1e-4
 # The lowest adapted layer is the sixteenth from the end, as mlx_lm has it by default.
@@ -54,7 +55,7 @@ def length(*, model: str, length: int, steps: int, grad_checkpoint: str, mask: s
 
 def train(model: nn.Module, rows: list[plain.PlainRow], steps: int, **settings: Any) -> dict[str, Any]:
     """`steps` timed steps over all of `rows`, with nothing that the other side doesn't do."""
-    chosen = Train(**{**PLAIN, "learning_rate": RATE, "cache_prefix": "off", **settings, "batch_size": len(rows)})
+    chosen = fixed(**{**PLAIN, "learning_rate": RATE, "cache_prefix": "off", **settings, "batch_size": len(rows)})
     measured = measure(model, rows_of(rows), chosen, steps)
     return {
         "seconds": measured.seconds,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Data, Train
+from mlx_lora.config import Adapter, Data
 from mlx_lora.data.batch import steps_per_epoch
 from mlx_lora.data.prepare import prepare
 from mlx_lora.models.load import load
 from mlx_lora.study.bench import PLAIN, measure
 from tests.bench.sides.ours import RATE
+from tests.fixed import fixed
 
 
 def run(
@@ -23,7 +24,7 @@ def run(
     loaded = load(model)
     attach(loaded.model, Adapter(targets="all-linear", layers=layers))
     rows = prepare(data, Data(mask="completion", template="none"), loaded.tokenizer).train[:count]
-    chosen = Train(**{**PLAIN, "learning_rate": RATE, "cache_prefix": "off", "grad_checkpoint": "off", **settings})
+    chosen = fixed(**{**PLAIN, "learning_rate": RATE, "cache_prefix": "off", "grad_checkpoint": "off", **settings})
     steps = steps_per_epoch(len(rows), batch_size=chosen.batch_size, grad_accumulation=1)
     measured = measure(loaded.model, rows, chosen, epochs * steps - 1, packing=packing)
     assert measured.finished is not None

@@ -9,11 +9,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter
 from mlx_lora.study.bench import measure
 from tests.bench.sides import rows as plain
 from tests.bench.sides.ours import rows_of
 from tests.bench.sides.random_models import qwen3_5
+from tests.fixed import fixed
 
 VOCABULARY = 8192
 
@@ -25,7 +26,7 @@ def run(*, length: int, checkpoint: str, layers: int = 24, steps: int = 2) -> di
     attach(model, Adapter())
     mx.clear_cache()
     rows = rows_of(plain.random(VOCABULARY, 1, length, "completion"))
-    settings = Train(batch_size=1, grad_checkpoint=checkpoint, optimizer="adam")
+    settings = fixed(batch_size=1, grad_checkpoint=checkpoint, optimizer="adam")
     measured = measure(model, rows, settings, steps)
     return {
         "seconds": [median(measured.seconds)],

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter
 from mlx_lora.data.batch import padded
 from mlx_lora.machine import device
 from mlx_lora.models.load import load
@@ -19,6 +19,7 @@ from mlx_lora.train.budget.costs import Costs, costs
 from mlx_lora.train.budget.predict import COEFFICIENTS, Coefficients, Micro, predict
 from tests.bench.sides import ours
 from tests.bench.sides import rows as plain
+from tests.fixed import fixed
 
 PACKED = {"mode": "affine", "bits": 4, "group_size": 64}
 # A coefficient is tried at these multiples of what it is, in turn with the others, this many times; what decides
@@ -82,7 +83,7 @@ def _work(run: Run) -> tuple[Costs, Micro]:
     dtype = device.activation_dtype(stored_dtype(run["config"]))
     trained = run.get("trained", run["length"])
     micro = Micro(1, padded(run["length"]), padded(trained))
-    return costs(model, Train(optimizer=run.get("optimizer", "adamw")), dtype=dtype, gpu=False), micro
+    return costs(model, fixed(optimizer=run.get("optimizer", "adamw")), dtype=dtype, gpu=False), micro
 
 
 def _recompute(run: Run) -> bool:
@@ -98,7 +99,7 @@ def shapes(*, configs: dict[str, dict[str, Any]], length: int, coefficients: dic
         for name, adapter in adapters.items():
             model = network(config, quantization=PACKED, gpu=True)
             attach(model, adapter)
-            cost = costs(model, Train(), dtype=stored_dtype(config), gpu=True)
+            cost = costs(model, fixed(), dtype=stored_dtype(config), gpu=True)
             parts = predict(cost, Micro(1, length, length), recompute=True, using=Coefficients(**coefficients))
             found[size][name] = {**asdict(parts), "peak_bytes": parts.total}
     return found

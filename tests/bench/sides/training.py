@@ -1,4 +1,4 @@
-"""Training runs as a user would start them, in a home of their own: what a learning rate leaves on the validation rows."""
+"""Training runs as a user would start them, in a home of their own: the validation loss that each rate reaches."""
 
 from __future__ import annotations
 

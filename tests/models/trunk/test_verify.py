@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter
 from mlx_lora.errors import ModelError, TrainingError
 from mlx_lora.machine import facts
 from mlx_lora.models import recurrence
@@ -26,6 +26,7 @@ from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.train.events import Evaluated, Note, Step
 from mlx_lora.train.trainer import train
 from tests.adapters import zoo
+from tests.fixed import fixed
 from tests.models.test_every_architecture import adapted, rows
 from tests.models.tiny import mixed
 from tests.models.tiny.build import build
@@ -79,7 +80,7 @@ def test_a_device_without_the_gradient_is_refused_before_the_first_step() -> Non
     with pytest.raises(ModelError, match="llama can't be trained here: its Kernel has no gradient"):
         verified(model)
     with pytest.raises(TrainingError, match="its Kernel has no gradient"):
-        list(train(model, rows(), [], Train(iters=1), trunk=take_apart(model)))
+        list(train(model, rows(), [], fixed(iters=1), trunk=take_apart(model)))
 
 
 def test_one_layer_of_each_kind_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +123,7 @@ def test_a_kept_prefix_of_packed_rows_changes_nothing(name: str) -> None:
     losses = []
     for kept in ("off", "on"):
         model = adapted(name, layers=1)
-        settings = Train(iters=4, batch_size=3, learning_rate=0.01, warmup=0.0, cache_prefix=kept)
+        settings = fixed(iters=4, batch_size=3, learning_rate=0.01, warmup=0.0, cache_prefix=kept)
         events = train(model, rows() + rows(), [], settings, trunk=take_apart(model), packing=True)
         losses.append([event.loss for event in events if isinstance(event, Step)])
     np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -130,7 +131,7 @@ def test_a_kept_prefix_of_packed_rows_changes_nothing(name: str) -> None:
 
 def test_without_a_trunk_the_model_is_taken_apart() -> None:
     model = adapted("llama")
-    (step,) = (event for event in train(model, rows(), [], Train(iters=1)) if isinstance(event, Step))
+    (step,) = (event for event in train(model, rows(), [], fixed(iters=1)) if isinstance(event, Step))
     assert np.isfinite(step.loss)
 
 
@@ -174,7 +175,7 @@ def test_what_cant_be_compiled_runs_uncompiled_with_a_note(name: str) -> None:
         for layer in layers_of(model):
             layer.altup.config.altup_coef_clip = 0.01
     base = {path: array for path, array in tree_flatten(model.parameters()) if "lora" not in path}
-    settings = Train(iters=2, batch_size=3, eval_every=1, learning_rate=0.01, warmup=0.0)
+    settings = fixed(iters=2, batch_size=3, eval_every=1, learning_rate=0.01, warmup=0.0)
     events = list(train(model, rows(), rows(), settings, trunk=take_apart(model)))
     notes = [event.text for event in events if isinstance(event, Note) and "compiled" in event.text]
     assert len(notes) == (name == "dbrx" and facts.collect()["compiled_kernels"])

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_lora.config import Train
 from mlx_lora.data.batch import MOST_POSITIONS, epoch_steps, padded
 from mlx_lora.errors import TrainingError
 from mlx_lora.train.budget.choose import GOOD_POSITIONS, Experience, Lengths, Plan, Way, largest, plan, states_bytes
 from mlx_lora.train.budget.predict import Micro, predict
+from tests.fixed import fixed
 from tests.train.budget.test_costs import cost
 
 COSTS = cost(targets="all-linear")
@@ -23,7 +23,13 @@ def chosen(limit: int, rows: Lengths = ROWS, **settings: Any) -> Plan:
     more = {"smaller_than": settings.pop("smaller_than", None)}
     experience = settings.pop("experience", lambda kind: Experience())
     return plan(
-        COSTS, rows, Train(**{"batch_size": 8, **settings}), limit, packing=packing, experience=experience, **more
+        COSTS,
+        rows,
+        fixed(**{"batch_size": 8, **settings}),
+        limit,
+        packing=packing,
+        experience=experience,
+        **more,
     )
 
 
@@ -109,7 +115,7 @@ LAST = cost(layers=2)
 
 def test_kept_states_are_counted_and_yield_first() -> None:
     """They get what the step leaves of the limit: a byte less, and they go to a file, with the same micro-batches."""
-    train = Train(batch_size=8, epochs=2)
+    train = fixed(batch_size=8, epochs=2)
     without = plan(LAST, ROWS, train.model_copy(update={"cache_prefix": "off"}), 1 << 40)
     states = 4 * LAST.hidden * 32 * 256
     assert states_bytes(LAST, ROWS, train) == states
@@ -123,9 +129,9 @@ def test_kept_states_are_counted_and_yield_first() -> None:
 
 
 def test_states_are_kept_only_where_rows_come_again_and_layers_lie_below() -> None:
-    assert states_bytes(LAST, ROWS, Train(batch_size=8, epochs=1)) == 0
-    assert states_bytes(LAST, ROWS, Train(batch_size=8, iters=5)) > 0 == states_bytes(LAST, ROWS, Train(iters=4))
-    assert states_bytes(COSTS, ROWS, Train(epochs=3)) == 0
+    assert states_bytes(LAST, ROWS, fixed(batch_size=8, epochs=1)) == 0
+    assert states_bytes(LAST, ROWS, fixed(batch_size=8, iters=5)) > 0 == states_bytes(LAST, ROWS, fixed(iters=4))
+    assert states_bytes(COSTS, ROWS, fixed(epochs=3)) == 0
 
 
 def test_the_json_keys() -> None:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Recipe, Train
+from mlx_lora.config import Adapter, Recipe
 from mlx_lora.machine import device
 from mlx_lora.models.layer_calls import layer_calls
 from mlx_lora.models.recurrence import chunks
@@ -16,6 +16,7 @@ from mlx_lora.models.shapes import network
 from mlx_lora.tasks.plan import Machine, plan_shape
 from mlx_lora.train.budget.costs import Costs, costs
 from tests.adapters.zoo import COMMON, MODELS
+from tests.fixed import fixed
 from tests.models.tiny import mixed, plain
 
 WIDTH, INNER, HEADS, KEYS, RANK, LAYERS, VOCABULARY = 64, 128, 4, 32, 8, 6, 262
@@ -40,7 +41,7 @@ def cost(
     settings = {"mode": "affine", "bits": bits, "group_size": 32} if bits else None
     model = network(config, quantization=settings, gpu=gpu)
     attach(model, Adapter(**{"rank": RANK, **adapter}))
-    return costs(model, Train(optimizer=optimizer), dtype=mx.float16 if gpu else mx.float32, gpu=gpu)
+    return costs(model, fixed(optimizer=optimizer), dtype=mx.float16 if gpu else mx.float32, gpu=gpu)
 
 
 @pytest.mark.parametrize(("targets", "parameters"), [("attention", ATTENTION), ("all-linear", ATTENTION + LINEAR)])

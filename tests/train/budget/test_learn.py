@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lora.config import Train
 from mlx_lora.train.budget import learn
 from mlx_lora.train.budget.choose import Lengths, Plan, plan
+from tests.fixed import fixed
 from tests.train.budget.test_costs import cost
 
 
 def made(bits: int | None = None) -> Plan:
-    return plan(cost(bits=bits), Lengths([129] * 4, 128), Train(), 1 << 40, experience=learn.experience)
+    return plan(cost(bits=bits), Lengths([129] * 4, 128), fixed(), 1 << 40, experience=learn.experience)
 
 
 def test_without_runs_nothing_is_corrected(home: Path) -> None:

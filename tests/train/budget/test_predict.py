@@ -25,6 +25,7 @@ from mlx_lora.train.trainer import train
 from tests.bench import results
 from tests.bench.cases import plan as case
 from tests.bench.sides import ours_plan
+from tests.fixed import fixed
 from tests.train.budget.test_costs import cost
 
 RECORD = json.loads((results.FOLDER / "plan.json").read_text())["figures"]
@@ -106,7 +107,7 @@ def peak_of(model: Any, rows: list[Row], settings: Train) -> int:
 def test_a_tiny_model_peaks_about_where_it_is_predicted(tiny: LoadedModel, checkpoint: str) -> None:
     rows = [Row(np.arange(257, dtype=np.int32) % 250 + 1, np.array([0.0] + [1.0] * 256, np.float32))] * 4
     attach(tiny.model, Adapter())
-    settings = Train(iters=3, batch_size=4, grad_checkpoint=checkpoint)  # type: ignore[arg-type]
+    settings = fixed(iters=3, batch_size=4, grad_checkpoint=checkpoint)  # type: ignore[arg-type]
     measured = peak_of(tiny.model, rows, settings)
     found = costs(tiny.model, settings, dtype=mx.float32, gpu=False)
     predicted = predict(found, Micro(4, 256, 1024), recompute=checkpoint == "on").total
@@ -127,7 +128,7 @@ def test_states_squares_and_experts_peak_about_where_they_are_predicted(base: st
     rows = [Row(np.arange(513, dtype=np.int32) % 500 + 1, np.array([0.0] + [1.0] * 512, np.float32))]
     # MLX frees arrays in another thread than the one that asks for more, so the peak differs between equal steps by a
     # fifth. The highest of several steps is what a run would need.
-    settings = Train(iters=5, batch_size=1, grad_checkpoint=checkpoint)  # type: ignore[arg-type]
+    settings = fixed(iters=5, batch_size=1, grad_checkpoint=checkpoint)  # type: ignore[arg-type]
     found = costs(model, settings, dtype=mx.float32, gpu=False)
     measured = peak_of(model, rows, settings) - found.state - found.adapter
     predicted = predict(found, Micro(1, 512, 512), recompute=checkpoint == "on").total - found.fixed

@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.attach import attach
-from mlx_lora.config import Adapter, Train
+from mlx_lora.config import Adapter
 from mlx_lora.data.batch import collate
 from mlx_lora.data.rows import Row
 from mlx_lora.models.load import load_stored
@@ -24,6 +24,7 @@ from mlx_lora.train.objectives import likelihood
 from mlx_lora.train.objectives.half import gradient_scale
 from mlx_lora.train.objectives.likelihood import Arrays, Loss, as_arrays
 from mlx_lora.train.step import Stepper
+from tests.fixed import fixed
 
 LARGEST = float(np.finfo(np.float16).max)
 POSITIONS = 256
@@ -108,7 +109,7 @@ def test_the_scale_is_about_one_over_the_root_of_the_positions(positions: int, s
 
 def norm(model: nn.Module, batches: list[Arrays], processes: Processes | None = None) -> float:
     """The norm of a step's mean gradient."""
-    stepper = Stepper(model, Loss(take_apart(model)), Train(iters=1), 1, 0, processes or Processes())
+    stepper = Stepper(model, Loss(take_apart(model)), fixed(iters=1), 1, 0, processes or Processes())
     tokens = sum(int(arrays["weights"].sum().item()) for arrays in batches)
     pending = stepper.dispatch(batches, tokens)
     assert pending.finite.item()
