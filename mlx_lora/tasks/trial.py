@@ -153,5 +153,5 @@ def of_trial(recipe: Recipe, trial: Trial) -> Recipe:
     targets = trial.targets if isinstance(trial.targets, str) else list(trial.targets)
     adapter = recipe.adapter.model_copy(update={"rank": trial.rank, "targets": targets})
     loop: dict[str, Any] = {"learning_rate": trial.rate, "iters": trial.steps, "save_every": None}
-    loop |= {"eval_every": None, "patience": None}
+    loop |= {"eval_every": None, "patience": None, "max_drift": None}
     return recipe.model_copy(update={"adapter": adapter, "train": recipe.train.model_copy(update=loop)})

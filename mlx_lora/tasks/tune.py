@@ -15,22 +15,23 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mlx_lora import methods, paths, ui
-from mlx_lora.config import Recipe
+from mlx_lora.config import Recipe, number
 from mlx_lora.data.batch import steps_per_epoch
 from mlx_lora.data.prepare import Prepared, prepare
 from mlx_lora.data.rows import trained
 from mlx_lora.data.virtual import virtual_of
 from mlx_lora.errors import RecipeError, TrainingError
 from mlx_lora.models.open import OpenModel, open_model
-from mlx_lora.models.shapes import summary
 from mlx_lora.settings import translated
 from mlx_lora.store.lock import locked
 from mlx_lora.study.trials import Found, Line, Space, Trial
 from mlx_lora.study.tune import Plan
+from mlx_lora.tasks.automatic import resolved
 from mlx_lora.tasks.compare import Record, made_of
 from mlx_lora.tasks.train import Listener, required
 from mlx_lora.tasks.trial import Bench, OutOfTime
 from mlx_lora.tasks.tuned import Tuned
+from mlx_lora.train.automatic import KEYS
 from mlx_lora.train.optim import total_steps
 
 FILE = "tuning.json"
@@ -55,7 +56,9 @@ def tune(
     with locked(name):
         opened = open_model(str(recipe.model))
         prepared = _rows(recipe, opened, listener(), stage)
-        recipe = _automatic(recipe, asked, opened)
+        recipe, chosen = resolved(recipe, opened, rows=len(prepared.train), valid=len(prepared.valid))
+        for sentence in chosen.sentences:
+            stage(sentence)
         space, per_epoch = _space(recipe, asked, prepared)
         bench = Bench(recipe, opened, prepared, space.default, listener, stage)
         record = Record(paths.room("tunings", name) / FILE)
@@ -106,16 +109,6 @@ def _rows(recipe: Recipe, opened: OpenModel, listener: Listener, stage: Callable
     return prepared
 
 
-def _automatic(recipe: Recipe, asked: dict[str, Any], opened: OpenModel) -> Recipe:
-    """The recipe as training would run it, in numbers: 5e-4 · (2000 / hidden)^0.78 for LoRA (Tinker's get_lr)."""
-    if "train.learning_rate" in asked:
-        return recipe
-    config = summary(opened)
-    hidden = config.get("hidden_size") or (config.get("text_config") or {}).get("hidden_size") or 2000
-    rate = float(f"{5e-4 * (2000 / hidden) ** 0.78:.2g}")
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
-
-
 def _space(recipe: Recipe, asked: dict[str, Any], prepared: Prepared) -> tuple[Space, int]:
     """What may be tried, and the steps of an epoch."""
     settings, adapter = recipe.train, recipe.adapter
@@ -123,7 +116,7 @@ def _space(recipe: Recipe, asked: dict[str, Any], prepared: Prepared) -> tuple[S
         len(prepared.train), batch_size=settings.batch_size, grad_accumulation=settings.grad_accumulation
     )
     targets = adapter.targets if isinstance(adapter.targets, str) else tuple(adapter.targets)
-    default = Trial(float(settings.learning_rate), adapter.rank, targets, total_steps(settings, per_epoch))
+    default = Trial(number(settings.learning_rate), adapter.rank, targets, total_steps(settings, per_epoch))
     parts = methods.parts(adapter.method)
     space = Space(
         default,
@@ -139,13 +132,14 @@ def _space(recipe: Recipe, asked: dict[str, Any], prepared: Prepared) -> tuple[S
 
 
 def _asked(recipe: Recipe, words: Sequence[str]) -> dict[str, Any]:
-    """What the words have set, by dotted key."""
+    """What the words have set, by dotted key; `auto` sets nothing."""
     values, asked = recipe.model_dump(mode="json"), dict[str, Any]()
     for word in words:
         section, _, key = translated(word).partition("=")[0].partition(".")
         key = key.partition(".")[0]
         asked |= {f"{section}.{key}": values[section][key]} if section in SECTIONS else {section: values[section]}
-    return {key: value for key, value in asked.items() if key not in ("model", "name", "data.path")}
+    left_out = {"model", "name", "data.path"} | {f"train.{key}" for key in KEYS if asked.get(f"train.{key}") == "auto"}
+    return {key: value for key, value in asked.items() if key not in left_out}
 
 
 def _recorded(record: Record, of: dict[str, Any]) -> list[Line]:
