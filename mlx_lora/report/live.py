@@ -31,7 +31,8 @@ class LiveView:
         self.best: tuple[int, float] | None = None
         self.speeds: list[float] = []
         self.step: Step | None = None
-        self.before = 0  # steps of an earlier process
+        self.before = 0  # the first step of this process, which also compiles, and when it was done
+        self.second = 0.0
         self.active = 0
         self.plan: Plan | None = None
         self.sample: tuple[str, str] | None = None
@@ -48,7 +49,7 @@ class LiveView:
     def hear(self, event: Event) -> None:
         if isinstance(event, Step):
             if self.step is None:
-                self.before = event.step - 1
+                self.before, self.second = event.step, self.clock()
             self.speeds = [*self.speeds[-RECENT + 1 :], event.tokens_per_second]
             self.active = self.memory()
             self.losses.add(event.step, event.loss)
@@ -77,9 +78,11 @@ class LiveView:
         return f"step {step.step}/{step.steps} {'█' * filled}{'░' * (24 - filled)}  {self._time(step)}"
 
     def _time(self, step: Step) -> str:
-        spent, done = self.clock() - self.start, step.step - self.before
-        left = spent / done * (step.steps - step.step)
-        return f"{ui.duration(spent)}, about {ui.duration(left)} left" if step.step < step.steps else ui.duration(spent)
+        now, done = self.clock(), step.step - self.before
+        spent = ui.duration(now - self.start)
+        if step.step == step.steps or not done:
+            return spent
+        return f"{spent}, about {ui.duration((now - self.second) / done * (step.steps - step.step))} left"
 
     def _figures(self, step: Step) -> list[str]:
         skipped = ", skipped: not finite" if step.skipped else ""

@@ -16,6 +16,7 @@ WORDS = {
     "no_difference": "it made no difference that these rows can show.",
     "too_few_rows": "there are too few rows to say.",
 }
+ANEW = "Answers here were generated anew; a verdict on labels goes by their likelihood, and may differ."
 DRIFT = {
     "kl_task": "KL from the base on the task's rows, nats a token",
     "kl_general": "KL from the base on general text, nats a token",
@@ -40,6 +41,8 @@ class Judged:
     fixed: tuple[int, ...] = ()
     broken: tuple[int, ...] = ()
     drift: Mapping[str, float | None] = field(default_factory=dict)
+    loss: Mapping[str, Any] = field(default_factory=dict)
+    behaviour: Mapping[str, Any] = field(default_factory=dict)
 
 
 def judged(record: Mapping[str, Any]) -> list[Judged]:
@@ -49,7 +52,6 @@ def judged(record: Mapping[str, Any]) -> list[Judged]:
     """
     found = []
     for result in record.get("results") or []:
-        interval = result.get("interval")
         drift = result.get("drift") or {}
         found.append(
             Judged(
@@ -59,15 +61,23 @@ def judged(record: Mapping[str, Any]) -> list[Judged]:
                 base=_number(result.get("base")),
                 tuned=_number(result.get("tuned")),
                 difference=_number(result.get("difference")),
-                interval=(float(interval[0]), float(interval[1])) if interval and None not in interval else None,
+                interval=_pair(result),
                 rows=result.get("rows"),
                 sentence=str(result.get("sentence") or ""),
-                fixed=_rows(result.get("fixed")),
-                broken=_rows(result.get("broken")),
+                fixed=_rows(result.get("fixed_rows", result.get("fixed"))),
+                broken=_rows(result.get("broken_rows", result.get("broken"))),
+                loss=result.get("loss") or {},
+                behaviour=result.get("behaviour") or {},
                 drift={key: _number(drift.get(key)) for key in DRIFT},
             )
         )
     return found
+
+
+def _pair(values: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The interval of a result, where both its ends are known."""
+    interval = values.get("interval")
+    return (float(interval[0]), float(interval[1])) if interval and None not in interval else None
 
 
 def _number(value: Any) -> float | None:
@@ -82,25 +92,24 @@ def sections(results: Sequence[Judged], samples: Sequence[Sample], figures: Figu
     """The part of a report that is about a verdict. `samples` are rows that were fixed or broken."""
     if not results:
         return ""
-    sentences = [page.paragraph(f"{each.adapter}: {each.sentence or _words(each.verdict)}", "lead") for each in results]
+    said = [f"{each.adapter}: {each.sentence or WORDS.get(each.verdict, each.verdict)}" for each in results]
+    sentences = [page.paragraph(sentence, "lead") for sentence in said]
     rows = [
         (r.adapter, r.metric, r.base, r.tuned, r.difference, _span(r.interval), r.rows, len(r.fixed), len(r.broken))
         for r in results
     ]
     headers = ["adapter", "metric", "base", "adapter's", "difference", "95 % interval", "rows", "fixed", "broken"]
+    table = page.table(headers, rows, "Base and adapter")
+    anew = ANEW if samples else ""
     return (
-        page.section("Verdict", *sentences, _intervals(results, figures), page.table(headers, rows, "Base and adapter"))
-        + page.section("What changed elsewhere", _drift(results))
-        + page.section("Rows that changed", page.paragraph(note, "soft"), *_examples(results, samples))
+        page.section("Verdict", *sentences, _intervals(results, figures), table, _losses(results))
+        + page.section("What changed elsewhere", _drift(results), _behaviour(results))
+        + page.section("Rows that changed", page.paragraph(note or anew, "soft"), *_examples(results, samples))
     )
 
 
 def _count(rows: int) -> str:
     return f"{rows} row{'s' if rows != 1 else ''}"
-
-
-def _words(verdict: str) -> str:
-    return WORDS.get(verdict, verdict)
 
 
 def _span(interval: tuple[float, float] | None) -> str:
@@ -121,6 +130,35 @@ def _intervals(results: Sequence[Judged], figures: Figures) -> str:
             svg = figures.intervals(intervals, title=title, across=f"adapter − base, {metric}, 95 % interval")
             drawn.append(page.figure(svg, "An interval on one side of zero tells helped and hurt apart."))
     return "".join(drawn)
+
+
+def _losses(results: Sequence[Judged]) -> str:
+    """The losses beside the score that a verdict went by."""
+    found = [(r.adapter, r.loss) for r in results if r.loss]
+    rows = [
+        (
+            name,
+            _number(loss.get("base")),
+            _number(loss.get("tuned")),
+            _number(loss.get("difference")),
+            _span(_pair(loss)),
+        )
+        for name, loss in found
+    ]
+    headers = ["adapter", "base", "adapter's", "difference", "95 % interval"]
+    return page.table(headers, rows, "A second opinion: loss on the same rows, nats a token")
+
+
+def _behaviour(results: Sequence[Judged]) -> str:
+    """Shares of answers that do something, of base and adapter, on the task's prompts and on general ones."""
+    rows = []
+    for result in results:
+        for prompts, sides in result.behaviour.items():
+            base, tuned = sides.get("base") or {}, sides.get("tuned") or {}
+            for what in dict.fromkeys([*base, *tuned]):
+                name = f"{result.adapter}, {prompts} prompts: {what.replace('_', ' ')}"
+                rows.append((name, _number(base.get(what)), _number(tuned.get(what))))
+    return page.table(["answers", "base", "adapter"], rows, "How answers are")
 
 
 def _drift(results: Sequence[Judged]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -181,23 +181,11 @@ def _changed_rows(record: Record, adapter: StoredAdapter, place: str, tokenizer:
 
 def _file_of(verdict: dict[str, Any], place: str) -> Path:
     """The file that a verdict was given on, by its hash, among those of a data path."""
-    wanted = set(_hashes(verdict))
-    found = [file for file in find_splits(place).values() if sha256(file) in wanted]
+    wanted = (verdict.get("data") or {}).get("sha256")
+    found = [file for file in find_splits(place).values() if sha256(file) == wanted]
     if not found:
         raise MlxLoraError(f"no file of {place} is the one that the verdict was given on: --data names it")
     return found[0]
-
-
-def _hashes(value: Any) -> Iterator[str]:
-    """Every sha256 that a record has, wherever it stands."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key == "sha256" and isinstance(inner, str):
-                yield inner
-            yield from _hashes(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _hashes(inner)
 
 
 def _check_same(read_now: Sequence[dict[str, Any]], adapter: StoredAdapter) -> None:

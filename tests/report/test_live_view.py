@@ -90,10 +90,10 @@ def test_before_the_first_step_there_is_nothing_to_show() -> None:
 def test_time_left_of_a_resumed_run_counts_its_own_steps_alone() -> None:
     now = [0.0]
     shown = LiveView(memory=lambda: 0, clock=lambda: now[0])
-    for number in (41, 42):
+    for number in (41, 42, 43):
         now[0] += 10
         shown.hear(step(number))
-    assert "20 s, about 80 s left" in shown.lines(80, 24)[0]
+    assert "30 s, about 70 s left" in shown.lines(80, 24)[0]
 
 
 PAINT = """

@@ -21,7 +21,9 @@ from mlx_lora.store.run import Evaluation, FinishedLine, RunRecord, Started, Ste
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=y>&amp;\x1b[2J\x00\u202e"
 RESULT = {
     "adapter": "mine", "verdict": "helped", "metric": "accuracy", "base": 0.1, "tuned": 0.8, "difference": 0.7,
-    "interval": [0.6, 0.8], "rows": 40, "fixed": [0, 3], "broken": [5],
+    "interval": [0.6, 0.8], "rows": 40, "fixed": 2, "broken": 1, "fixed_rows": [0, 3], "broken_rows": [5],
+    "loss": {"base": 2.0, "tuned": 1.0, "difference": -1.0, "interval": [-1.2, -0.8]},
+    "behaviour": {"general": {"base": {"refuses": 0.0, "loops": 0.1}, "tuned": {"refuses": 0.5, "loops": 0.1}}},
     "drift": {"kl_task": 1.5, "kl_general": 0.1, "loss_general_base": 2.0, "loss_general_tuned": 2.1},
 }  # fmt: skip
 
@@ -129,6 +131,10 @@ def test_paths_of_this_machine_stay_here() -> None:
 def test_a_record_is_read_leniently() -> None:
     (whole,) = judged({"results": [RESULT]})
     assert whole.interval == (0.6, 0.8) and whole.fixed == (0, 3) and whole.drift["kl_general"] == 0.1
+    (older,) = judged({"results": [{"adapter": "x", "fixed": [1, 2], "broken": [4]}]})
+    assert older.fixed == (1, 2) and older.broken == (4,)
+    text = html(report())
+    assert "mine, general prompts: refuses" in text and "-1.2 to -0.8" in text and "Fixed by mine: 2 rows" in text
     (poor,) = judged({"results": [{"adapter": "x", "drift": None, "interval": None, "fixed": None, "base": None}]})
     assert poor.interval is None and poor.fixed == () and poor.base is None
     assert judged({}) == []
