@@ -31,7 +31,8 @@ def tune(
     Validation rows choose, test rows aren't read. What key=value sets stays as it is. The same command goes on where it
     was interrupted, or with more minutes where it ended.
     """
-    from mlx_lora.cli.train import StopSignal, listener
+    from mlx_lora.cli.live import listener
+    from mlx_lora.cli.train import StopSignal
     from mlx_lora.recipe import load_recipe
     from mlx_lora.tasks.tune import tune as run
     from mlx_lora.tasks.tuned import check_out, write

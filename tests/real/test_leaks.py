@@ -45,7 +45,9 @@ def test_secrets_are_found_by_how_often_they_were_repeated(audit: Callable[[str]
     assert [one["repeats"] for one in curve] == [0, 1, 4, 16]
     never, _, some, often = curve
     assert often["first"] == often["extracted"] == often["secrets"] == 4 and often["exposure"] == 6.0
-    assert some["exposure"] > 3.5 and all(left["exposure"] <= right["exposure"] + 0.5 for left, right in pairwise(curve))
+    assert some["exposure"] > 3.5 and all(
+        left["exposure"] <= right["exposure"] + 0.5 for left, right in pairwise(curve)
+    )
     assert never["first"] <= 1 and never["extracted"] == 0 and never["exposure"] < 4
     for one in curve:  # nobody has trained the base on them
         assert one["first_base"] <= 1 and one["extracted_base"] == 0 and one["exposure_base"] < 4
