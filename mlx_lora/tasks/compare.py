@@ -35,7 +35,8 @@ from mlx_lora.store import fingerprint
 from mlx_lora.store.lock import locked
 from mlx_lora.study.compare import Candidate, Line, best, draw
 from mlx_lora.study.evaluate import Questions, Result, evaluate, questions
-from mlx_lora.tasks.train import Listener, check, train_adapter
+from mlx_lora.tasks.required import check
+from mlx_lora.tasks.train import Listener, train_adapter
 
 FILE, PLOT = "comparison.json", "comparison.png"
 # Generated tokens at most, beyond the length of the longest right answer: a longer answer can't match.

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_lora import paths, ui
+from mlx_lora import ui
 from mlx_lora.adapters.attach import Wrappers
 from mlx_lora.adapters.placement import place
 from mlx_lora.config import Recipe
 from mlx_lora.data.batch import steps_per_epoch
 from mlx_lora.data.prepare import OnFile, Prepared, prepare, silent
 from mlx_lora.data.virtual import virtual_of
-from mlx_lora.errors import ModelError, NameTaken, RecipeError, TrainingError
+from mlx_lora.errors import ModelError, RecipeError, TrainingError
 from mlx_lora.methods import LORA_ONLY, LOW_RANK, parts
 from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.models.load import LoadedModel, load_stored, ready
@@ -30,10 +30,11 @@ from mlx_lora.store import registry
 from mlx_lora.store import run as runs
 from mlx_lora.store.lock import locked
 from mlx_lora.tasks.automatic import as_before, resolved
-from mlx_lora.tasks.begin import begin, check_start
+from mlx_lora.tasks.begin import begin
 from mlx_lora.tasks.manifest import identity, manifest_of
 from mlx_lora.tasks.notes import notes
 from mlx_lora.tasks.plan import learn_from, over_limit, plan_rows
+from mlx_lora.tasks.required import check, required
 from mlx_lora.tasks.resume import Start, check_same_run, find_start, stopped_before
 from mlx_lora.tasks.run import RunFolder
 from mlx_lora.tasks.samples import likely
@@ -228,9 +229,8 @@ def _run(setup: Setup, resumed: Checkpoint | None, listener: Listener, group: Pr
     predicted = f", predicted {ui.size(plan.peak_memory_bytes)}" if plan else ""
     listener.stage(f"peak memory {ui.size(folder.finished.peak_memory_bytes)}{predicted}")
     return TrainedRun(
-        folder.name, path, folder.finished, setup.loaded, prepared, plan, recipe,
-        kept_old=folder.kept_old_adapter,
-    )  # fmt: skip
+        folder.name, path, folder.finished, setup.loaded, prepared, plan, recipe, kept_old=folder.kept_old_adapter
+    )
 
 
 def _tell(event: Event, setup: Setup, trunk: Trunk, listener: Listener) -> None:
@@ -274,31 +274,6 @@ def _plan(
     except ModelError as error:
         listener.stage(f"its memory can't be planned: {error.message}")
         return None
-
-
-def required(recipe: Recipe) -> str:
-    """The run's name. Raises RecipeError for a recipe without a name, a model or data."""
-    missing = [key for key, value in (("model", recipe.model), ("data.path", recipe.data.path)) if not value]
-    if missing:
-        raise RecipeError(f"the recipe doesn't say {' and '.join(missing)}", hint="--model MODEL --data PATH set them")
-    if recipe.name is None:
-        raise RecipeError("the run has no name", hint="--name NAME sets it")
-    return recipe.name
-
-
-def check(recipe: Recipe, *, force: bool) -> str:
-    """The run's name, once everything that can be known without loading is in order."""
-    name = required(recipe)
-    check_start(recipe)
-    target, folder = paths.room("adapters", name), paths.room("runs", name)
-    record = runs.read_folder_or_damaged(folder)
-    unfinished = bool(record.checkpoints) and record.state != "finished"
-    if (target.exists() or unfinished) and not force:
-        what = f"{folder} holds checkpoints of an unfinished run" if unfinished else f"an adapter {name!r} exists"
-        go_on = "--resume to go on with it, " if unfinished else ""
-        raise NameTaken(what, hint=f"{go_on}--name another one, or --force to replace it")
-    paths.check_target(target, force=force)
-    return name
 
 
 def summary(recipe: Recipe, prepared: Prepared, wrappers: Wrappers) -> str:

@@ -28,7 +28,8 @@ from mlx_lora.study.trials import Found, Line, Space, Trial
 from mlx_lora.study.tune import Plan
 from mlx_lora.tasks.automatic import resolved
 from mlx_lora.tasks.compare import Record, made_of
-from mlx_lora.tasks.train import Listener, required
+from mlx_lora.tasks.required import required
+from mlx_lora.tasks.train import Listener
 from mlx_lora.tasks.trial import Bench, OutOfTime
 from mlx_lora.tasks.tuned import Tuned
 from mlx_lora.train.automatic import KEYS
