@@ -26,8 +26,9 @@ from tests.models.tiny.build import build
 from tests.serve.requests import prompt, random_adapter
 
 CONFIGS = {**plain.CONFIGS, **mixed.CONFIGS}
-# A kind each: plain attention, windows, experts, a state space beside attention, linear attention, convolutions.
-KINDS = ("llama", "gemma3_text", "gpt_oss", "deepseek_v3", "nemotron_h", "qwen3_5", "lfm2")
+# A kind each: plain attention, windows, convolutions; then experts, state spaces, linear attention, latent attention.
+KINDS = ("llama", "gemma3_text", "lfm2")
+MORE = ("gpt_oss", "deepseek_v3", "nemotron_h", "qwen3_5", "qwen3_moe", "gemma2", "kimi_linear", "granitemoehybrid")
 # The first is the beginning of the second; prompts share a beginning, and one is longer than a chunk of reading.
 LABELS = [[7, 3], [7, 9, 11, 3], [5, 3], [3], [12, 13, 14, 15, 3]]
 PROMPTS = [(*prompt(9), *prompt(length, length)) for length in (6, 1, 40, 6)]
@@ -45,7 +46,7 @@ def by_itself(model: Any, row: list[int], label: list[int]) -> float:
     return float(sum(logs[len(row) - 1 + place, token] for place, token in enumerate(label)))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *(pytest.param(name, marks=pytest.mark.real) for name in MORE)])
 def test_likelihoods_are_those_of_each_row_by_itself(name: str, tiny: LoadedModel, monkeypatch: Any) -> None:
     """On every kind of model, from one reading of the prompt: whole rows are run for the longest prompt only."""
     model = build(*CONFIGS[name]) if isinstance(CONFIGS[name], tuple) else build(name, CONFIGS[name])
