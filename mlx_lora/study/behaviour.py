@@ -35,12 +35,12 @@ REFUSAL_WITHIN = 120
 PERIOD, TIMES, TOKENS = 64, 4, 16
 # A change is one that is worth saying: of a share of the answers by this much, of a length by this factor, and at 5 %.
 SHARE, LONGER, CHANCE = 0.1, 1.5, 0.05
-# What counts against an answer, with the words for more of it.
+# What counts against an answer: its name in a table, and the words for more of it.
 FAULTS = {
-    "refused": "refuses more often",
-    "loops": "repeats itself more often",
-    "unfinished": "doesn't end its answers",
-    "template": "writes the chat template's tokens into its answers",
+    "refused": ("refusals", "refuses more often"),
+    "loops": ("repetition", "repeats itself more often"),
+    "unfinished": ("not ended", "doesn't end its answers"),
+    "template": ("template tokens", "writes the chat template's tokens into its answers"),
 }
 
 

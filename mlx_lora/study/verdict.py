@@ -185,7 +185,7 @@ def _second_opinion(word: Word, measured: Measured) -> str:
 def _lost(word: Word, elsewhere: Elsewhere) -> str:
     """The rest of the sentence: general text first, then how answers look."""
     faults = [
-        f"{FAULTS[change.what]} {where} ({change.base:.0%} before, {change.tuned:.0%} now)"
+        f"{FAULTS[change.what][1]} {where} ({change.base:.0%} before, {change.tuned:.0%} now)"
         for where, changes in (("on the task", elsewhere.changes), ("elsewhere", elsewhere.general_changes))
         for change in changes
         if change.what in FAULTS and change.worth_saying

@@ -123,13 +123,7 @@ def judge_adapters(
         found |= group.judged()
         rows, general_rows = len(group.task.rows), len(group.general.rows) if group.general else 0
     each = [found[adapter] for adapter in opened.stored]
-    record = store.Verdict(
-        created=store.now(), name=name, model=registry.base_name(opened.engine.loaded.path),
-        base=next((a.manifest.base.fingerprint for a in opened.stored.values() if a.manifest.base), None),
-        data=store.Rows(file=opened.file.name, sha256=sha256(opened.file), rows=rows),
-        general=store.Rows(file=forget.name, sha256=sha256(forget), rows=general_rows) if forget else None,
-        results=[_record(one) for one in each],
-    )  # fmt: skip
+    record = _verdict(opened, name, each, rows, (forget, general_rows) if forget else None)
     store.write(record)
     return Judgements(opened.file, opened.chosen[None].settings, why, each, record)
 
@@ -234,6 +228,19 @@ class _Group:
         advance = self.progress("looking at answers", len(sides) * len(chosen.prompts))
         found = behaviour.answers(self.engine, dict.fromkeys(sides, chosen), most=tokens, on_answer=advance)
         return {name: Looked(found[None], found[name]) for name in self.adapters}
+
+
+def _verdict(
+    opened: Opened, name: str, each: list[Judgement], rows: int, general: tuple[Path, int] | None
+) -> store.Verdict:
+    """The record of all judgements: on so many rows of the file, and of general text with its number of rows."""
+    return store.Verdict(
+        created=store.now(), name=name, model=registry.base_name(opened.engine.loaded.path),
+        base=next((a.manifest.base.fingerprint for a in opened.stored.values() if a.manifest.base), None),
+        data=store.Rows(file=opened.file.name, sha256=sha256(opened.file), rows=rows),
+        general=store.Rows(file=general[0].name, sha256=sha256(general[0]), rows=general[1]) if general else None,
+        results=[_record(one) for one in each],
+    )  # fmt: skip
 
 
 def _record(one: Judgement) -> store.Judged:

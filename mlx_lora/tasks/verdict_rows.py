@@ -20,10 +20,6 @@ from mlx_lora.tasks.verdict import Judgement, Judgements
 from mlx_lora.ui import json_text
 
 MOST_SHOWN = 70
-SHOWN_FAULTS = {
-    "refused": "refusals", "loops": "repetition", "unfinished": "not ended", "template": "template tokens",
-}  # fmt: skip
-assert SHOWN_FAULTS.keys() == FAULTS.keys()
 
 
 def table_of(one: Judgement) -> list[tuple[str, ...]]:
@@ -40,7 +36,7 @@ def table_of(one: Judgement) -> list[tuple[str, ...]]:
     for where, looked in one.looked.items():
         asked = "general prompts" if where == "general" else "the task's prompts"
         for change in looked.changes:
-            name = "tokens of an answer" if change.what == "length" else SHOWN_FAULTS[change.what]
+            name = "tokens of an answer" if change.what == "length" else FAULTS[change.what][0]
             form = ".0f" if change.what == "length" else ".0%"
             if change.what == "length" or change.base or change.tuned:
                 rows.append((f"{name}, {asked}", f"{change.base:{form}}", f"{change.tuned:{form}}", "", ""))

@@ -45,38 +45,38 @@ def trained(run: Run, task: str, *settings: str, steps: int = 60) -> None:
 
 
 def test_helped(run: Run, tmp_path: Path) -> None:
-    trained(run, "sql")
-    found = judged(run, file_of(tmp_path, rows("sql", "test")[:60]))
-    assert found["verdict"] == "helped" and found["interval"][0] > 0.3 and found["fixed"] > 20 and not found["broken"]
+    trained(run, "sql", steps=50)
+    found = judged(run, file_of(tmp_path, rows("sql", "test")[:40]), "--max-tokens", "40")
+    assert found["verdict"] == "helped" and found["interval"][0] > 0.2 and found["fixed"] > 10 and not found["broken"]
     assert "forgot" not in found["sentence"] and "no worse" in found["sentence"]
-    few = judged(run, file_of(tmp_path, rows("sql", "test")[:8]), "--forget", "none")
+    few = judged(run, file_of(tmp_path, rows("sql", "test")[:8]), "--forget", "none", "--max-tokens", "40")
     assert few["verdict"] == "too_few_rows" and few["rows"] == 8 and "too few rows to say" in few["sentence"]
 
 
 def test_hurt_by_a_rate_far_too_high(run: Run, tmp_path: Path) -> None:
-    trained(run, "sql", "train.learning_rate=0.3", steps=20)
-    found = judged(run, file_of(tmp_path, rows("sql", "test")[:60]), "--max-tokens", "40")
+    trained(run, "sql", "train.learning_rate=0.3", steps=10)
+    found = judged(run, file_of(tmp_path, rows("sql", "test")[:40]), "--max-tokens", "24")
     assert found["verdict"] == "hurt" and found["interval"][1] < 0 and found["tuned"] < found["base"]
-    assert found["drift"]["loss_general_tuned"] > found["drift"]["loss_general_base"] + 0.5
+    assert found["drift"]["loss_general_tuned"] > found["drift"]["loss_general_base"] + 0.1
     assert "and it forgot general text" in found["sentence"]
 
 
 def test_no_difference_after_learning_noise(run: Run, tmp_path: Path) -> None:
-    """The folders of the training mails are dealt out anew: there is nothing to learn but the folders' names."""
-    shuffled = rows("mail", "train")[:400]
-    answers = [row["output"] for row in shuffled]
+    """The queries are dealt out anew among the questions: there is nothing to learn but what a query looks like."""
+    shuffled = rows("sql", "train")[:400]
+    answers = [row["completion"] for row in shuffled]
     random.Random(1).shuffle(answers)
-    learned = file_of(tmp_path, [{**row, "output": answer} for row, answer in zip(shuffled, answers, strict=True)])
-    trained(run, "mail", f"data.path={learned}", steps=40)
-    found = judged(run, paths.bundled("data", "tasks", "mail", "test.jsonl"), "--forget", "none")
-    assert found["verdict"] == "no_difference" and found["metric"] == "accuracy"
-    assert found["interval"][0] < 0 < found["interval"][1]
-    assert "while its loss fell" in found["sentence"], "the names of the folders are learned"
+    learned = file_of(tmp_path, [{**row, "completion": said} for row, said in zip(shuffled, answers, strict=True)])
+    trained(run, "sql", f"data.path={learned}", steps=30)
+    test = file_of(tmp_path, rows("sql", "test")[:60])
+    found = judged(run, test, "--forget", "none", "--score", "exact", "--max-tokens", "40")
+    assert found["verdict"] == "no_difference" and found["interval"][0] < 0 < found["interval"][1]
+    assert "while its loss fell" in found["sentence"], "the form of a query is learned"
 
 
 def test_helped_and_forgot_general_text(run: Run, tmp_path: Path) -> None:
-    trained(run, "mail", steps=80)
-    found = judged(run, paths.bundled("data", "tasks", "mail", "test.jsonl"))
+    trained(run, "mail", steps=60)
+    found = judged(run, file_of(tmp_path, rows("mail", "test")[:60]), "--max-tokens", "8")
     assert found["verdict"] == "helped" and found["interval"][0] > 0
     drift = found["drift"]
     assert drift["loss_general_tuned"] > drift["loss_general_base"] + 0.1 and drift["loss_general_interval"][0] > 0
