@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mlx_lora import ui
 from mlx_lora.cli.options import Force, Json, Overrides
+
+if TYPE_CHECKING:
+    from mlx_lora.config import Recipe
+    from mlx_lora.tasks.train import Listener
+    from mlx_lora.tasks.tuned import Tuned
 
 
 def register(app: typer.Typer) -> None:
@@ -31,26 +36,14 @@ def tune(
     Validation rows choose, test rows aren't read. What key=value sets stays as it is. The same command goes on where it
     was interrupted, or with more minutes where it ended.
     """
-    from mlx_lora.cli.live import listener
-    from mlx_lora.cli.train import StopSignal
     from mlx_lora.recipe import load_recipe
-    from mlx_lora.tasks.tune import tune as run
     from mlx_lora.tasks.tuned import check_out, write
 
     given = {"model": model, "data.path": data, "name": name or Path(data).stem}
     recipe = load_recipe(None, settings or [], settings=given)
     if out is not None:
         check_out(out, force=force)
-    with ExitStack() as stack:
-        try:
-            found = run(
-                recipe, settings or [], minutes=minutes, stage=ui.note,
-                listener=lambda: listener(stack, StopSignal(stack), quiet=True),
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            stack.close()
-            ui.note("the same command goes on; what is done is kept")
-            raise typer.Exit(code=130) from None
+    found = _search(recipe, settings or [], minutes)
     if out is not None:
         write(found, out, force=force)
     if json:
@@ -62,3 +55,22 @@ def tune(
         ui.note(sentence)
     if out is not None:
         ui.note(f"written to {out}; to train: mlx-lora train {out}")
+
+
+def _search(recipe: Recipe, settings: list[str], minutes: float) -> Tuned:
+    """Tune with a bar for each training; Ctrl-C loses only the one that it stops."""
+    from mlx_lora.cli.live import listener
+    from mlx_lora.cli.train import StopSignal
+    from mlx_lora.tasks.tune import tune as run
+
+    with ExitStack() as stack:
+
+        def screen() -> Listener:
+            return listener(stack, StopSignal(stack), quiet=True)
+
+        try:
+            return run(recipe, settings, minutes=minutes, listener=screen, stage=ui.note)
+        except KeyboardInterrupt:
+            stack.close()
+            ui.note("the same command goes on; what is done is kept")
+            raise typer.Exit(code=130) from None
