@@ -46,8 +46,14 @@ def listener(stack: ExitStack, stop: StopSignal, *, quiet: bool = False, live: b
             if untrained is not None and (event.best_valid_loss or 0) > untrained:
                 ui.warning("the adapter is worse on the validation rows than the base without it")
 
+    def started() -> None:
+        stop.install()
+        if panel.possible():  # the bar of what was read last would stay until the first step
+            bars.close()
+            bars.enter_context(ui.working("validating, before the first step"))
+
     stage = (lambda text: None) if quiet else ui.note
-    heard = Listener(show, stage, started=stop.install, progress=progress(bars), should_stop=stop)
+    heard = Listener(show, stage, started=started, progress=progress(bars), should_stop=stop)
     if view:
         heard.planned, heard.sampled = view.planned, view.sampled
     return heard
