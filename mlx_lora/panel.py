@@ -3,8 +3,8 @@
 Painting moves the cursor up, writes each line over the old one and erases the rest of that row: nothing is cleared
 first, so nothing flickers. Each painting is one write, and a terminal that knows how shows none half done. When the
 terminal was made narrower, its rows have wrapped: they are counted at the new width. A terminal that wraps first and
-tells of its size later, as tmux does, may keep a few old rows above a painting in between. At the end, also of a program that
-is interrupted, the last lines stay and the cursor is below them.
+tells of its size later, as tmux does, may keep a few old rows above a painting in between. At the end, also of a
+program that is interrupted, the last lines stay and the cursor is below them.
 """
 
 from __future__ import annotations
