@@ -22,7 +22,7 @@ from rich.text import Text
 from mlx_lora import ui
 
 # Seconds between two paintings at least, and at most: a step may take long, and the terminal change its size.
-SOONEST, LATEST = 0.2, 1.0
+SOONEST, LATEST = 0.5, 1.0
 # What moves a cursor passes through rich as it is only if it is called a control code.
 CODE = [(ControlType.ERASE_IN_LINE, 0)]
 BEGIN, END = "\x1b[?2026h", "\x1b[?2026l"
