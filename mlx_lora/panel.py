@@ -2,8 +2,9 @@
 
 Painting moves the cursor up, writes each line over the old one and erases the rest of that row: nothing is cleared
 first, so nothing flickers. Each painting is one write, and a terminal that knows how shows none half done. When the
-terminal was made narrower, its rows have wrapped: they are counted at the new width. At the end, also of a program that
-is interrupted, the last lines stay and the cursor is below them.
+terminal was made narrower, its rows have wrapped: they are counted at the new width. A terminal that wraps first and
+tells of its size later, as tmux does, may keep a few old rows above a painting in between. At the end, also of a
+program that is interrupted, the last lines stay and the cursor is below them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.text import Text
 from mlx_lora import ui
 
 # Seconds between two paintings at least, and at most: a step may take long, and the terminal change its size.
-SOONEST, LATEST = 0.2, 1.0
+SOONEST, LATEST = 0.5, 1.0
 # What moves a cursor passes through rich as it is only if it is called a control code.
 CODE = [(ControlType.ERASE_IN_LINE, 0)]
 BEGIN, END = "\x1b[?2026h", "\x1b[?2026l"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mlx_lora import panel, ui
@@ -46,11 +47,20 @@ def listener(stack: ExitStack, stop: StopSignal, *, quiet: bool = False, live: b
             if untrained is not None and (event.best_valid_loss or 0) > untrained:
                 ui.warning("the adapter is worse on the validation rows than the base without it")
 
+    def started() -> None:
+        stop.install()
+        _replace_bar(bars)
+
     stage = (lambda text: None) if quiet else ui.note
-    heard = Listener(show, stage, started=stop.install, progress=progress(bars), should_stop=stop)
-    if view:
-        heard.planned, heard.sampled = view.planned, view.sampled
-    return heard
+    heard = Listener(show, stage, started=started, progress=progress(bars), should_stop=stop)
+    return replace(heard, planned=view.planned, sampled=view.sampled) if view else heard
+
+
+def _replace_bar(bars: ExitStack) -> None:
+    """Say what is going on until the first step; the bar of what was read last would stay."""
+    if panel.possible():
+        bars.close()
+        bars.enter_context(ui.working("validating, before the first step"))
 
 
 def _live_view() -> Any:

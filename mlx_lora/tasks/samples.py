@@ -71,12 +71,8 @@ def answered(
     """
     asked = [one for row in rows if (one := question(row)) is not None]
     others = [one for row in beside if (one := question(row)) is not None]
-    tokenizer, engine = loaded.tokenizer, Engine(loaded)
+    tokenizer, engine = loaded.tokenizer, _engine(loaded, adapters)
     shown = _shown([one.prompt for one in (*asked, *others)], tokenizer)
-    for name, stored in adapters.items():
-        if name is not None and stored is not None:
-            end = trained(stored).format(tokenizer).own_end
-            engine.add(name, wrappers_for(loaded.model, stored), end=end)
     most = [min(len(one.wanted) + BEYOND, MOST_TOKENS) for one in asked]
     total, done, until = sum(most) * len(adapters), 0, time.monotonic() + seconds
     for one, prompt, limit in zip(asked, shown, most, strict=False):
@@ -95,6 +91,16 @@ def answered(
             answers[name] = split_reasoning(tokenizer.decode(tokens))[1].strip() + (CUT if cut else "")
         yield Sample(prompt, _text(tokenizer, one.wanted), answers)
     on_token(total, total)
+
+
+def _engine(loaded: LoadedModel, adapters: Mapping[str | None, StoredAdapter | None]) -> Engine:
+    """An engine with these adapters, each with its own end of an answer."""
+    engine = Engine(loaded)
+    for name, stored in adapters.items():
+        if name is not None and stored is not None:
+            end = trained(stored).format(loaded.tokenizer).own_end
+            engine.add(name, wrappers_for(loaded.model, stored), end=end)
+    return engine
 
 
 def question(row: Row) -> Asked | None:
