@@ -6,6 +6,7 @@ from mlx_lora import paths
 from mlx_lora.config import Recipe
 from mlx_lora.errors import NameTaken, RecipeError
 from mlx_lora.store import run as runs
+from mlx_lora.tasks.begin import check_start
 
 
 def required(recipe: Recipe) -> str:
