@@ -109,7 +109,7 @@ def _loop(run: Session, should_stop: Callable[[], bool]) -> Iterator[Event]:
         stopped_by = "interrupted"  # in the last evaluation
     if done.step and (stopped_by in ("interrupted", "memory") or settings.schedule == "constant"):
         yield run.checkpoint()  # to go on from; with a constant rate also to train on for longer
-    yield from map(Note, _reasons(run, stopped_by))
+    yield from map(Note, _notes(run, stopped_by))
     if stopped_by == "interrupted":
         yield Interrupted(done.step)
     if done.step:
@@ -117,14 +117,14 @@ def _loop(run: Session, should_stop: Callable[[], bool]) -> Iterator[Event]:
     yield run.finished(stopped_by)
 
 
-def _reasons(run: Session, stopped_by: str) -> Iterator[str]:
-    """What to say of an end that the settings alone don't explain."""
+def _notes(run: Session, stopped_by: str) -> Iterator[str]:
+    """What is to be said at the end beside the figures."""
     if stopped_by == "memory":
         yield f"stopped, to keep the machine from swapping: {run.exceeded}"
-    if run.settings.max_drift is not None and run.progress.evaluated_at and run.progress.best_loss is None:
-        yield NONE_WITHIN
     if stopped_by == "drift":
         yield f"stopped: {MOST_OVER} validations in a row were further from the base than train.max_drift allows"
+    if run.settings.max_drift is not None and run.progress.evaluated_at and run.progress.best_loss is None:
+        yield NONE_WITHIN
 
 
 def _reason_to_stop(run: Session, should_stop: Callable[[], bool]) -> str | None:
