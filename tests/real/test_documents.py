@@ -60,7 +60,9 @@ def test_your_own_data_in_an_hour(typed: Type, tmp_path: Path, home: Path, monke
             arguments.append("--force")
         typed(arguments)
         done.append(arguments[0])
-    assert done == ["data", "init", "plan", "train", "eval", "generate", "chat", "adapters", "fuse", "export"]
+    assert done == [
+        "data", "init", "plan", "train", "verdict", "report", "generate", "chat", "adapters", "fuse", "export",
+    ]  # fmt: skip
     assert json.loads((tmp_path / "fused" / "config.json").read_text())["model_type"] == "llama"
 
 
