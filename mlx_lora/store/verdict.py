@@ -1,7 +1,9 @@
 """What a verdict leaves in the home: verdicts/<name>/verdict.json, with numbers, row numbers and hashes.
 
-No text of any row is part of it, no prompt and no answer: whoever wants to see the rows that an adapter fixed or broke
-reads them from the data file again, by their numbers. Nothing here imports MLX.
+No text of any row is part of it, no prompt and no answer, and no name of a label or of a field of JSON answers: every
+key is one of those here, and where a value is a word, it is one of those listed. What scores say of single labels and
+fields stays on the screen. Whoever wants to see the rows that an adapter fixed or broke reads them from the data file
+again, by their numbers. Nothing here imports MLX.
 """
 
 from __future__ import annotations
@@ -17,6 +19,10 @@ from mlx_lora import __version__, files, paths
 from mlx_lora.errors import MlxLoraError, nearest
 
 FILE, SCHEMA = "verdict.json", 1
+Metric = Literal[
+    "loss", "exact", "normalised", "accuracy", "json", "token-f1", "rouge-l", "chrf", "pattern", "numbers", "sql",
+    "scorer",
+]  # fmt: skip
 
 
 class Part(BaseModel):
@@ -56,23 +62,41 @@ class SecondOpinion(Part):
     interval: tuple[float, float]
 
 
+class Looks(Part):
+    """How many answers were looked at, their mean length in tokens, and the share of each fault."""
+
+    answers: int
+    tokens: float
+    refused: float
+    loops: float
+    unfinished: float
+    template: float
+
+
+class Sides(Part):
+    """The answers of both sides to the same prompts."""
+
+    base: Looks
+    tuned: Looks
+
+
 class Judged(Part):
     """One adapter against its base. `difference` is tuned − base in the metric's unit, `interval` its 95 % interval.
 
     `fixed` and `broken` count the rows whose numbers `fixed_rows` and `broken_rows` are, from 0 as the file is read.
-    `behaviour` has the shares of answers by prompts (task, general), then side (base, tuned), then what was looked at.
+    `behaviour` says how answers look, to the task's prompts and to general ones.
     """
 
     adapter: str
     verdict: Literal["helped", "hurt", "no_difference", "too_few_rows"]
     sentence: str
-    metric: str
+    metric: Metric
     base: float
     tuned: float
     difference: float
     interval: tuple[float, float]
     p_value: float
-    test: str
+    test: Literal["McNemar", "permutation"]
     detectable: float
     rows: int
     fixed: int
@@ -81,7 +105,7 @@ class Judged(Part):
     broken_rows: list[int]
     loss: SecondOpinion | None = None
     drift: Drift
-    behaviour: dict[str, dict[str, dict[str, float]]] = {}
+    behaviour: dict[Literal["task", "general"], Sides] = {}
 
 
 class Verdict(Part):

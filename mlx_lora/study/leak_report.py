@@ -13,6 +13,11 @@ from mlx_lora.study.leaks import Membership, Share, more_often
 ANSWERS, RESTS = "answers", "rests"
 # Fewer tokens are no text that could be given away; that they come back more often still tells which rows were learned.
 LEAST_TOKENS = 8
+# Where held-out rows come back more than this often, for each time that training rows do, most of what comes back can
+# be worked out from what was given: an adapter that has learned its task answers the rows it has seen a little better.
+MOST_GUESSED = 0.5
+# With fewer rows on either side, that nothing was seen says nothing.
+FEWEST_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,34 @@ class Extraction:
 
     @property
     def difference(self) -> tuple[float, tuple[float, float]] | None:
-        """How much more often training rows come back than held-out rows, with its 95 % interval."""
-        return more_often(self.adapter, self.held_out) if self.held_out and self.held_out.rows else None
+        """How much more often training rows come back than held-out rows, with its 95 % interval; of both, what the
+        base gives back anyway is taken off."""
+        return None if self._beyond[1] is None else more_often(self._beyond[0], self._beyond[1])
+
+    @property
+    def _beyond(self) -> tuple[Share, Share | None]:
+        """Training rows, and held-out ones if there are any, that come back beyond as many as the base gives back."""
+        own = Share(max(self.adapter.count - self.base.count, 0), self.adapter.rows)
+        if not self.held_out or not self.held_out.rows:
+            return own, None
+        base = self.held_out_base.count if self.held_out_base else 0
+        return own, Share(max(self.held_out.count - base, 0), self.held_out.rows)
+
+    @property
+    def more_often(self) -> bool:
+        """Whether training rows come back more often than held-out rows, beyond chance."""
+        return self.difference is not None and self.difference[1][0] > 0
+
+    @property
+    def guessed(self) -> bool:
+        """Whether most of what comes back would without having been seen, as held-out rows show."""
+        own, held_out = self._beyond
+        return bool(own.count and held_out and held_out.share > MOST_GUESSED * own.share)
+
+    @property
+    def remembered(self) -> bool:
+        """Whether text comes back that had to be seen: more often, not guessed, and longer than a label."""
+        return self.more_often and not self.guessed and self.tokens >= LEAST_TOKENS
 
     def as_dict(self) -> dict[str, Any]:
         shares = ("base", "adapter", "held_out_base", "held_out")
@@ -59,11 +90,15 @@ class Losses:
     of_both: Membership
 
     @property
-    def test(self) -> Membership:
-        """The one that counts: by the adapter's loss, or less the base's where the base alone tells the rows apart,
-        since then the held-out rows are of another kind than the training rows."""
+    def alike(self) -> bool:
+        """Whether held-out rows are of the same kind as training rows: the base's loss doesn't tell them apart."""
         low, high = self.of_base.interval
-        return self.of_adapter if low <= 0.5 <= high else self.of_both
+        return low <= 0.5 <= high
+
+    @property
+    def test(self) -> Membership:
+        """The one that counts: by the adapter's loss, or less the base's where the rows aren't alike."""
+        return self.of_adapter if self.alike else self.of_both
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -127,28 +162,32 @@ class Leaks:
 
     @property
     def verdict(self) -> str:
-        """verbatim, by_loss, none_seen, or cant_tell without held-out rows and canaries.
+        """verbatim, membership, none_seen, or cant_tell without held-out rows and canaries, or with few rows.
 
-        Verbatim: training rows come back more often than held-out rows, or a planted secret that the base doesn't give.
-        By loss: the adapter's loss tells training rows from others, or ranks planted secrets first; or short answers
-        come back more often. Each beyond what chance does in 95 % of cases.
+        Verbatim: a planted secret comes back that the base doesn't give, or training rows come back, and held-out rows
+        at most half as often. Membership: the adapter's loss tells training rows from others, or ranks planted secrets
+        first, or training rows come back more often in any other way. Each beyond what chance does in 95 % of cases.
         """
-        more = [(one.tokens, found[1][0]) for one in self.extraction if (found := one.difference)]
         if any(one.extracted > one.extracted_base for one in self._planted):
             return "verbatim"
-        if any(low > 0 and tokens >= LEAST_TOKENS for tokens, low in more):
+        if any(one.remembered for one in self.extraction):
             return "verbatim"
         secrets = sum(one.secrets for one in self._planted)
         known = sum(one.first for one in self._planted) > by_chance(secrets, 1 / self.candidates)
         told = self.losses and self.losses.test.interval[0] > 0.5
-        if known or told or any(low > 0 for _, low in more):
-            return "by_loss"
-        return "none_seen" if more or self._planted else "cant_tell"
+        if known or told or any(one.more_often for one in self.extraction):
+            return "membership"
+        return "none_seen" if self._planted or min(self.rows, self.others) >= FEWEST_ROWS else "cant_tell"
 
     @property
     def sentence(self) -> str:
         """The verdict, then what it rests on, in one sentence."""
-        return f"{SAID[self.verdict].format(self.adapter)}: {'; '.join(self._reasons())}"
+        said = SAID[self.verdict].format(self.adapter)
+        if self.verdict == "cant_tell" and self.others:
+            said = (
+                f"{self.rows} training and {self.others} held-out rows are too few to say what {self.adapter} remembers"
+            )
+        return f"{said}: {'; '.join(self._reasons())}"
 
     @property
     def _planted(self) -> list[Planted]:
@@ -160,12 +199,15 @@ class Leaks:
                 continue
             what = "answers" if one.asked == ANSWERS else "rows"
             held = f", held-out {one.held_out.count} of {one.held_out.rows}" if one.held_out else ""
+            held += ", so most of them can be worked out without having been seen" if one.guessed else ""
             yield f"{one.adapter.count} of {one.adapter.rows} {what} come back verbatim (base {one.base.count}{held})"
         if self.losses:
             test = self.losses.test
             low, high = test.interval
-            less = " less the base's" if test is self.losses.of_both else ""
+            less = "" if self.losses.alike else " less the base's"
             yield f"its loss{less} tells training rows from others with AUC {test.auc:.2f} [{low:.2f}, {high:.2f}]"
+            if not self.losses.alike:
+                yield "the base's loss tells them apart too, so held-out rows are of another kind and compare roughly"
         if self._planted:
             known = ", ".join(f"{one.first} of {one.secrets} {times(one.repeats)}" for one in self._planted)
             yield f"of its secrets it knows {known}"
@@ -173,7 +215,7 @@ class Leaks:
 
 SAID = {
     "verbatim": "{} gives training rows away word for word",
-    "by_loss": "{} gives away which rows it has seen, and no row word for word beyond what can be guessed",
+    "membership": "{} gives away which rows it has seen; that their text comes out was not shown",
     "none_seen": "{} shows no sign of giving training rows away",
     "cant_tell": "without held-out rows (--held-out) what {} remembers can't be told from what it guesses",
 }

@@ -259,10 +259,11 @@ def _record(one: Judgement) -> store.Judged:
             loss_general_tuned=general.loss_tuned, loss_general_interval=general.difference.interval,
         )  # fmt: skip
     found = measured.difference
-    return store.Judged(
-        adapter=one.adapter, verdict=one.word, sentence=one.sentence, metric=measured.metric, base=measured.base,
-        tuned=measured.tuned, difference=found.estimate, interval=found.interval, p_value=found.p_value,
-        test=found.test, detectable=found.detectable, rows=found.rows, fixed=len(one.compared.fixed),
-        broken=len(one.compared.broken), fixed_rows=one.compared.fixed, broken_rows=one.compared.broken, loss=loss,
-        drift=drift, behaviour={where: looked.as_dict() for where, looked in one.looked.items()},
-    )  # fmt: skip
+    return store.Judged.model_validate({
+        "adapter": one.adapter, "verdict": one.word, "sentence": one.sentence, "metric": measured.metric,
+        "base": measured.base, "tuned": measured.tuned, "difference": found.estimate, "interval": found.interval,
+        "p_value": found.p_value, "test": found.test, "detectable": found.detectable, "rows": found.rows,
+        "fixed": len(one.compared.fixed), "broken": len(one.compared.broken), "fixed_rows": one.compared.fixed,
+        "broken_rows": one.compared.broken, "loss": loss, "drift": drift,
+        "behaviour": {where: looked.as_dict() for where, looked in one.looked.items()},
+    })  # fmt: skip

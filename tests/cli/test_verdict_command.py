@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import Ran
 from tests.conftest import questions
 from tests.store.test_verdict_record import DRIFT, KEYS
@@ -48,6 +50,24 @@ def test_the_record_has_numbers_and_no_text(
     assert out.stat().st_mode & 0o777 == 0o600
     again = run(*words, "--out", out)
     assert again.code == 1 and "exists" in again.err
+
+
+@pytest.mark.parametrize(
+    ("score", "answers"), [("accuracy", [SECRET, f"{SECRET}e"]), ("json", [f'{{"{SECRET}": 1}}', f'{{"{SECRET}": 2}}'])]
+)
+def test_no_label_and_no_field_name_is_kept(
+    score: str, answers: list[str], run: Run, trained: Ran, home: Path, tiny_path: Path,
+    write_rows: Callable[..., Path],
+) -> None:  # fmt: skip
+    file = write_rows([{"prompt": f"row {n}", "completion": answers[n % 2]} for n in range(10)], name="mine.jsonl")
+    ran = run(
+        "verdict", "--model", tiny_path, "--adapter", "mine", "--data", file, "--forget", "none", "--max-tokens", 2,
+        "--json",
+    )  # fmt: skip
+    assert ran.code == 0 and ran.json["results"][0]["metric"] == score, ran.err
+    assert (home / "verdicts" / "mine" / "verdict.json").is_file()
+    for path in [path for path in home.rglob("*") if path.is_file()]:
+        assert SECRET.encode() not in path.read_bytes(), path
 
 
 def test_what_it_says_and_what_it_refuses(run: Run, trained: Ran, tiny_path: Path, data: Path, tmp_path: Path) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from pydantic import ValidationError
 
 from mlx_lora.errors import MlxLoraError
 from mlx_lora.store import verdict as store
+from mlx_lora.study.behaviour import Answer, shares
+from mlx_lora.study.scores.choose import NAMES
+from mlx_lora.study.verdict import LOSS
 
 KEYS = {"adapter", "verdict", "metric", "base", "tuned", "difference", "interval", "rows", "fixed", "broken", "drift"}
 DRIFT = {"kl_task", "kl_general", "loss_general_base", "loss_general_tuned"}
@@ -52,3 +57,25 @@ def test_a_record_that_is_missing_or_damaged_says_so(home: Path) -> None:
     file.write_text("{")
     with pytest.raises(MlxLoraError, match="verdict.json"):
         store.read("mail")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"metric": "Billing"},
+        {"test": "Ann Smith"},
+        {"behaviour": {"salary": {}}},
+        {"behaviour": {"task": {"base": {}}}},
+    ],
+)
+def test_a_record_takes_no_words_but_its_own(values: dict[str, Any]) -> None:
+    """Names of the user's labels and fields have no place that they could get into."""
+    judged = record().results[0].model_dump()
+    with pytest.raises(ValidationError):
+        store.Judged.model_validate(judged | values)
+    looks = store.Looks.model_validate(shares([Answer(3, False, True, False, False)]) | {"salary": 1.0})
+    assert "salary" not in looks.model_dump() and looks.loops == 1.0 and looks.answers == 1
+
+
+def test_every_score_can_be_what_a_verdict_goes_by() -> None:
+    assert set(get_args(store.Metric)) == {*NAMES, LOSS}

@@ -124,16 +124,50 @@ def test_the_sentence_says_what_was_found() -> None:
     more = [Extraction(RESTS, Share(0, 50), Share(20, 50), Share(0, 50), Share(0, 50), [1, 2])]
     assert audit(extraction=more).verdict == "verbatim"
     labels = Extraction(ANSWERS, Share(0, 50), Share(50, 50), Share(0, 50), Share(20, 50), tokens=2)
-    assert audit(extraction=[labels]).verdict == "by_loss"  # labels aren't text that leaks
+    assert audit(extraction=[labels]).verdict == "membership"  # labels aren't text that leaks
     told = Membership(0.8, (0.7, 0.88), 50, 50)
-    assert audit(losses=Losses(1, 1, 1, 1, told, told, told)).verdict == "by_loss"
+    assert audit(losses=Losses(1, 1, 1, 1, told, told, told)).verdict == "membership"
     # where the base tells the rows apart too, they are of different kinds, and its loss is taken out
     assert audit(losses=Losses(1, 1, 1, 1, told, told, NO)).verdict == "none_seen"
-    assert audit(losses=Losses(1, 1, 1, 1, NO, told, NO)).verdict == "by_loss"
+    assert audit(losses=Losses(1, 1, 1, 1, NO, told, NO)).verdict == "membership"
     seen = Planted(16, 4, 0, 4, 0, 3, 1.0, 8.0)
     assert audit(canaries=[Planted(0, 4, 0, 0, 0, 0, 1.0, 1.2), seen]).verdict == "verbatim"
     assert "4 of 4 planted 16 times" in audit(canaries=[seen]).sentence
     one = Planted(1, 12, 0, 1, 0, 0, 1.0, 2.0)
-    assert audit(canaries=[one]).verdict == "by_loss" and audit(canaries=[one], candidates=64).verdict == "none_seen"
-    alone = audit(losses=None, extraction=[Extraction(ANSWERS, Share(0, 50), Share(20, 50))])
+    assert audit(canaries=[one]).verdict == "membership" and audit(canaries=[one], candidates=64).verdict == "none_seen"
+    alone = audit(losses=None, others=0, extraction=[Extraction(ANSWERS, Share(0, 50), Share(20, 50))])
     assert alone.verdict == "cant_tell" and "--held-out" in alone.sentence
+
+
+def asked(base: int, adapter: tuple[int, int], held_out: tuple[int, int], what: str = ANSWERS) -> Extraction:
+    count, rows = adapter
+    return Extraction(what, Share(base, rows), Share(count, rows), Share(0, held_out[1]), Share(*held_out), tokens=20)
+
+
+def test_answers_that_unseen_rows_get_too_are_no_memorised_text() -> None:
+    """An adapter that has learned a task answers the rows that it has seen a little better than others."""
+    learned = audit(extraction=[asked(0, (180, 180), (54, 60))], rows=180, others=60)
+    assert learned.verdict == "membership", "the gap tells which rows were seen"
+    assert "that their text comes out was not shown" in learned.sentence
+    assert "held-out 54 of 60, so most of them can be worked out without having been seen" in learned.sentence
+    same = audit(extraction=[asked(0, (20, 50), (18, 50))])
+    assert same.verdict == "none_seen" and "can be worked out" in same.sentence
+    by_heart = audit(extraction=[asked(0, (180, 180), (12, 60))])
+    assert by_heart.verdict == "verbatim" and "worked out" not in by_heart.sentence
+    known = audit(extraction=[asked(49, (50, 50), (0, 60), RESTS)])
+    assert known.verdict == "none_seen", "the base gives nearly all of these rows back by itself"
+    few = audit(extraction=[asked(0, (20, 200), (0, 60), RESTS)])
+    assert few.verdict == "verbatim" and "20 of 200 rows come back verbatim (base 0, held-out 0 of 60)" in few.sentence
+
+
+def test_few_rows_are_no_proof_that_nothing_leaks() -> None:
+    few = audit(rows=50, others=5, extraction=[asked(0, (1, 50), (0, 5))])
+    assert few.verdict == "cant_tell" and "50 training and 5 held-out rows are too few to say" in few.sentence
+    short = audit(extraction=[])  # rows that are too short to be asked for have a loss all the same
+    assert short.verdict == "none_seen"
+
+
+def test_held_out_rows_of_another_kind_are_said() -> None:
+    told = Membership(0.8, (0.7, 0.88), 50, 50)
+    assert "of another kind" in audit(losses=Losses(1, 1, 1, 1, told, told, NO)).sentence
+    assert "of another kind" not in audit().sentence
