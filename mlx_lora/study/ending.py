@@ -53,7 +53,7 @@ def ending(record: RunRecord) -> Ending | None:
 def _judged(measured: dict[int, float], losses: Points, rows: int | None, record: RunRecord) -> Ending:
     after = {step: loss for step, loss in measured.items() if step}
     base = measured.get(0)
-    more = _more_epochs(sorted(measured.items()), losses, record)
+    more = _more_quarters(sorted(measured.items()), losses, record)
     if not after:
         return _without_validation(losses, more, rows, record)
     last = max(after)
@@ -76,7 +76,7 @@ def _judged(measured: dict[int, float], losses: Points, rows: int | None, record
         return Ending("unfinished", f"{fell}to {_loss(after[kept])} at step {kept}")
     text = f"{fell}to {_loss(after[last])}"
     if more:
-        return Ending("falling", f"{text} and was still falling: {_try(more, record)}", more)
+        return _falling("falling", f"{text} and was", more, record)
     where = f"; it was lowest at step {kept}, whose adapter is kept" if kept < last else ""
     return Ending("levelled", f"{text} and has levelled off{where}")
 
@@ -96,13 +96,14 @@ def _drifted(base: float | None, after: dict[int, float], record: RunRecord) -> 
 
 def _without_validation(losses: Points, more: int | None, rows: int | None, record: RunRecord) -> Ending:
     """Training loss alone can't say whether new rows are answered better."""
-    falling = f"; the training loss was still falling: {_try(more, record)}" if more else ""
     text = "no validation loss says whether it helped: keep some rows aside in a valid.jsonl"
     if rows and any(line.step for line in record.evaluations):
         text = "the validation loss was no number: a lower train.learning_rate may help"
     elif rows:
         text = "the validation rows have not been looked at since the first step"
-    return Ending("unknown", text + falling, more)
+    if more:
+        return _falling("unknown", f"{text}; the training loss was", more, record)
+    return Ending("unknown", text)
 
 
 def _no_better(base: float, best: float, losses: Points) -> Ending:
@@ -118,10 +119,12 @@ def _no_better(base: float, best: float, losses: Points) -> Ending:
     return Ending("no_better", f"{text}; little was learned: more epochs or a higher train.learning_rate may help")
 
 
-def _more_epochs(measured: Points, losses: Points, record: RunRecord) -> int | None:
-    """Epochs that a run still falling at its end might go on for; None where it has levelled off or can't be told."""
-    epochs = record.finished.epochs if record.finished else 0.0
-    if not epochs or record.stopped_by not in ALL_STEPS:
+def _more_quarters(measured: Points, losses: Points, record: RunRecord) -> int | None:
+    """Quarters of itself that a run still falling at its end might go on for.
+
+    None where it has levelled off, was stopped, or can't be told.
+    """
+    if record.stopped_by not in ALL_STEPS:
         return None
     if len(measured) >= 5:
         steps = [round(record.step * part) for part in (0.5, 0.75, 1.0)]
@@ -134,8 +137,7 @@ def _more_epochs(measured: Points, losses: Points, record: RunRecord) -> int | N
     if end <= 0 or gain <= STILL * late:
         return None
     ratio = min(max(gain / before, 0.1), 0.9) if before > 0 else 0.9
-    quarters = min(math.ceil(math.log(LEVEL * end / gain, ratio)) if gain > LEVEL * end else 1, MOST_QUARTERS)
-    return max(1, math.ceil(quarters * epochs / 4))
+    return min(math.ceil(math.log(LEVEL * end / gain, ratio)) if gain > LEVEL * end else 1, MOST_QUARTERS)
 
 
 def _quarters(points: Points) -> list[float]:
@@ -159,13 +161,16 @@ def _epochs(record: RunRecord, step: int) -> int | None:
     return math.ceil(round(epochs * step / record.step, 3)) if epochs else None
 
 
-def _try(more: int, record: RunRecord) -> str:
+def _falling(kind: Kind, text: str, quarters: int, record: RunRecord) -> Ending:
+    """What to try: epochs, or steps where the recipe counts those."""
     done = record.finished.epochs if record.finished else 0.0
+    more = max(1, math.ceil(quarters * done / 4))
     if record.recipe and record.recipe.train.iters:
-        steps = math.ceil(more * record.step / done)
-        return f"{steps} more steps may lower it (train.iters={record.step + steps})"
-    done = math.ceil(done)
-    return f"{more} more epoch{'s' if more > 1 else ''} may lower it (train.epochs={done + more})"
+        steps = math.ceil(quarters * record.step / 4)
+        longer = f"{steps} more step{'s' if steps > 1 else ''} may lower it (train.iters={record.step + steps})"
+    else:
+        longer = f"{more} more epoch{'s' if more > 1 else ''} may lower it (train.epochs={math.ceil(done) + more})"
+    return Ending(kind, f"{text} still falling: {longer}", more)
 
 
 def _loss(value: float) -> str:

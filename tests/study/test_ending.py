@@ -180,6 +180,12 @@ def test_a_run_of_so_many_steps_is_told_steps() -> None:
     assert found.text.endswith(f"{more} more steps may lower it (train.iters={40 + more})")
 
 
+def test_a_part_of_an_epoch_is_told_to_go_on_for_twice_as_long_at_most() -> None:
+    """Where the recipe counts steps, an epoch may be many times the run."""
+    found = ending(record({0: 4.0, 40: 0.2}, falling(0.1), epochs=0.1, settings={"iters": 40}))
+    assert found is not None and found.text.endswith(": 60 more steps may lower it (train.iters=100)")
+
+
 def test_a_run_without_a_step_has_no_ending() -> None:
     assert ending(record({0: 4.0}, steps=0, stopped_by=None)) is None
 
