@@ -19,9 +19,6 @@ def figures(record: RunRecord) -> dict[str, Any]:
     done, first = record.finished, record.first
     found = ending(record)
     base = next((line.loss for line in record.evaluations if line.step == 0), None)
-    best = min(
-        (e for e in record.evaluations if e.step and e.loss is not None), key=lambda e: e.loss or 0, default=None
-    )
     return {
         "state": record.state,
         "stopped_by": record.stopped_by,
@@ -32,7 +29,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
         "base_valid_loss": base,
         "train_loss": record.train_loss,
         "best_valid_loss": record.best_valid_loss,
-        "best_step": best.step if best else None,
+        "best_step": record.kept.step if record.kept else None,
         "seconds": done.seconds if done else None,
         "trained_tokens": done.trained_tokens if done else None,
         "peak_memory_bytes": done.peak_memory_bytes if done else None,

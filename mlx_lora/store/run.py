@@ -152,8 +152,14 @@ class RunRecord(BaseModel):
         return self.finished.train_loss if self.finished else self.steps[-1].loss if self.steps else None
 
     @property
+    def kept(self) -> Evaluation | None:
+        """The validation whose adapter is kept. None where that is the last step's: no validation was within max_drift,
+        or there was none."""
+        return next((line for line in reversed(self.evaluations) if line.best and line.loss is not None), None)
+
+    @property
     def best_valid_loss(self) -> float | None:
-        return min((line.loss for line in self.evaluations if line.step and line.loss is not None), default=None)
+        return self.kept.loss if self.kept else None
 
     def summary(self) -> dict[str, Any]:
         """One entry of `runs list --json`."""

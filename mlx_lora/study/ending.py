@@ -12,15 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_lora.store.run import CAN_GO_ON, RunRecord
+from mlx_lora.store.run import RunRecord
+from mlx_lora.study.statistics import LEAST_ROWS
 
-Kind = Literal["falling", "levelled", "unfinished", "best_before_end", "no_better", "too_few", "unknown"]
+Kind = Literal["falling", "levelled", "unfinished", "best_before_end", "drifted", "no_better", "too_few", "unknown"]
+# What ends a run that has all its steps, or needs no more.
+ALL_STEPS, NO_MORE = ("epochs", "iters"), ("patience", "drift")
 # A last quarter that lowered the loss by more than this share was still falling; one of less has levelled off.
 STILL, LEVEL = 0.03, 0.01
 # Quarters that more training is proposed for, at most: the run again, twice.
 MOST_QUARTERS = 8
-# Fewer validation rows can't tell a difference of less than CLEAR, as a share of the base's loss.
-FEW_ROWS, CLEAR = 20, 0.2
+# Fewer validation rows than LEAST_ROWS can't tell a difference of less than this share of the base's loss.
+CLEAR = 0.2
 # An adapter that is better than the base by less than this share is no better; a loss that rises by less hasn't risen.
 NO_GAIN, NO_RISE = 0.002, 0.02
 
@@ -50,43 +53,63 @@ def ending(record: RunRecord) -> Ending | None:
 def _judged(measured: dict[int, float], losses: Points, rows: int | None, record: RunRecord) -> Ending:
     after = {step: loss for step, loss in measured.items() if step}
     base = measured.get(0)
-    more = _more_epochs(sorted(measured.items()), losses, record)
+    more = _more_quarters(sorted(measured.items()), losses, record)
     if not after:
-        return _without_validation(losses, more, record)
-    best = min(after, key=lambda step: (after[step], step))
+        return _without_validation(losses, more, rows, record)
     last = max(after)
-    if base is not None and rows is not None and rows < FEW_ROWS and abs(base - after[best]) < CLEAR * base:
+    kept = record.kept.step if record.kept else last
+    if record.recipe and record.recipe.train.max_drift is not None and (drifted := _drifted(base, after, record)):
+        return drifted
+    if base is not None and rows is not None and rows < LEAST_ROWS and abs(base - after[kept]) < CLEAR * base:
         of = f"{rows} validation row{'s' if rows != 1 else ''}"
-        text = f"{of}, and a loss of {_loss(base)} before and {_loss(after[best])} after: too few rows to say more"
-        return Ending("too_few", f"{text}; {FEW_ROWS} or more would tell")
-    if base is not None and after[best] >= base * (1 - NO_GAIN):
-        return _no_better(base, after[best], losses)
+        text = f"{of}, and a loss of {_loss(base)} before and {_loss(after[kept])} after: too few rows to say more"
+        return Ending("too_few", f"{text}; {LEAST_ROWS} or more would")
+    if base is not None and after[kept] >= base * (1 - NO_GAIN):
+        return _no_better(base, after[kept], losses)
     fell = f"the validation loss fell from {_loss(base)} " if base is not None else "the validation loss came "
-    if after[last] > after[best] * (1 + NO_RISE):
-        epochs = _epochs(record, best)
+    if after[last] > after[kept] * (1 + NO_RISE):
+        epochs = _epochs(record, kept)
         enough = f"; train.epochs={epochs} would be enough" if epochs and epochs < (_epochs(record, last) or 0) else ""
-        text = f"{fell}to {_loss(after[best])} at step {best}, then rose to {_loss(after[last])}"
-        return Ending("best_before_end", f"{text}: the adapter of step {best} is kept{enough}")
-    if record.stopped_by in CAN_GO_ON:
-        return Ending("unfinished", f"{fell}to {_loss(after[best])} at step {best}")
+        text = f"{fell}to {_loss(after[kept])} at step {kept}, then rose to {_loss(after[last])}"
+        return Ending("best_before_end", f"{text}: the adapter of step {kept} is kept{enough}")
+    if record.stopped_by not in (*ALL_STEPS, *NO_MORE):
+        return Ending("unfinished", f"{fell}to {_loss(after[kept])} at step {kept}")
     text = f"{fell}to {_loss(after[last])}"
     if more:
-        return Ending("falling", f"{text} and was still falling: {_try(more, record)}", more)
-    where = f"; it was lowest at step {best}, whose adapter is kept" if best < last else ""
+        return _falling("falling", f"{text} and was", more, record)
+    where = f"; it was lowest at step {kept}, whose adapter is kept" if kept < last else ""
     return Ending("levelled", f"{text} and has levelled off{where}")
 
 
-def _without_validation(losses: Points, more: int | None, record: RunRecord) -> Ending:
+def _drifted(base: float | None, after: dict[int, float], record: RunRecord) -> Ending | None:
+    """Where train.max_drift has decided which adapter is kept, and not the loss alone."""
+    if record.kept is None:
+        text = "no validation was within train.max_drift: the last adapter is kept, which is over it"
+        return Ending("drifted", f"{text}; a lower train.learning_rate or a smaller train.eval_every may help")
+    loss = after[record.kept.step]
+    if loss <= min(after.values()):
+        return None
+    before = f"{_loss(base)} before and " if base is not None else ""
+    text = f"the validation loss was {before}{_loss(loss)} at step {record.kept.step}, whose adapter is kept"
+    return Ending("drifted", f"{text}; lower ones were further from the base than train.max_drift allows")
+
+
+def _without_validation(losses: Points, more: int | None, rows: int | None, record: RunRecord) -> Ending:
     """Training loss alone can't say whether new rows are answered better."""
-    falling = f"; the training loss was still falling: {_try(more, record)}" if more else ""
     text = "no validation loss says whether it helped: keep some rows aside in a valid.jsonl"
-    return Ending("unknown", text + falling, more)
+    if rows and any(line.step for line in record.evaluations):
+        text = "the validation loss was no number: a lower train.learning_rate may help"
+    elif rows:
+        text = "the validation rows have not been looked at since the first step"
+    if more:
+        return _falling("unknown", f"{text}; the training loss was", more, record)
+    return Ending("unknown", text)
 
 
 def _no_better(base: float, best: float, losses: Points) -> Ending:
     """The adapter answers new rows no better than the base does; what to do depends on the training rows."""
     text = f"no better than the base: the validation loss is {_loss(best)}, and {_loss(base)} without the adapter"
-    first, second, *_, end = _quarters(losses) if len(losses) >= 4 else [0.0, 0.0, 0.0, 0.0]
+    first, *_, end = _quarters(losses) if len(losses) >= 4 else [0.0, 0.0, 0.0, 0.0]
     if end > first:
         return Ending("no_better", f"{text}; the training loss rose as well: a lower train.learning_rate may help")
     if end < first * (1 - CLEAR):
@@ -96,10 +119,12 @@ def _no_better(base: float, best: float, losses: Points) -> Ending:
     return Ending("no_better", f"{text}; little was learned: more epochs or a higher train.learning_rate may help")
 
 
-def _more_epochs(measured: Points, losses: Points, record: RunRecord) -> int | None:
-    """Epochs that a run still falling at its end might go on for; None where it has levelled off or can't be told."""
-    epochs = record.finished.epochs if record.finished else 0.0
-    if not epochs or record.stopped_by in CAN_GO_ON:
+def _more_quarters(measured: Points, losses: Points, record: RunRecord) -> int | None:
+    """Quarters of itself that a run still falling at its end might go on for.
+
+    None where it has levelled off, was stopped, or can't be told.
+    """
+    if record.stopped_by not in ALL_STEPS:
         return None
     if len(measured) >= 5:
         steps = [round(record.step * part) for part in (0.5, 0.75, 1.0)]
@@ -112,8 +137,7 @@ def _more_epochs(measured: Points, losses: Points, record: RunRecord) -> int | N
     if end <= 0 or gain <= STILL * late:
         return None
     ratio = min(max(gain / before, 0.1), 0.9) if before > 0 else 0.9
-    quarters = min(math.ceil(math.log(LEVEL * end / gain, ratio)) if gain > LEVEL * end else 1, MOST_QUARTERS)
-    return max(1, math.ceil(quarters * epochs / 4))
+    return min(math.ceil(math.log(LEVEL * end / gain, ratio)) if gain > LEVEL * end else 1, MOST_QUARTERS)
 
 
 def _quarters(points: Points) -> list[float]:
@@ -137,13 +161,16 @@ def _epochs(record: RunRecord, step: int) -> int | None:
     return math.ceil(round(epochs * step / record.step, 3)) if epochs else None
 
 
-def _try(more: int, record: RunRecord) -> str:
+def _falling(kind: Kind, text: str, quarters: int, record: RunRecord) -> Ending:
+    """What to try: epochs, or steps where the recipe counts those."""
     done = record.finished.epochs if record.finished else 0.0
+    more = max(1, math.ceil(quarters * done / 4))
     if record.recipe and record.recipe.train.iters:
-        steps = math.ceil(more * record.step / done)
-        return f"{steps} more steps may lower it (train.iters={record.step + steps})"
-    done = math.ceil(done)
-    return f"{more} more epoch{'s' if more > 1 else ''} may lower it (train.epochs={done + more})"
+        steps = math.ceil(quarters * record.step / 4)
+        longer = f"{steps} more step{'s' if steps > 1 else ''} may lower it (train.iters={record.step + steps})"
+    else:
+        longer = f"{more} more epoch{'s' if more > 1 else ''} may lower it (train.epochs={math.ceil(done) + more})"
+    return Ending(kind, f"{text} still falling: {longer}", more)
 
 
 def _loss(value: float) -> str:
@@ -159,4 +186,4 @@ def _stopped(record: RunRecord) -> str:
         "drift": "stopped because the model moved further from the base than train.max_drift allows; ",
         "patience": f"stopped at step {record.step} of {record.planned_steps}, when validation gained nothing more; ",
     }
-    return reasons.get(record.stopped_by or "", "")
+    return reasons.get(record.stopped_by or "", "") if record.finished else "so far, "

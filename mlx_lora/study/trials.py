@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-DRAWS = 2000
+from mlx_lora.study.statistics import bootstrap_t
 
 
 @dataclass(frozen=True)
@@ -102,23 +101,15 @@ class Found:
     compared: int
 
 
-@lru_cache(maxsize=2)
-def _draws(rows: int, seed: int) -> np.ndarray:
-    """How often each row is in each draw, int64 (DRAWS, rows)."""
-    return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=DRAWS)
+def difference(worse: Sequence[float], better: Sequence[float], tokens: Sequence[int]) -> Difference:
+    """The mean loss of one trial less that of another, nats per token, of rows' summed losses; with its interval.
 
-
-def difference(worse: Sequence[float], better: Sequence[float], tokens: Sequence[int], seed: int = 0) -> Difference:
-    """The mean loss of one trial less that of another, nats per token; the interval by paired bootstrap over rows.
-
-    Every draw takes as many rows as there are, with repetition, and the same ones of both trials (percentile interval;
-    Efron and Tibshirani 1993, chapter 13).
+    The interval is that of a verdict (`study.statistics`). Rows without tokens are left out.
     """
-    apart, counts = np.asarray(worse, float) - np.asarray(better, float), np.asarray(tokens, float)
+    counts = np.asarray(tokens, float)
+    kept = counts > 0
+    apart, counts = (np.asarray(worse, float) - np.asarray(better, float))[kept], counts[kept]
     nats = float(apart.sum() / counts.sum())
-    rows = len(counts)
-    if rows < 2:
+    if len(counts) < 2:
         return Difference(nats)
-    drawn = _draws(rows, seed)
-    low, high = np.percentile(drawn @ apart / (drawn @ counts), [2.5, 97.5])
-    return Difference(nats, float(low), float(high))
+    return Difference(nats, *bootstrap_t(apart, counts))

@@ -106,7 +106,8 @@ def epochs(settings: Train, rows: int) -> tuple[int, str]:
     if settings.iters:
         return max(math.ceil(settings.iters / per_epoch), 1), ""
     passes = min(max(round(STEPS / per_epoch), 1), MOST_EPOCHS)
-    return passes, f"{rows} rows make {passes * per_epoch} steps"
+    made = "makes" if rows == 1 else "make"
+    return passes, f"{_counted(rows, 'row')} {made} {_counted(passes * per_epoch, 'step')}"
 
 
 def learning_rate(settings: Train, adapter: Adapter, hidden: int, rows: int) -> tuple[float, str]:
@@ -125,7 +126,7 @@ def learning_rate(settings: Train, adapter: Adapter, hidden: int, rows: int) -> 
     if settings.loraplus_ratio is not None:
         # B's rate is so many times A's: their geometric mean stays. With 16 the embedded base's sql was best at 1e-3.
         rate /= math.sqrt(settings.loraplus_ratio)
-    return _rounded(rate), f"for {adapter.method} over a base of width {hidden}, in {steps} steps"
+    return _rounded(rate), f"for {adapter.method} over a base of width {hidden}, in {_counted(steps, 'step')}"
 
 
 def eval_every(settings: Train, rows: int, valid: int) -> tuple[int | None, str]:
@@ -137,7 +138,7 @@ def eval_every(settings: Train, rows: int, valid: int) -> tuple[int | None, str]
     passes = 1 if settings.max_drift is None else 2  # the base runs too
     affordable = int(SHARE * trained / (FORWARD * passes * valid))
     every = math.ceil(steps / min(max(affordable, 1), EVALUATIONS))
-    return every, f"{math.ceil(steps / every)} validations on {valid} rows"
+    return every, f"{_counted(math.ceil(steps / every), 'validation')} on {_counted(valid, 'row')}"
 
 
 def patience(settings: Train, rows: int, valid: int) -> tuple[int | None, str]:
@@ -162,5 +163,9 @@ def _rounded(value: float) -> float:
     return float(f"{value:.1e}")
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _shown(value: Any) -> str:
-    return "null" if value is None else f"{value:g}"
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -12,6 +12,7 @@ import pytest
 
 from mlx_lora import paths
 from mlx_lora.errors import MlxLoraError, NameTaken
+from mlx_lora.report.compare import figures
 from mlx_lora.store import run as runs
 from mlx_lora.store.run import METRICS, Evaluation, FinishedLine, RunRecord, Started, StepLine
 
@@ -133,6 +134,13 @@ def test_a_run_in_training_is_running_and_not_removed(home: Path) -> None:
 
 def test_the_best_loss_is_never_the_untrained_one(home: Path) -> None:
     losses = {0: 1.0, 2: 3.0, 4: 2.0}
-    write("mine", STARTED, *(Evaluation(step=step, loss=loss) for step, loss in losses.items()))
+    write("mine", STARTED, *(Evaluation(step=step, loss=loss, best=step > 0) for step, loss in losses.items()))
     record: RunRecord = runs.read("mine")
     assert record.best_valid_loss == 2.0
+
+
+def test_the_best_loss_is_that_of_the_adapter_that_is_kept(home: Path) -> None:
+    """Over train.max_drift a lower loss isn't the best: see `train.trainer`."""
+    lines = [Evaluation(step=2, loss=3.0, best=True, drift=0.1), Evaluation(step=4, loss=2.0, drift=0.9)]
+    write("mine", STARTED, *lines)
+    assert runs.read("mine").best_valid_loss == 3.0 and figures(runs.read("mine"))["best_step"] == 2

@@ -23,9 +23,12 @@ def record(
     stopped_by: str | None = "epochs",
     rows: int | None = 50,
     settings: dict[str, Any] | None = None,
+    best: int | None = None,
 ) -> RunRecord:
+    """`best` is the step whose adapter is kept: that of the lowest loss by default, 0 for none."""
     losses = train or [1.0] * steps
-    best = min((step for step in valid if step), key=lambda step: valid[step], default=None)
+    finite = [step for step in valid if step and math.isfinite(valid[step])]
+    best = best if best is not None else min(finite, key=lambda step: valid[step], default=0)
     finished = FinishedLine(iters=steps, epochs=epochs, stopped_by=stopped_by) if stopped_by else None
     return RunRecord(
         name="mine",
@@ -36,7 +39,10 @@ def record(
         steps=[
             StepLine(step=number, steps=planned or steps, loss=loss) for number, loss in enumerate(losses[:steps], 1)
         ],
-        evaluations=[Evaluation(step=step, loss=loss, best=step == best) for step, loss in valid.items()],
+        evaluations=[
+            Evaluation(step=step, loss=loss if math.isfinite(loss) else None, best=0 < step == best)
+            for step, loss in valid.items()
+        ],
         finished=finished,
     )
 
@@ -77,20 +83,58 @@ CASES = {
     ),
     "too few": (
         record({0: 2.0, 40: 1.9}, rows=4), "too_few",
-        "4 validation rows, and a loss of 2 before and 1.9 after: too few rows to say more; 20 or more would tell",
+        "4 validation rows, and a loss of 2 before and 1.9 after: too few rows to say more; 20 or more would",
     ),
     "few, but clear": (
         record({0: 8.0, 10: 1.0, 20: 0.5, 30: 0.49, 40: 0.49}, rows=4), "levelled",
         "the validation loss fell from 8 to 0.49 and has levelled off; it was lowest at step 30, whose adapter is kept",
     ),
     "no validation rows": (
-        record({}), "unknown",
+        record({}, rows=0), "unknown",
         "no validation loss says whether it helped: keep some rows aside in a valid.jsonl",
     ),
     "drift": (
-        record({0: 4.0, 20: 1.0, 40: 0.99}, stopped_by="drift"), "levelled",
+        record({0: 4.0, 20: 1.0, 30: 0.7, 40: 0.5}, stopped_by="drift", best=20, settings={"max_drift": 0.1}),
+        "drifted",
+        "stopped because the model moved further from the base than train.max_drift allows; the validation loss was 4 "
+        "before and 1 at step 20, whose adapter is kept; lower ones were further from the base than train.max_drift "
+        "allows",
+    ),
+    "drift from the beginning": (
+        record({0: 4.0, 20: 0.7, 40: 0.5}, stopped_by="drift", best=0, settings={"max_drift": 0.1}), "drifted",
+        "stopped because the model moved further from the base than train.max_drift allows; no validation was within "
+        "train.max_drift: the last adapter is kept, which is over it; a lower train.learning_rate or a smaller "
+        "train.eval_every may help",
+    ),
+    "drift, and the loss rose": (
+        record({0: 4.0, 20: 1.0, 40: 2.0}, stopped_by="drift", planned=80, settings={"max_drift": 0.1}),
+        "best_before_end",
         "stopped because the model moved further from the base than train.max_drift allows; the validation loss fell "
-        "from 4 to 0.99 and has levelled off",
+        "from 4 to 1 at step 20, then rose to 2: the adapter of step 20 is kept; train.epochs=2 would be enough",
+    ),
+    "not a number": (
+        record({0: 4.0, 10: 2.0, 20: 1.0, 30: 0.5, 40: math.nan}, falling(1.0), planned=80, stopped_by="nonfinite"),
+        "unfinished",
+        "stopped at step 40, where the loss was no number any more; the validation loss fell from 4 to 0.5 at step 30",
+    ),
+    "never a number": (
+        record({0: 4.0, 40: math.nan}, planned=80, stopped_by="nonfinite"), "unknown",
+        "stopped at step 40, where the loss was no number any more; the validation loss was no number: a lower "
+        "train.learning_rate may help",
+    ),
+    "interrupted before a validation": (
+        record({0: 4.0}, planned=80, stopped_by="interrupted"), "unknown",
+        "stopped at step 40 of 80; the validation rows have not been looked at since the first step",
+    ),
+    "running": (
+        record({0: 4.0, 20: 1.0, 40: 0.995}, planned=80, stopped_by=None), "unfinished",
+        "so far, the validation loss fell from 4 to 0.995 at step 40",
+    ),
+    "patience while it fell": (
+        record({0: 4.0, 10: 2.0, 20: 1.1, 30: 1.0, 40: 1.01}, falling(1.0), planned=80, stopped_by="patience"),
+        "levelled",
+        "stopped at step 40 of 80, when validation gained nothing more; the validation loss fell from 4 to 1.01 and "
+        "has levelled off; it was lowest at step 30, whose adapter is kept",
     ),
     "patience": (
         record({0: 4.0, 20: 1.0, 40: 2.0}, planned=80, stopped_by="patience"), "best_before_end",
@@ -134,6 +178,12 @@ def test_a_run_of_so_many_steps_is_told_steps() -> None:
     assert found is not None and found.more_epochs is not None
     more = found.more_epochs * 10
     assert found.text.endswith(f"{more} more steps may lower it (train.iters={40 + more})")
+
+
+def test_a_part_of_an_epoch_is_told_to_go_on_for_twice_as_long_at_most() -> None:
+    """Where the recipe counts steps, an epoch may be many times the run."""
+    found = ending(record({0: 4.0, 40: 0.2}, falling(0.1), epochs=0.1, settings={"iters": 40}))
+    assert found is not None and found.text.endswith(": 60 more steps may lower it (train.iters=100)")
 
 
 def test_a_run_without_a_step_has_no_ending() -> None:

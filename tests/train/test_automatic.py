@@ -28,6 +28,14 @@ def test_nothing_is_left_to_choose_and_each_choice_is_said() -> None:
     assert automatic.choose(Train(), Adapter(), hidden=576, rows=72, valid=8) == made
 
 
+def test_one_of_a_thing_is_said_as_one_and_a_large_number_whole() -> None:
+    made = automatic.choose(Train(), Adapter(), hidden=576, rows=1, valid=1)
+    assert made.sentences[0] == "train.epochs is 10: 1 row makes 10 steps"
+    assert made.sentences[2] == "train.eval_every is 1: 10 validations on 1 row"
+    once = automatic.choose(Train(iters=2_000_001), Adapter(), hidden=576, rows=100, valid=10**8)
+    assert once.sentences[1] == "train.eval_every is 2000001: 1 validation on 100000000 rows"
+
+
 @pytest.mark.parametrize(("hidden", "theirs"), [(2048, 4.91e-4), (4096, 2.86e-4)], ids=["llama-3.2-1b", "llama-3.1-8b"])
 def test_the_rate_of_a_long_run_is_the_published_formula(hidden: int, theirs: float) -> None:
     assert chosen(hidden=hidden, iters=1000).learning_rate == pytest.approx(theirs, rel=0.02)

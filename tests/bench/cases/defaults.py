@@ -50,7 +50,7 @@ def tables(figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[Any]
     title = (
         "Loss on test rows in nats per token, and the share answered exactly, after training with nothing but model, "
         "data and name: as the defaults are, and as they were (one epoch at 2e-4, evaluated at its end). The gain over "
-        "the base is an interval of 95 %, rows drawn again in pairs."
+        "the base is an interval of 95 %, as `verdict` has it."
     )
     rows = [
         [f"{task}, {label}", run["rows"], run["steps"], run["base_loss"], run["loss"],
