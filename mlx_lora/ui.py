@@ -268,6 +268,11 @@ def _plain(label: str, total: int | None) -> Callable[[int, str], None]:
     return advance
 
 
+def watched() -> bool:
+    """Whether standard error is a terminal: what is shown there isn't kept in a file."""
+    return err.is_terminal
+
+
 def asks() -> bool:
     """Whether there is somebody to ask."""
     return sys.stdin.isatty()

@@ -28,7 +28,7 @@ def train(
     force: Force = False,
     samples: Annotated[
         bool | None,
-        typer.Option("--samples/--no-samples", help="Show answers at the end; the default, not with --json."),
+        typer.Option("--samples/--no-samples", help="Show answers at the end; by default in a terminal."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -64,7 +64,7 @@ def train(
         raise
     if group.rank:
         samples = False
-    show(run, json=json, samples=not json if samples is None else samples)
+    show(run, json=json, samples=ui.watched() and not json if samples is None else samples)
     check_end(run, stop)
 
 

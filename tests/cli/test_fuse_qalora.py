@@ -15,6 +15,7 @@ from tests.conftest import write_model
 Run = Callable[..., Ran]
 SETTINGS = (
     "adapter.method=qalora", "quantize.bits=4", "quantize.group_size=32", "train.batch_size=4", "train.iters=4",
+    "train.learning_rate=2e-4",
 )  # fmt: skip
 
 

@@ -21,11 +21,12 @@ TEXT = ("twice", "say 2")
 
 @pytest.fixture
 def words(tiny_path: Path, data: Path) -> list[Any]:
-    return ["train", "--model", tiny_path, "--data", data, "--name", "mine", "train.iters=2", "adapter.rank=4"]
+    return ["train", "--model", tiny_path, "--data", data, "--name", "mine", "train.iters=2", "adapter.rank=4",
+            "train.learning_rate=2e-4", "train.eval_every=null"]  # fmt: skip
 
 
 def test_a_run_ends_with_a_sentence_and_answers_beside_the_wanted_ones(run: Run, words: list[Any], home: Path) -> None:
-    ran = run(*words)
+    ran = run(*words, "--samples")
     figures, sentence, path = ran.out.splitlines()
     assert figures.startswith("mine: train loss") and path == str(home / "adapters" / "mine")
     assert "5 validation rows" in sentence and "too few rows to say more" in sentence
@@ -40,7 +41,7 @@ def test_a_run_ends_with_a_sentence_and_answers_beside_the_wanted_ones(run: Run,
 @pytest.mark.parametrize(
     ("options", "there"),
     [
-        (["--no-samples"], False),
+        ([], False),  # standard error is no terminal
         (["--json"], False),
         pytest.param(["--json", "--samples"], True, marks=pytest.mark.real),
     ],
@@ -66,7 +67,7 @@ def test_ctrl_c_while_answering_loses_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Engine, "stream", interrupted)
-    ran = run(*words)
+    ran = run(*words, "--samples")
     assert ran.code == 130 and ran.out.splitlines()[-1] == str(home / "adapters" / "mine")
     assert "the adapter is stored" in ran.err and run("runs", "show", "mine").out.startswith("mine is finished")
 
@@ -79,7 +80,7 @@ def test_the_answers_are_those_of_the_adapter_that_was_kept(
     seen: list[Any] = []
     before = samples.read
     monkeypatch.setattr(samples, "read", lambda path: seen.append(path) or before(path))
-    assert run(*words, "train.eval_every=1").code == 0
+    assert run(*words, "train.eval_every=1", "--samples").code == 0
     assert [path.name for path in seen] == ["mine"]
 
 
@@ -153,7 +154,7 @@ def test_two_runs_are_compared(run: Run, trained: Ran, words: list[Any]) -> None
     assert "adapter.rank" not in shown and "train.iters" in shown and "best valid loss" in shown and "┤" in shown
     found = run("runs", "compare", "mine", "other", "--json").json
     assert found["runs"] == ["mine", "other"] and found["settings"]["train.iters"] == [4, 2]
-    assert found["settings"]["train.eval_every"] == [None, 1] and "name" not in found["settings"]
+    assert found["settings"]["train.eval_every"] == [4, 1] and "name" not in found["settings"]
     mine, other = found["results"]
     assert mine["best_valid_loss"] == trained.json["best_valid_loss"] and mine["rows"] == 24 and other["steps"] == 2
     assert [step for step, _ in found["losses"][1]] == [0, 1, 2]
