@@ -80,8 +80,8 @@ def _support(folder: Path) -> str:
 def tables(figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[Any]]]]:
     title = (
         f"`mlx-lora tune` within {' and '.join(map(str, MINUTES.values()))} minutes, its rate trained in full "
-        "against the best of eight rates from 2.5e-4 to 3.2e-2, each trained in full: nats a token behind that best, on "
-        "the rows that chose and on others."
+        "against the best of eight rates from 2.5e-4 to 3.2e-2, each trained in full: nats a token behind that best, "
+        "on the rows that chose and on others."
     )
     rows = [
         [name, f"{found['default']:g}", f"{found['rate']:g}", len(found["trials"]), found["seconds"] / 60,
