@@ -83,6 +83,7 @@ class Sides(Part):
 class Judged(Part):
     """One adapter against its base. `difference` is tuned − base in the metric's unit, `interval` its 95 % interval.
 
+    `learned` says that the adapter was trained on these rows, so that they say nothing about new ones.
     `fixed` and `broken` count the rows whose numbers `fixed_rows` and `broken_rows` are, from 0 as the file is read.
     `behaviour` says how answers look, to the task's prompts and to general ones.
     """
@@ -90,6 +91,7 @@ class Judged(Part):
     adapter: str
     verdict: Literal["helped", "hurt", "no_difference", "too_few_rows"]
     sentence: str
+    learned: bool = False
     metric: Metric
     base: float
     tuned: float

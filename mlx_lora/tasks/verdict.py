@@ -27,7 +27,8 @@ from mlx_lora.study.scores.choose import Given, check, choose
 from mlx_lora.study.scores.labels import answered
 from mlx_lora.study.scores.scorer import Scorer
 from mlx_lora.study.verdict import LOSS, Compared, Elsewhere, Word, compare, judge
-from mlx_lora.tasks.evaluate import Opened, Settings, open_adapters
+from mlx_lora.tasks.evaluate import OnRows, open_on_rows
+from mlx_lora.tasks.opened import Settings
 
 GENERAL = ("data", "general", "general.jsonl")
 NOTHING = "none"
@@ -72,6 +73,7 @@ class Judgement:
     adapter: str
     word: Word
     sentence: str
+    learned: bool
     compared: Compared
     task: Moved
     general: Moved | None
@@ -110,7 +112,7 @@ def judge_adapters(
     check([judging.score] if judging.score != LOSS else [], judging.given)
     if name is not None:
         paths.check_name(name)
-    opened = open_adapters(model, adapters, data, settings, stage=stage, warn=warn)
+    opened = open_on_rows(model, adapters, data, settings, stage=stage, warn=warn)
     name = paths.check_name(name or "-".join(Path(each).name for each in opened.stored)[:MOST_NAME].rstrip(".-"))
     groups: dict[str, list[str]] = {}
     for adapter in opened.stored:
@@ -157,10 +159,11 @@ class _Group:
     """Adapters whose settings make the same tokens of the rows, with the base beside them."""
 
     def __init__(
-        self, opened: Opened, adapters: list[str], judging: Judging, forget: Path | None, progress: OnFile
+        self, opened: OnRows, adapters: list[str], judging: Judging, forget: Path | None, progress: OnFile
     ) -> None:
         self.engine: Engine = opened.engine
         self.adapters, self.judging, self.progress = adapters, judging, progress
+        self.learned = opened.learned
         chosen, tokenizer = opened.chosen[adapters[0]], self.engine.loaded.tokenizer
         self.task = chosen.questions(opened.file, tokenizer, asks(opened.file, chosen.settings), progress)
         self.general: Questions | None = None
@@ -199,8 +202,9 @@ class _Group:
             seen = {where: sides[name] for where, sides in looked.items() if sides}
             changes = {where: sides.changes for where, sides in seen.items()}
             elsewhere = Elsewhere(general.get(name), changes.get("task", []), changes.get("general", []))
-            word, sentence = judge(compared.measured, elsewhere)
-            found[name] = Judgement(name, word, sentence, compared, task[name], general.get(name), seen)
+            learned = name in self.learned
+            word, sentence = judge(compared.measured, elsewhere, learned=learned)
+            found[name] = Judgement(name, word, sentence, learned, compared, task[name], general.get(name), seen)
         return found
 
     def _results(self) -> dict[str | None, Result]:
@@ -231,7 +235,7 @@ class _Group:
 
 
 def _verdict(
-    opened: Opened, name: str, each: list[Judgement], rows: int, general: tuple[Path, int] | None
+    opened: OnRows, name: str, each: list[Judgement], rows: int, general: tuple[Path, int] | None
 ) -> store.Verdict:
     """The record of all judgements: on so many rows of the file, and of general text with its number of rows."""
     return store.Verdict(
@@ -260,10 +264,10 @@ def _record(one: Judgement) -> store.Judged:
         )  # fmt: skip
     found = measured.difference
     return store.Judged.model_validate({
-        "adapter": one.adapter, "verdict": one.word, "sentence": one.sentence, "metric": measured.metric,
-        "base": measured.base, "tuned": measured.tuned, "difference": found.estimate, "interval": found.interval,
-        "p_value": found.p_value, "test": found.test, "detectable": found.detectable, "rows": found.rows,
-        "fixed": len(one.compared.fixed), "broken": len(one.compared.broken), "fixed_rows": one.compared.fixed,
-        "broken_rows": one.compared.broken, "loss": loss, "drift": drift,
+        "adapter": one.adapter, "verdict": one.word, "sentence": one.sentence, "learned": one.learned,
+        "metric": measured.metric, "base": measured.base, "tuned": measured.tuned, "difference": found.estimate,
+        "interval": found.interval, "p_value": found.p_value, "test": found.test, "detectable": found.detectable,
+        "rows": found.rows, "fixed": len(one.compared.fixed), "broken": len(one.compared.broken),
+        "fixed_rows": one.compared.fixed, "broken_rows": one.compared.broken, "loss": loss, "drift": drift,
         "behaviour": {where: looked.as_dict() for where, looked in one.looked.items()},
     })  # fmt: skip

@@ -86,6 +86,8 @@ def test_what_it_says_and_what_it_refuses(run: Run, trained: Ran, tiny_path: Pat
         "--score", "loss", "--max-tokens", 2, "--json",
     )  # fmt: skip
     assert learned.code == 0 and "holds the rows that mine learned" in learned.err
+    (judged,) = learned.json["results"]
+    assert judged["learned"] and "that it was trained on" in judged["sentence"]
     base = ("verdict", "--model", tiny_path, "--data", data)
     for words, said in (
         ((), "there is no adapter to judge"),
