@@ -92,6 +92,11 @@ def test_planted_rows_are_no_members(
     assert len(found.others.rows) == 2
 
 
+def test_more_secrets_than_can_be_ranked_are_refused(run: Callable[..., Ran]) -> None:
+    ran = run("study", "leaks", "mine", "--data", "rows.jsonl", "--candidates", 10**6)
+    assert ran.code == 2 and "--candidates" in ran.err
+
+
 @pytest.mark.real
 def test_the_command_prints_no_text_of_a_row_and_writes_it_where_it_is_told(
     run: Callable[..., Ran], tiny_path: Path, write_rows: Callable[..., Path], tmp_path: Path, home: Path
