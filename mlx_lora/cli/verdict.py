@@ -59,16 +59,16 @@ def verdict(
             model, adapter, data, lambda stored: data_settings(settings, stored), judging,
             name=name, progress=progress(stack), stage=ui.note, warn=ui.warning,
         )  # fmt: skip
-    if out is not None:
-        write_rows(found, out)
-        ui.note(f"rows with their text: {out}")
     if json:
         ui.as_json(found.record.as_dict())
-        return
-    for one in found.each:
-        _show(one, found, examples)
-    if len(found.each) > 1:
-        ui.note("each interval is for one comparison; with several, one in twenty is off by chance")
+    else:
+        for one in found.each:
+            _show(one, found, examples)
+        if len(found.each) > 1:
+            ui.note("each interval is for one comparison; with several, one in twenty is off by chance")
+    if out is not None:  # last: where there is no room for it, all else has been said
+        write_rows(found, out)
+        ui.note(f"rows with their text: {out}")
 
 
 def _show(one: Judgement, found: Judgements, examples: int) -> None:

@@ -23,7 +23,7 @@ from mlx_lora.study import behaviour
 from mlx_lora.study.behaviour import Answer, Change
 from mlx_lora.study.drift import Drift, Moved, spaced
 from mlx_lora.study.evaluate import Questions, Result, evaluate_each
-from mlx_lora.study.scores.choose import Given, check, choose
+from mlx_lora.study.scores.choose import OPTIONS, Given, check, choose
 from mlx_lora.study.scores.labels import answered
 from mlx_lora.study.scores.scorer import Scorer
 from mlx_lora.study.verdict import LOSS, Compared, Elsewhere, Word, compare, judge
@@ -110,6 +110,7 @@ def judge_adapters(
     """
     forget = general_file(judging.forget)
     check([judging.score] if judging.score != LOSS else [], judging.given)
+    _check_used(judging)
     if name is not None:
         paths.check_name(name)
     opened = open_on_rows(model, adapters, data, settings, stage=stage, warn=warn)
@@ -126,8 +127,23 @@ def judge_adapters(
         rows, general_rows = len(group.task.rows), len(group.general.rows) if group.general else 0
     each = [found[adapter] for adapter in opened.stored]
     record = _verdict(opened, name, each, rows, (forget, general_rows) if forget else None)
-    store.write(record)
+    try:
+        store.write(record)
+    except (MlxLoraError, OSError) as fault:  # what was found is shown all the same
+        why_not = paths.unusable(fault).message if isinstance(fault, OSError) else fault.message
+        warn(f"the verdict isn't kept in the home: {why_not}")
     return Judgements(opened.file, opened.chosen[None].settings, why, each, record)
+
+
+def _check_used(judging: Judging) -> None:
+    """Raise MlxLoraError for what was given for another score than the one that the verdict goes by."""
+    named = judging.given.names
+    score = judging.score if judging.score != "auto" or not named else named[0]
+    if others := [f"--{OPTIONS[name].split()[0]}" for name in named if name != score]:
+        raise MlxLoraError(
+            f"a verdict goes by one score, here {score}, and {' and '.join(others)} would change nothing",
+            hint="one verdict for each score; `eval` shows several",
+        )
 
 
 def general_file(forget: str | None) -> Path | None:

@@ -136,10 +136,16 @@ def test_the_command(run: Run, trained: Ran, home: Path, tiny: LoadedModel, tiny
         "--forget", "none",
     )  # fmt: skip
     assert auto.code == 0 and "chosen" in auto.out and "0 (base)" in auto.out, auto.err
+    learned = run(
+        "adapters", "blend", "mine", "--scale", "auto", "--name", "learned", "--data", data / "train.jsonl",
+        "--forget", "none",
+    )  # fmt: skip
+    assert learned.code == 0 and "holds the rows that mine learned" in learned.err
     for words, said, code in (
         (("--scale", "auto"), "name them with --data", 1),
         (("--scale", "much"), "a number or auto", 2),
         (("--scale", "-1"), "is not above 0", 1),
+        (("--scale", "0.5", "--data", data, "--max-drift", "1"), "--data and --max-drift would change nothing", 1),
         (("--scale", "auto", "--data", data, "--forget", "none", "--max-drift", "1"), "--forget", 1),
     ):
         ran = run("adapters", "blend", "mine", "--name", "other", *words)
