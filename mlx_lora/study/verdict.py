@@ -39,6 +39,7 @@ WORDS = {
 # A row is fixed where its score comes from below this to at least this, broken the other way round; of rows without a
 # score, where the loss per token has fallen or risen by so many nats.
 HALF, FIXED_NATS = 0.5, 0.1
+NO_INTERVAL = "one row has no interval"
 # General text is forgotten where its loss has risen by this many nats: a tenth in perplexity.
 FORGOT = 0.1
 
@@ -159,10 +160,10 @@ def rows_needed(measured: Measured) -> int:
 def _task(word: Word, measured: Measured, learned: bool) -> str:
     found, metric = measured.difference, WORDS.get(measured.metric, measured.metric)
     low, high = found.interval
-    numbers = f"{metric} {measured.base:.2f} without the adapter, {measured.tuned:.2f} with it, on {found.rows} rows"
+    numbers = f"{metric} {measured.base:.2f} without the adapter, {measured.tuned:.2f} with it, on {_rows(found.rows)}"
     if learned:
         numbers += " that it was trained on, which says nothing about new ones"
-    interval = f"95 % interval of the difference {low:+.2f} to {high:+.2f}"
+    interval = f"95 % interval of the difference {low:+.2f} to {high:+.2f}" if found.rows > 1 else NO_INTERVAL
     if word == "helped":
         return f"helped: {numbers} ({interval})"
     if word == "hurt":
@@ -204,6 +205,10 @@ def _lost(word: Word, elsewhere: Elsewhere) -> str:
     return _general(word, elsewhere) + shown
 
 
+def _rows(count: int) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"
+
+
 def _tokens(mean: float) -> str:
     return f"{mean:.0f} token{'' if round(mean) == 1 else 's'}"
 
@@ -219,7 +224,7 @@ def _general(word: Word, elsewhere: Elsewhere) -> str:
     if found.estimate >= FORGOT:
         return f"; general text may be worse ({numbers}), too few rows to say"
     if found.rows < FEWEST_ROWS or high >= FORGOT:
-        return f"; general text is no worse as far as {found.rows} row{'s' * (found.rows > 1)} can say ({numbers})"
+        return f"; general text is no worse as far as {_rows(found.rows)} can say ({numbers})"
     if surely(found) and found.estimate <= -FORGOT:
         return f"; general text got better{' too' if word == 'helped' else ''} ({numbers})"
     if surely(found) and found.estimate >= LEAST_DIFFERENCE:

@@ -127,12 +127,17 @@ def judge_adapters(
         rows, general_rows = len(group.task.rows), len(group.general.rows) if group.general else 0
     each = [found[adapter] for adapter in opened.stored]
     record = _verdict(opened, name, each, rows, (forget, general_rows) if forget else None)
+    _keep(record, warn)
+    return Judgements(opened.file, opened.chosen[None].settings, why, each, record)
+
+
+def _keep(record: store.Verdict, warn: Callable[[str], None]) -> None:
+    """Write the record; where that can't be, it is said, and what was found is shown all the same."""
     try:
         store.write(record)
-    except (MlxLoraError, OSError) as fault:  # what was found is shown all the same
-        why_not = paths.unusable(fault).message if isinstance(fault, OSError) else fault.message
-        warn(f"the verdict isn't kept in the home: {why_not}")
-    return Judgements(opened.file, opened.chosen[None].settings, why, each, record)
+    except (MlxLoraError, OSError) as fault:
+        why = paths.unusable(fault).message if isinstance(fault, OSError) else fault.message
+        warn(f"the verdict isn't kept in the home: {why}")
 
 
 def _check_used(judging: Judging) -> None:
@@ -152,9 +157,8 @@ def general_file(forget: str | None) -> Path | None:
         return None
     file = paths.bundled(*GENERAL) if forget is None else paths.existing(forget)
     if file is None or not file.is_file():
-        raise MlxLoraError(
-            f"{forget}: no such file", hint="--forget takes a file of general text, or none to leave it out"
-        )
+        why = "no such file" if file is None else "not a file"
+        raise MlxLoraError(f"{forget}: {why}", hint="--forget takes a file of general text, or none to leave it out")
     return file
 
 

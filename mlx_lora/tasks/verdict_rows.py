@@ -15,7 +15,7 @@ from mlx_lora.errors import NameTaken
 from mlx_lora.study.behaviour import FAULTS
 from mlx_lora.study.evaluate import RowResult
 from mlx_lora.study.statistics import Difference
-from mlx_lora.study.verdict import LOSS, WORDS
+from mlx_lora.study.verdict import LOSS, NO_INTERVAL, WORDS
 from mlx_lora.tasks.verdict import Judgement, Judgements
 from mlx_lora.ui import json_text
 
@@ -45,7 +45,8 @@ def table_of(one: Judgement) -> list[tuple[str, ...]]:
 
 def _line(name: str, base: float, tuned: float, found: Difference) -> tuple[str, ...]:
     low, high = found.interval
-    return name, f"{base:.3f}", f"{tuned:.3f}", f"{found.estimate:+.3f}", f"{low:+.3f} to {high:+.3f}"
+    interval = f"{low:+.3f} to {high:+.3f}" if found.rows > 1 else NO_INTERVAL
+    return name, f"{base:.3f}", f"{tuned:.3f}", f"{found.estimate:+.3f}", interval
 
 
 def examples_of(one: Judgement, found: Judgements, numbers: Sequence[int]) -> list[str]:

@@ -101,6 +101,7 @@ def test_what_it_says_and_what_it_refuses(
     for words, said in (
         ((), "there is no adapter to judge"),
         (("--adapter", "mine", "--forget", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
+        (("--adapter", "mine", "--forget", tmp_path), "not a file"),
         (("--adapter", "mine", "--score", "accurate"), "did you mean 'accuracy'"),
         (("--adapter", "mine", "--name", "a/b"), "is not a name"),
         (("--adapter", "mine", "--score", "loss", "--tolerance", "5%"), "--tolerance would change nothing"),

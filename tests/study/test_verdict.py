@@ -56,7 +56,11 @@ def test_the_rule(measured: Measured, word: str) -> None:
     assert word_of(measured) == word
     found, sentence = judge(measured, Elsewhere())
     assert found == word and sentence.startswith(word.replace("_", " "))
-    assert f"on {measured.difference.rows} rows" in sentence and "was not measured" in sentence
+    assert (
+        f"on {measured.difference.rows} rows" in sentence
+        and "95 % interval" in sentence
+        and "was not measured" in sentence
+    )
 
 
 def moved(estimate: float, half: float, base: float = 2.0, **more: Any) -> Moved:
@@ -117,6 +121,8 @@ def test_too_few_rows_say_how_many_would_do() -> None:
     few = score(0.1, 0.28, p=0.5, rows=25)  # what could be seen is 0.4, twice what is worth having: four times the rows
     assert rows_needed(few) == pytest.approx(100, abs=10)
     assert f"about {rows_needed(few)} rows would show a difference of 0.2" in judge(few, Elsewhere())[1]
+    one = judge(score(0.3, 0.0, rows=1), Elsewhere())[1]
+    assert "on 1 row (one row has no interval; fewer than 10 rows are not judged)" in one
     assert "fewer than 10 rows are not judged" in judge(score(0.9, 0.05, rows=6), Elsewhere())[1]
 
 
