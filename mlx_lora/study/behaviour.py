@@ -16,9 +16,8 @@ import numpy as np
 
 from mlx_lora.data.example import split_reasoning
 from mlx_lora.serve.engine import Engine
-from mlx_lora.serve.requests import Request
 from mlx_lora.study.drift import spaced
-from mlx_lora.study.evaluate import Questions, first_answers
+from mlx_lora.study.evaluate import Questions, generated
 from mlx_lora.study.statistics import mcnemar, sign_flip
 
 # Words with which assistants refuse, near the beginning of an answer: not "I can't wait", nor "I won't be there".
@@ -122,17 +121,9 @@ def answers(
 ) -> dict[str | None, list[Answer]]:
     """Greedy answers of the base (None) and of adapters to their prompts, in common batches, of `most` tokens each."""
     tokenizer = engine.loaded.tokenizer
-    special, requests = specials(tokenizer), []
-    for name, own in asked.items():
-        engine.use(name)
-        places = first_answers(own) if engine.virtual and own.prompts else [None] * len(own.prompts)
-        requests += [
-            (name, number, Request(tuple(prompt), name, most, first_answer=places[number]))
-            for number, prompt in enumerate(own.prompts)
-        ]
+    special = specials(tokenizer)
     found: dict[str | None, dict[int, Answer]] = {name: {} for name in asked}
-    for index, tokens in engine.together([request for *_, request in requests]):
-        name, number, _ = requests[index]
+    for name, number, tokens in generated(engine, asked, max_tokens=most):
         found[name][number] = look(tokens, tokenizer.decode(tokens), most=most, special=special)
         on_answer()
     return {name: [own[number] for number in sorted(own)] for name, own in found.items()}
