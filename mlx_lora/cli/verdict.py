@@ -52,7 +52,7 @@ def verdict(
     if not adapter:
         raise MlxLoraError("there is no adapter to judge", hint="name one with --adapter; `adapters list` shows all")
     if out is not None:
-        check_out(out, force=force)
+        check_out(out, force=force, sources=[data, forget, database, scorer])
     judging = Judging(score, Given(database, pattern, scorer, tolerance), forget, max_tokens)
     with ExitStack() as stack:
         found = judge_adapters(

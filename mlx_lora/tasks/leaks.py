@@ -60,10 +60,10 @@ def audit_leaks(
     Rows that came back are written to `out`, a .jsonl file, with their text, where one is named. Raises DataError for
     rows that can't be read, AdapterError for an adapter that isn't there.
     """
+    # a wrong path is said before anything is loaded
+    sources = [file for path in (data, held_out) if path for file in find_splits(path).values()]
     if out is not None:
-        write.check_targets([out], force=force)
-    for path in filter(None, (data, held_out)):
-        find_splits(path)  # a wrong path is said before anything is loaded
+        write.check_targets([out], force=force, sources=sources)
     stored, depth = read(registry.find(adapter)), depth or Depth()
     opened = open_adapters(model, [stored], settings, stage=stage)
     chosen = opened.chosen[stored.name]
