@@ -173,6 +173,13 @@ def blend(
     from mlx_lora.tasks.blend import blend as at_scale
     from mlx_lora.tasks.blend import blend_auto
 
+    for_auto = {"--data": data, "--forget": forget, "--max-drift": max_drift}
+    unused = [option for option, value in for_auto.items() if value is not None]
+    if scale != "auto" and unused:
+        raise AdapterError(
+            f"--scale {scale} looks at no rows, so {' and '.join(unused)} would change nothing",
+            hint="--scale auto finds the scale with them",
+        )
     if scale != "auto":
         blended = at_scale(adapter, number(scale), name, force=force)
     elif data is None:
@@ -181,7 +188,7 @@ def blend(
         with ExitStack() as stack:
             blended = blend_auto(
                 adapter, name, data, lambda stored: data_settings(None, stored), model=model, forget=forget,
-                max_drift=max_drift, force=force, progress=progress(stack), stage=ui.note,
+                max_drift=max_drift, force=force, progress=progress(stack), stage=ui.note, warn=ui.warning,
             )  # fmt: skip
     if json:
         ui.as_json(blended.as_dict())

@@ -27,7 +27,7 @@ def leaks(
     rows: Annotated[int, typer.Option("--rows", min=2, help="Most rows of each kind to look at.")] = 200,
     given: Annotated[int, typer.Option("--given", min=1, help="Tokens of a row to give, to get the rest.")] = 8,
     candidates: Annotated[
-        int, typer.Option("--candidates", min=15, help="Secrets that each planted one is ranked among.")
+        int, typer.Option("--candidates", min=15, max=9999, help="Secrets that each planted one is ranked among.")
     ] = 255,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write rows that come back, with text, to .jsonl.")

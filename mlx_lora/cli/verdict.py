@@ -52,23 +52,23 @@ def verdict(
     if not adapter:
         raise MlxLoraError("there is no adapter to judge", hint="name one with --adapter; `adapters list` shows all")
     if out is not None:
-        check_out(out, force=force)
+        check_out(out, force=force, sources=[data, forget, database, scorer])
     judging = Judging(score, Given(database, pattern, scorer, tolerance), forget, max_tokens)
     with ExitStack() as stack:
         found = judge_adapters(
             model, adapter, data, lambda stored: data_settings(settings, stored), judging,
             name=name, progress=progress(stack), stage=ui.note, warn=ui.warning,
         )  # fmt: skip
-    if out is not None:
-        write_rows(found, out)
-        ui.note(f"rows with their text: {out}")
     if json:
         ui.as_json(found.record.as_dict())
-        return
-    for one in found.each:
-        _show(one, found, examples)
-    if len(found.each) > 1:
-        ui.note("each interval is for one comparison; with several, one in twenty is off by chance")
+    else:
+        for one in found.each:
+            _show(one, found, examples)
+        if len(found.each) > 1:
+            ui.note("each interval is for one comparison; with several, one in twenty is off by chance")
+    if out is not None:  # last: where there is no room for it, all else has been said
+        write_rows(found, out)
+        ui.note(f"rows with their text: {out}")
 
 
 def _show(one: Judgement, found: Judgements, examples: int) -> None:

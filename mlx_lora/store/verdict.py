@@ -23,6 +23,8 @@ Metric = Literal[
     "loss", "exact", "normalised", "accuracy", "json", "token-f1", "rouge-l", "chrf", "pattern", "numbers", "sql",
     "scorer",
 ]  # fmt: skip
+# What is looked at in answers: how many they are, their mean length in tokens, and the share of each fault.
+Look = Literal["answers", "tokens", "refused", "loops", "unfinished", "template"]
 
 
 class Part(BaseModel):
@@ -62,34 +64,18 @@ class SecondOpinion(Part):
     interval: tuple[float, float]
 
 
-class Looks(Part):
-    """How many answers were looked at, their mean length in tokens, and the share of each fault."""
-
-    answers: int
-    tokens: float
-    refused: float
-    loops: float
-    unfinished: float
-    template: float
-
-
-class Sides(Part):
-    """The answers of both sides to the same prompts."""
-
-    base: Looks
-    tuned: Looks
-
-
 class Judged(Part):
     """One adapter against its base. `difference` is tuned − base in the metric's unit, `interval` its 95 % interval.
 
+    `learned` says that the adapter was trained on these rows, so that they say nothing about new ones.
     `fixed` and `broken` count the rows whose numbers `fixed_rows` and `broken_rows` are, from 0 as the file is read.
-    `behaviour` says how answers look, to the task's prompts and to general ones.
+    `behaviour` has how answers look by prompts (task, general), then side (base, tuned), then what was looked at.
     """
 
     adapter: str
     verdict: Literal["helped", "hurt", "no_difference", "too_few_rows"]
     sentence: str
+    learned: bool = False
     metric: Metric
     base: float
     tuned: float
@@ -105,7 +91,7 @@ class Judged(Part):
     broken_rows: list[int]
     loss: SecondOpinion | None = None
     drift: Drift
-    behaviour: dict[Literal["task", "general"], Sides] = {}
+    behaviour: dict[Literal["task", "general"], dict[Literal["base", "tuned"], dict[Look, float]]] = {}
 
 
 class Verdict(Part):

@@ -30,13 +30,9 @@ MOST_ROWS = 200
 
 @dataclass(frozen=True)
 class Moved:
-    """Over some rows: `kl` per token in nats, both mean losses per token, and the `difference` of these, tuned − base.
-
-    `top1` is the share of positions at which both have one most likely token.
-    """
+    """Over some rows: `kl` per token in nats, both mean losses per token, and their `difference`, tuned − base."""
 
     kl: float
-    top1: float
     loss_base: float
     loss_tuned: float
     difference: Difference
@@ -83,7 +79,6 @@ def moved(each: Sequence[RowAgreement], *, seed: int = 0) -> Moved:
     total = tokens.sum()
     return Moved(
         kl=max(sum(row.kl for row in each) / total, 0.0),
-        top1=sum(row.same for row in each) / total,
         loss_base=before.sum() / total,
         loss_tuned=after.sum() / total,
         difference=difference,

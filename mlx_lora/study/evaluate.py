@@ -1,13 +1,12 @@
 """Loss, exact match and scores of a base and its adapters on the same rows, with one load of the model.
 
-Losses come row by row out of the forward passes that the mean loss is made of. Answers to all adapters are generated in
-the same batches, once for everything that looks at them.
+Losses come row by row out of the forward passes of the mean loss. All adapters' answers are made in the same batches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.serve.engine import Engine
 from mlx_lora.serve.requests import Request
 from mlx_lora.study.labels import likeliest
-from mlx_lora.study.losses import summed
+from mlx_lora.study.losses import row_losses
 from mlx_lora.study.scores.base import Score
 from mlx_lora.study.scores.labels import Accuracy, answered, applied
 
@@ -229,6 +228,17 @@ def answers(
 
     Answers of all of them are made in the same batches. `on_row` is called for each answer.
     """
+    said = {name: [""] * len(own.prompts) for name, own in asked.items()}
+    for name, number, tokens in generated(engine, asked, max_tokens=max_tokens):
+        said[name][number] = split_reasoning(engine.loaded.tokenizer.decode(tokens))[1].strip()
+        on_row()
+    return said
+
+
+def generated(
+    engine: Engine, asked: Mapping[str | None, Questions], *, max_tokens: int
+) -> Iterator[tuple[str | None, int, list[int]]]:
+    """(adapter or None, number of its prompt, tokens of the greedy answer), as answers end, in common batches."""
     requests = []
     for name, own in asked.items():
         engine.use(name)
@@ -237,12 +247,8 @@ def answers(
             (name, number, Request(tuple(prompt), name, max_tokens, first_answer=places[number]))
             for number, prompt in enumerate(own.prompts)
         ]
-    said = {name: [""] * len(own.prompts) for name, own in asked.items()}
     for index, tokens in engine.together([request for *_, request in requests]):
-        name, number, _ = requests[index]
-        said[name][number] = split_reasoning(engine.loaded.tokenizer.decode(tokens))[1].strip()
-        on_row()
-    return said
+        yield (*requests[index][:2], tokens)
 
 
 def _losses(name: str | None, own: Questions, loss: float, sums: np.ndarray) -> Result:
@@ -277,12 +283,6 @@ def _scored(
     more = {score.name: {"score": one.mean, **one.details} for score, one in zip(scores[1:], others, strict=True)}
     details = {**first.details, "more": more} if more else first.details
     return replace(result, score=first.mean, score_name=scores[0].name, details=details)
-
-
-def row_losses(engine: Engine, rows: Sequence[Row], on_row: Callable[[], None]) -> tuple[float, np.ndarray]:
-    """(mean loss per token, Σ nll of each row (rows,) float64), with the attached adapter, if any. Raises NotFinite."""
-    virtual = engine.virtual
-    return summed(engine.loaded.model, [virtual.row(row) for row in rows] if virtual else rows, on_row)
 
 
 def first_answers(asked: Questions) -> list[int | None]:

@@ -21,7 +21,7 @@ import numpy as np
 from mlx_lora.data.rows import Row, common, trained
 from mlx_lora.serve.engine import Engine
 from mlx_lora.serve.requests import Request
-from mlx_lora.study import evaluate
+from mlx_lora.study import losses
 
 # Tokens that an answer, or the rest of a row, is compared by: longer ones count as given back when these are.
 MOST = 50
@@ -106,7 +106,7 @@ def row_losses(engine: Engine, name: str | None, rows: Sequence[Row], on_row: On
     Raises NotFinite.
     """
     engine.use(name)
-    _, sums = evaluate.row_losses(engine, rows, on_row)
+    _, sums = losses.row_losses(engine, rows, on_row)
     return sums / trained(rows)
 
 

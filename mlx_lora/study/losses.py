@@ -13,6 +13,7 @@ from mlx_lora.data.batch import by_length
 from mlx_lora.data.rows import Row
 from mlx_lora.models import finite
 from mlx_lora.models.trunk.verify import take_apart
+from mlx_lora.serve.engine import Engine
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 
 BATCH = 8
@@ -40,3 +41,11 @@ def summed(
         for _ in batch.inputs:
             on_row()
     return total / tokens, sums
+
+
+def row_losses(
+    engine: Engine, rows: Sequence[Row], on_row: Callable[[], None] = lambda: None
+) -> tuple[float, np.ndarray]:
+    """`summed` with the attached adapter of an engine, if any, and its virtual tokens. Raises NotFinite."""
+    virtual = engine.virtual
+    return summed(engine.loaded.model, [virtual.row(row) for row in rows] if virtual else rows, on_row)

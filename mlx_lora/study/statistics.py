@@ -109,7 +109,8 @@ def bootstrap_t(
     """The bootstrap-t interval of Σ`differences` / Σ`weights`, both (n,); the weights are above 0.
 
     The standard error of the ratio is that of its linear form: √(n/(n−1) · Σ(dᵢ − R·tᵢ)²) / Σtᵢ. Where all rows agree,
-    and where there is one row alone, the interval is the estimate itself. Raises ValueError for no rows.
+    and where there is one row alone, the interval is the estimate itself; of one row, that says nothing.
+    Raises ValueError for no rows.
     """
     count = len(differences)
     if not count:

@@ -39,6 +39,7 @@ WORDS = {
 # A row is fixed where its score comes from below this to at least this, broken the other way round; of rows without a
 # score, where the loss per token has fallen or risen by so many nats.
 HALF, FIXED_NATS = 0.5, 0.1
+NO_INTERVAL = "one row has no interval"
 # General text is forgotten where its loss has risen by this many nats: a tenth in perplexity.
 FORGOT = 0.1
 
@@ -77,10 +78,9 @@ class Elsewhere:
 
     @property
     def forgot(self) -> bool:
-        """Whether general text is worse by `FORGOT` nats or more, and surely worse."""
-        return self.general is not None and (
-            self.general.difference.estimate >= FORGOT and self.general.difference.interval[0] > 0
-        )
+        """Whether general text is worse by `FORGOT` nats or more, and surely worse, on rows enough to say so."""
+        found = self.general.difference if self.general is not None else None
+        return found is not None and found.estimate >= FORGOT and found.rows >= FEWEST_ROWS and surely(found)
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,13 @@ def compare(base: Result, tuned: Result, *, seed: int = 0) -> Compared:
     return Compared(measured, pairs, fixed.tolist(), broken.tolist())
 
 
-def judge(measured: Measured, elsewhere: Elsewhere) -> tuple[Word, str]:
-    """The word and the sentence. The sentence has numbers and the metric's name, never text of a row."""
+def judge(measured: Measured, elsewhere: Elsewhere, *, learned: bool = False) -> tuple[Word, str]:
+    """The word and the sentence. The sentence has numbers and the metric's name, never text of a row.
+
+    `learned` says that the adapter was trained on these rows.
+    """
     word = word_of(measured)
-    return word, f"{_task(word, measured)}{_second_opinion(word, measured)}{_lost(word, elsewhere)}"
+    return word, f"{_task(word, measured, learned)}{_second_opinion(word, measured)}{_lost(word, elsewhere)}"
 
 
 def word_of(measured: Measured) -> Word:
@@ -154,11 +157,13 @@ def rows_needed(measured: Measured) -> int:
     return max(FEWEST_ROWS, -(-needed // 10) * 10)
 
 
-def _task(word: Word, measured: Measured) -> str:
+def _task(word: Word, measured: Measured, learned: bool) -> str:
     found, metric = measured.difference, WORDS.get(measured.metric, measured.metric)
     low, high = found.interval
-    numbers = f"{metric} {measured.base:.2f} without the adapter, {measured.tuned:.2f} with it, on {found.rows} rows"
-    interval = f"95 % interval of the difference {low:+.2f} to {high:+.2f}"
+    numbers = f"{metric} {measured.base:.2f} without the adapter, {measured.tuned:.2f} with it, on {_rows(found.rows)}"
+    if learned:
+        numbers += " that it was trained on, which says nothing about new ones"
+    interval = f"95 % interval of the difference {low:+.2f} to {high:+.2f}" if found.rows > 1 else NO_INTERVAL
     if word == "helped":
         return f"helped: {numbers} ({interval})"
     if word == "hurt":
@@ -200,6 +205,10 @@ def _lost(word: Word, elsewhere: Elsewhere) -> str:
     return _general(word, elsewhere) + shown
 
 
+def _rows(count: int) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"
+
+
 def _tokens(mean: float) -> str:
     return f"{mean:.0f} token{'' if round(mean) == 1 else 's'}"
 
@@ -208,12 +217,16 @@ def _general(word: Word, elsewhere: Elsewhere) -> str:
     moved = elsewhere.general
     if moved is None:
         return "; what it lost elsewhere was not measured"
-    low, high = moved.difference.interval
+    found, high = moved.difference, moved.difference.interval[1]
     numbers = f"loss {moved.loss_base:.2f} before, {moved.loss_tuned:.2f} now, KL {moved.kl:.2f} nats a token"
     if elsewhere.forgot:
         return f", {'but' if word == 'helped' else 'and'} it forgot general text ({numbers})"
-    if moved.difference.estimate >= FORGOT:
+    if found.estimate >= FORGOT:
         return f"; general text may be worse ({numbers}), too few rows to say"
-    if moved.difference.estimate <= -FORGOT and high < 0:
-        return f"; general text got better too ({numbers})"
+    if found.rows < FEWEST_ROWS or high >= FORGOT:
+        return f"; general text is no worse as far as {_rows(found.rows)} can say ({numbers})"
+    if surely(found) and found.estimate <= -FORGOT:
+        return f"; general text got better{' too' if word == 'helped' else ''} ({numbers})"
+    if surely(found) and found.estimate >= LEAST_DIFFERENCE:
+        return f"; general text is a little worse ({numbers})"
     return f"; general text is no worse ({numbers})"

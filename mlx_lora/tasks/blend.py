@@ -29,7 +29,8 @@ from mlx_lora.store.fitting import rank_axis
 from mlx_lora.store.lock import locked
 from mlx_lora.study.drift import Drift, Moved, spaced
 from mlx_lora.study.evaluate import VALID_FIRST
-from mlx_lora.tasks.evaluate import Opened, Settings, open_adapters
+from mlx_lora.tasks.evaluate import OnRows, open_on_rows
+from mlx_lora.tasks.opened import Settings
 from mlx_lora.tasks.verdict import asks, general_file, general_settings
 
 # Methods whose update is multiplied by a scale of its own, and those where one array is the update's factor.
@@ -129,6 +130,7 @@ def blend_auto(
     force: bool = False,
     progress: OnFile = silent,
     stage: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Blended:
     """Find the scale by evaluating some on validation rows of `data`, with one load, and store the adapter as `name`.
 
@@ -142,7 +144,7 @@ def blend_auto(
         raise AdapterError("--max-drift bounds the drift on general text", hint="name a file with --forget")
     source = store.read(registry.find(word))
     scaled(source, 1.0)  # refused before anything is loaded
-    opened = open_adapters(model, [word], data, settings, prefer=VALID_FIRST, stage=stage)
+    opened = open_on_rows(model, [word], data, settings, prefer=VALID_FIRST, stage=stage, warn=warn)
     tried, base = search(_looking(opened, source, file, progress), max_drift)
     best = choose(tried, max_drift)
     with locked(name):
@@ -151,7 +153,7 @@ def blend_auto(
 
 
 def _looking(
-    opened: Opened, source: StoredAdapter, forget: Path | None, progress: OnFile
+    opened: OnRows, source: StoredAdapter, forget: Path | None, progress: OnFile
 ) -> Callable[[float], tuple[Moved, Moved | None]]:
     """A function of the scale: how the one adapter that is open differs from the base, on its rows and elsewhere."""
     (own,) = opened.stored

@@ -6,28 +6,21 @@ Which rows were used is part of the result: a score on rows that an adapter was 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_lora import paths
-from mlx_lora.config import Data
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.read import sha256
-from mlx_lora.models.chat_format import ChatFormat
-from mlx_lora.models.unpack import unpack_once
-from mlx_lora.serve.conversation import trained
-from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
-from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
-from mlx_lora.store.base import base_for
-from mlx_lora.study.evaluate import TEST_FIRST, Questions, Result, chosen_file, evaluate_each, questions
+from mlx_lora.store.adapter import StoredAdapter, read
+from mlx_lora.study.evaluate import TEST_FIRST, Result, chosen_file, evaluate_each
 from mlx_lora.study.scores.base import Score
 from mlx_lora.study.scores.choose import Given, check, choose
 from mlx_lora.study.scores.labels import answered
 from mlx_lora.study.scores.scorer import Scorer
-
-Settings = Callable[[dict[str, Any] | None], Data]
+from mlx_lora.tasks.opened import Opened, Settings, names, open_adapters
 
 
 @dataclass(frozen=True)
@@ -61,15 +54,15 @@ def evaluate_adapters(
     adapters that don't belong, and for scores that can't be computed."""
     given = given or Given()
     check(scores, given)
-    names = list(dict.fromkeys([*scores, *given.names]))
-    opened = open_adapters(model, adapters, data, settings, stage=stage, warn=warn)
+    wanted = list(dict.fromkeys([*scores, *given.names]))
+    opened = open_on_rows(model, adapters, data, settings, stage=stage, warn=warn)
     engine, file, chosen = opened.engine, opened.file, opened.chosen
-    tokenizer, ask = engine.loaded.tokenizer, exact or bool(names)
+    tokenizer, ask = engine.loaded.tokenizer, exact or bool(wanted)
     asked = {
         key: own.questions(file, tokenizer, ask, progress) for key, own in {o.key: o for o in chosen.values()}.items()
     }
     each = {name: asked[own.key] for name, own in chosen.items()}
-    found = _scores(each[None].answers, names, given, stage)
+    found = _scores(each[None].answers, wanted, given, stage)
     times = answered(found, exact)
     results = evaluate_each(
         engine, each,
@@ -80,19 +73,14 @@ def evaluate_adapters(
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A base and adapters in one engine; `chosen` has each one's data settings, the base's (None) being the first's.
+class OnRows(Opened):
+    """A base and adapters, and the file of rows that they are put to; `learned` names those trained on these rows."""
 
-    `file` is the file of rows, `stored` the adapters by the names that the engine has for them.
-    """
-
-    engine: Engine
     file: Path
-    stored: dict[str, StoredAdapter]
-    chosen: dict[str | None, _Chosen]
+    learned: frozenset[str]
 
 
-def open_adapters(
+def open_on_rows(
     model: str | None,
     adapters: Sequence[str],
     data: str,
@@ -101,32 +89,26 @@ def open_adapters(
     prefer: tuple[str, ...] = TEST_FIRST,
     stage: Callable[[str], None] = lambda text: None,
     warn: Callable[[str], None] = lambda text: None,
-) -> Opened:
+) -> OnRows:
     """Load the base of some adapters, once, with all of them, for the rows of `data`; as `evaluate_adapters` says."""
     stored = [read(registry.find(adapter)) for adapter in adapters]
-    opened = base_for(model, stored)
     file = chosen_file(data, prefer)
     stage(f"evaluating on {file}")
-    if warning := _trained_on(file, data, stored):
-        warn(warning)
-    stage(f"loading {model or registry.base_name(opened.path)}")
-    loaded = registry.open_base(opened, stored)
-    unpack_once(loaded)
-    engine = Engine(loaded)
-    tokenizer = engine.loaded.tokenizer
-    chosen: dict[str | None, _Chosen] = {None: _chosen(stored[0] if stored else None, settings, tokenizer)}
-    named = dict(zip(_names(stored), stored, strict=True))
-    for name, adapter in named.items():
-        chosen[name] = _chosen(adapter, settings, tokenizer)
-        engine.add(name, wrappers_for(engine.loaded.model, adapter), end=chosen[name].format.own_end)
-    return Opened(engine, file, named, chosen)
+    learned = _learned(file, stored)
+    nothing = "the score says nothing about new ones; keep rows aside in a test.jsonl, or name another file"
+    if learned:
+        warn(f"{file} holds the rows that {', '.join(dict.fromkeys(learned))} learned: {nothing}")
+    elif file != paths.existing(data) and file.stem == "train":
+        warn(f"{data} has no test or valid file, so its training rows are used: {nothing}")
+    opened = open_adapters(model, stored, settings, stage=stage)
+    return OnRows(opened.engine, opened.stored, opened.chosen, file, frozenset(learned))
 
 
-def _scores(wanted: Sequence[str], names: Sequence[str], given: Given, stage: Callable[[str], None]) -> list[Score]:
+def _scores(answers: Sequence[str], wanted: Sequence[str], given: Given, stage: Callable[[str], None]) -> list[Score]:
     """The scores of these names, each once; it is said which `auto` is, and why."""
     found: dict[str, Score] = {}
-    for name in names:
-        chosen = choose(wanted, name, given)
+    for name in wanted:
+        chosen = choose(answers, name, given)
         if name == "auto":
             stage(f"score: {chosen.score.name}, since {chosen.why}")
         if isinstance(chosen.score, Scorer):
@@ -135,63 +117,14 @@ def _scores(wanted: Sequence[str], names: Sequence[str], given: Given, stage: Ca
     return list(found.values())
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """The data settings for an adapter and its chats; those with one `key` have the same rows."""
-
-    settings: Data
-    format: ChatFormat
-    thinking: bool | None
-
-    @property
-    def key(self) -> str:
-        return f"{self.settings.model_dump_json()} {self.thinking} {self.format.template}"
-
-    def with_settings(self, settings: Data) -> _Chosen:
-        """The same chats with other settings for the rows."""
-        return replace(self, settings=settings)
-
-    def questions(self, file: Path, tokenizer: Any, exact: bool, progress: OnFile) -> Questions:
-        """The rows of a file, and with `exact` their prompts and answers."""
-        return questions(
-            str(file), self.settings, tokenizer,
-            exact=exact, format=self.format, thinking=self.thinking, progress=progress,
-        )  # fmt: skip
-
-
-def _chosen(adapter: StoredAdapter | None, settings: Settings, tokenizer: Any) -> _Chosen:
-    """The settings to use for an adapter, with the template that lies beside it unless another one was asked for."""
-    own = _own(adapter) if adapter else None
-    chosen = settings(own)
-    asked = {"on": True, "off": False}.get(chosen.thinking)
-    thinking = asked if asked is not None or adapter is None else adapter.manifest.thinking
-    if adapter is None or adapter.chat_template is None or chosen.template != (own or {}).get("template"):
-        return _Chosen(chosen, ChatFormat.of(tokenizer, chosen), thinking)
-    return _Chosen(chosen, replace(trained(adapter).format(tokenizer), arguments=chosen.template_args), thinking)
-
-
-def _trained_on(file: Path, data: str, stored: Sequence[StoredAdapter]) -> str | None:
-    """What to say where `file` holds training rows: those of an adapter, by their hash, or a folder's train file."""
+def _learned(file: Path, stored: Sequence[StoredAdapter]) -> list[str]:
+    """The adapters that were trained on the rows of a file, by its hash, in any of their files but validation's."""
     digest = sha256(file)
-    names = [
+    return [
         name
-        for name, adapter in zip(_names(stored), stored, strict=True)
-        for entry in adapter.manifest.data
-        if entry.get("sha256") == digest and Path(str(entry.get("file"))).stem != "valid"
+        for name, adapter in zip(names(stored), stored, strict=True)
+        if any(
+            entry.get("sha256") == digest and Path(str(entry.get("file"))).stem != "valid"
+            for entry in adapter.manifest.data
+        )
     ]
-    nothing = "the score says nothing about new ones; keep rows aside in a test.jsonl, or name another file"
-    if names:
-        return f"{file} holds the rows that {', '.join(dict.fromkeys(names))} learned: {nothing}"
-    if file != paths.existing(data) and file.stem == "train":
-        return f"{data} has no test or valid file, so its training rows are used: {nothing}"
-    return None
-
-
-def _own(adapter: StoredAdapter) -> dict[str, Any] | None:
-    return adapter.manifest.recipe["data"] if adapter.manifest.recipe else None
-
-
-def _names(stored: Sequence[StoredAdapter]) -> list[str]:
-    """Names, or paths where two adapters have the same name."""
-    names = [adapter.name for adapter in stored]
-    return [name if names.count(name) == 1 else str(adapter.path) for name, adapter in zip(names, stored, strict=True)]

@@ -7,14 +7,13 @@ came back goes only into a file that the user names.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_lora import ui
-from mlx_lora.config import Data
 from mlx_lora.data import write
 from mlx_lora.data.canaries import Canary
 from mlx_lora.data.encode import Encoder
@@ -23,19 +22,14 @@ from mlx_lora.data.rows import Row, common
 from mlx_lora.data.sources import FORMATS
 from mlx_lora.data.splits import find_splits
 from mlx_lora.data.system import with_system
-from mlx_lora.models.chat_format import ChatFormat
-from mlx_lora.models.unpack import unpack_once
-from mlx_lora.serve.conversation import trained
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
-from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
-from mlx_lora.store.base import base_for
+from mlx_lora.store.adapter import read
 from mlx_lora.study import leaks
 from mlx_lora.study.leak_report import ANSWERS, RESTS, Extraction, Leaks, Losses, Planted
 from mlx_lora.study.leaks import Beginning, Share
 from mlx_lora.tasks.leak_rows import Gathered, Part, gather
-
-Settings = Callable[[dict[str, Any] | None], Data]
+from mlx_lora.tasks.opened import Settings, open_adapters
 
 
 @dataclass(frozen=True)
@@ -66,14 +60,16 @@ def audit_leaks(
     Rows that came back are written to `out`, a .jsonl file, with their text, where one is named. Raises DataError for
     rows that can't be read, AdapterError for an adapter that isn't there.
     """
+    # a wrong path is said before anything is loaded
+    sources = [file for path in (data, held_out) if path for file in find_splits(path).values()]
     if out is not None:
-        write.check_targets([out], force=force)
-    for path in filter(None, (data, held_out)):
-        find_splits(path)  # a wrong path is said before anything is loaded
+        write.check_targets([out], force=force, sources=sources)
     stored, depth = read(registry.find(adapter)), depth or Depth()
-    engine, encoder = _opened(model, stored, settings, stage)
+    opened = open_adapters(model, [stored], settings, stage=stage)
+    chosen = opened.chosen[stored.name]
+    encoder = Encoder(opened.engine.loaded.tokenizer, chosen.settings, chosen.format)
     found = gather(data, held_out, encoder, stored.manifest, most=depth.rows, progress=progress)
-    audit = _Audit(engine, stored.name, encoder, found, depth, progress)
+    audit = _Audit(opened.engine, stored.name, encoder, found, depth, progress)
     report = audit.run()
     if out is not None:
         with write.files_written([out]) as files:
@@ -81,29 +77,6 @@ def audit_leaks(
                 files[out].write((ui.json_text(row) + "\n").encode())
         stage(f"{out} has the text of {len(audit.came_back)} rows that came back")
     return report
-
-
-def _opened(
-    model: str | None, stored: StoredAdapter, settings: Settings, stage: Callable[[str], None]
-) -> tuple[Engine, Encoder]:
-    """The base with the adapter, and what encodes rows as the adapter learned them."""
-    opened = base_for(model, [stored])
-    stage(f"loading {model or registry.base_name(opened.path)}")
-    loaded = registry.open_base(opened, [stored])
-    unpack_once(loaded)
-    engine = Engine(loaded)
-    own = stored.manifest.recipe["data"] if stored.manifest.recipe else None
-    chosen = settings(own)
-    form = _format(stored, own, chosen, loaded.tokenizer)
-    engine.add(stored.name, wrappers_for(loaded.model, stored), end=form.own_end)
-    return engine, Encoder(loaded.tokenizer, chosen, form)
-
-
-def _format(stored: StoredAdapter, own: dict[str, Any] | None, chosen: Data, tokenizer: Any) -> ChatFormat:
-    """How the adapter's rows become text: by the template that lies beside it, unless another one was asked for."""
-    if stored.chat_template is None or chosen.template != (own or {}).get("template"):
-        return ChatFormat.of(tokenizer, chosen)
-    return replace(trained(stored).format(tokenizer), arguments=chosen.template_args)
 
 
 class _Audit:

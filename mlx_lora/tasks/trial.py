@@ -25,7 +25,7 @@ from mlx_lora.models.load import load_stored, ready
 from mlx_lora.models.open import OpenModel
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.serve.engine import Engine
-from mlx_lora.study.evaluate import row_losses
+from mlx_lora.study.losses import row_losses
 from mlx_lora.study.trials import Line, Trial
 from mlx_lora.tasks.begin import begin
 from mlx_lora.tasks.compare import UNFINISHED

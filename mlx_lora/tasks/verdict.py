@@ -23,11 +23,12 @@ from mlx_lora.study import behaviour
 from mlx_lora.study.behaviour import Answer, Change
 from mlx_lora.study.drift import Drift, Moved, spaced
 from mlx_lora.study.evaluate import Questions, Result, evaluate_each
-from mlx_lora.study.scores.choose import Given, check, choose
+from mlx_lora.study.scores.choose import OPTIONS, Given, check, choose
 from mlx_lora.study.scores.labels import answered
 from mlx_lora.study.scores.scorer import Scorer
 from mlx_lora.study.verdict import LOSS, Compared, Elsewhere, Word, compare, judge
-from mlx_lora.tasks.evaluate import Opened, Settings, open_adapters
+from mlx_lora.tasks.evaluate import OnRows, open_on_rows
+from mlx_lora.tasks.opened import Settings
 
 GENERAL = ("data", "general", "general.jsonl")
 NOTHING = "none"
@@ -72,6 +73,7 @@ class Judgement:
     adapter: str
     word: Word
     sentence: str
+    learned: bool
     compared: Compared
     task: Moved
     general: Moved | None
@@ -108,9 +110,10 @@ def judge_adapters(
     """
     forget = general_file(judging.forget)
     check([judging.score] if judging.score != LOSS else [], judging.given)
+    _check_used(judging)
     if name is not None:
         paths.check_name(name)
-    opened = open_adapters(model, adapters, data, settings, stage=stage, warn=warn)
+    opened = open_on_rows(model, adapters, data, settings, stage=stage, warn=warn)
     name = paths.check_name(name or "-".join(Path(each).name for each in opened.stored)[:MOST_NAME].rstrip(".-"))
     groups: dict[str, list[str]] = {}
     for adapter in opened.stored:
@@ -124,8 +127,28 @@ def judge_adapters(
         rows, general_rows = len(group.task.rows), len(group.general.rows) if group.general else 0
     each = [found[adapter] for adapter in opened.stored]
     record = _verdict(opened, name, each, rows, (forget, general_rows) if forget else None)
-    store.write(record)
+    _keep(record, warn)
     return Judgements(opened.file, opened.chosen[None].settings, why, each, record)
+
+
+def _keep(record: store.Verdict, warn: Callable[[str], None]) -> None:
+    """Write the record; where that can't be, it is said, and what was found is shown all the same."""
+    try:
+        store.write(record)
+    except (MlxLoraError, OSError) as fault:
+        why = paths.unusable(fault).message if isinstance(fault, OSError) else fault.message
+        warn(f"the verdict isn't kept in the home: {why}")
+
+
+def _check_used(judging: Judging) -> None:
+    """Raise MlxLoraError for what was given for another score than the one that the verdict goes by."""
+    named = judging.given.names
+    score = judging.score if judging.score != "auto" or not named else named[0]
+    if others := [f"--{OPTIONS[name].split()[0]}" for name in named if name != score]:
+        raise MlxLoraError(
+            f"a verdict goes by one score, here {score}, and {' and '.join(others)} would change nothing",
+            hint="one verdict for each score; `eval` shows several",
+        )
 
 
 def general_file(forget: str | None) -> Path | None:
@@ -134,9 +157,8 @@ def general_file(forget: str | None) -> Path | None:
         return None
     file = paths.bundled(*GENERAL) if forget is None else paths.existing(forget)
     if file is None or not file.is_file():
-        raise MlxLoraError(
-            f"{forget}: no such file", hint="--forget takes a file of general text, or none to leave it out"
-        )
+        why = "no such file" if file is None else "not a file"
+        raise MlxLoraError(f"{forget}: {why}", hint="--forget takes a file of general text, or none to leave it out")
     return file
 
 
@@ -157,10 +179,11 @@ class _Group:
     """Adapters whose settings make the same tokens of the rows, with the base beside them."""
 
     def __init__(
-        self, opened: Opened, adapters: list[str], judging: Judging, forget: Path | None, progress: OnFile
+        self, opened: OnRows, adapters: list[str], judging: Judging, forget: Path | None, progress: OnFile
     ) -> None:
         self.engine: Engine = opened.engine
         self.adapters, self.judging, self.progress = adapters, judging, progress
+        self.learned = opened.learned
         chosen, tokenizer = opened.chosen[adapters[0]], self.engine.loaded.tokenizer
         self.task = chosen.questions(opened.file, tokenizer, asks(opened.file, chosen.settings), progress)
         self.general: Questions | None = None
@@ -199,8 +222,9 @@ class _Group:
             seen = {where: sides[name] for where, sides in looked.items() if sides}
             changes = {where: sides.changes for where, sides in seen.items()}
             elsewhere = Elsewhere(general.get(name), changes.get("task", []), changes.get("general", []))
-            word, sentence = judge(compared.measured, elsewhere)
-            found[name] = Judgement(name, word, sentence, compared, task[name], general.get(name), seen)
+            learned = name in self.learned
+            word, sentence = judge(compared.measured, elsewhere, learned=learned)
+            found[name] = Judgement(name, word, sentence, learned, compared, task[name], general.get(name), seen)
         return found
 
     def _results(self) -> dict[str | None, Result]:
@@ -231,7 +255,7 @@ class _Group:
 
 
 def _verdict(
-    opened: Opened, name: str, each: list[Judgement], rows: int, general: tuple[Path, int] | None
+    opened: OnRows, name: str, each: list[Judgement], rows: int, general: tuple[Path, int] | None
 ) -> store.Verdict:
     """The record of all judgements: on so many rows of the file, and of general text with its number of rows."""
     return store.Verdict(
@@ -260,10 +284,10 @@ def _record(one: Judgement) -> store.Judged:
         )  # fmt: skip
     found = measured.difference
     return store.Judged.model_validate({
-        "adapter": one.adapter, "verdict": one.word, "sentence": one.sentence, "metric": measured.metric,
-        "base": measured.base, "tuned": measured.tuned, "difference": found.estimate, "interval": found.interval,
-        "p_value": found.p_value, "test": found.test, "detectable": found.detectable, "rows": found.rows,
-        "fixed": len(one.compared.fixed), "broken": len(one.compared.broken), "fixed_rows": one.compared.fixed,
-        "broken_rows": one.compared.broken, "loss": loss, "drift": drift,
+        "adapter": one.adapter, "verdict": one.word, "sentence": one.sentence, "learned": one.learned,
+        "metric": measured.metric, "base": measured.base, "tuned": measured.tuned, "difference": found.estimate,
+        "interval": found.interval, "p_value": found.p_value, "test": found.test, "detectable": found.detectable,
+        "rows": found.rows, "fixed": len(one.compared.fixed), "broken": len(one.compared.broken),
+        "fixed_rows": one.compared.fixed, "broken_rows": one.compared.broken, "loss": loss, "drift": drift,
         "behaviour": {where: looked.as_dict() for where, looked in one.looked.items()},
     })  # fmt: skip

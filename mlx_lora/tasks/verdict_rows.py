@@ -11,11 +11,12 @@ from typing import Any
 from mlx_lora import paths
 from mlx_lora.data.example import Example
 from mlx_lora.data.read import stream
+from mlx_lora.data.splits import SPLITS
 from mlx_lora.errors import NameTaken
 from mlx_lora.study.behaviour import FAULTS
 from mlx_lora.study.evaluate import RowResult
 from mlx_lora.study.statistics import Difference
-from mlx_lora.study.verdict import LOSS, WORDS
+from mlx_lora.study.verdict import LOSS, NO_INTERVAL, WORDS
 from mlx_lora.tasks.verdict import Judgement, Judgements
 from mlx_lora.ui import json_text
 
@@ -45,7 +46,8 @@ def table_of(one: Judgement) -> list[tuple[str, ...]]:
 
 def _line(name: str, base: float, tuned: float, found: Difference) -> tuple[str, ...]:
     low, high = found.interval
-    return name, f"{base:.3f}", f"{tuned:.3f}", f"{found.estimate:+.3f}", f"{low:+.3f} to {high:+.3f}"
+    interval = f"{low:+.3f} to {high:+.3f}" if found.rows > 1 else NO_INTERVAL
+    return name, f"{base:.3f}", f"{tuned:.3f}", f"{found.estimate:+.3f}", interval
 
 
 def examples_of(one: Judgement, found: Judgements, numbers: Sequence[int]) -> list[str]:
@@ -88,8 +90,13 @@ def _short(text: str | None) -> str:
     return repr(text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 1] + "…")
 
 
-def check_out(out: Path, *, force: bool) -> None:
-    """Raise NameTaken where the file to write exists; worth knowing before the work."""
+def check_out(out: Path, *, force: bool, sources: Sequence[str | Path | None] = ()) -> None:
+    """Raise NameTaken where the file to write exists, or is one that is read; worth knowing before the work."""
+    read = {Path(source).resolve() for source in sources if source is not None}
+    if out.resolve() in read or out.resolve().parent in read and out.stem in SPLITS:
+        raise NameTaken(f"{out} is a file that is read", hint="--out another file")
+    if out.is_dir():
+        raise NameTaken(f"{out} is a directory", hint="--out a file")
     if os.path.lexists(out) and not force:
         raise NameTaken(f"{out} exists", hint="--out another file, or --force to replace it")
 

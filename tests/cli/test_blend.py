@@ -96,7 +96,7 @@ def looked(scale: float) -> tuple[Moved, Moved]:
     """A task that is learned at half the scale already, and drift that grows with the square of it."""
     none = Difference(0.0, (0.0, 0.0), 1.0, "permutation", 0.0, 10)
     loss = 2.0 - 1.6 * min(2 * scale, 1.0) + 0.1 * max(scale - 0.5, 0)
-    return Moved(scale, 0.5, 2.0, loss, none), Moved(scale**2, 0.5, 1.0, 1.0 + scale, none)
+    return Moved(scale, 2.0, loss, none), Moved(scale**2, 1.0, 1.0 + scale, none)
 
 
 def test_auto_keeps_most_of_the_gain_at_the_smallest_scale() -> None:
@@ -120,7 +120,7 @@ def test_auto_takes_the_best_within_the_bound() -> None:
 def test_an_adapter_that_gains_nothing_is_not_blended() -> None:
     none = looked(1.0)[0].difference
     with pytest.raises(AdapterError, match="gains nothing"):
-        search(lambda scale: (Moved(0.1, 1.0, 2.0, 2.5, none), None), None)
+        search(lambda scale: (Moved(0.1, 2.0, 2.5, none), None), None)
 
 
 def test_the_command(run: Run, trained: Ran, home: Path, tiny: LoadedModel, tiny_path: Path, data: Path) -> None:
@@ -136,10 +136,16 @@ def test_the_command(run: Run, trained: Ran, home: Path, tiny: LoadedModel, tiny
         "--forget", "none",
     )  # fmt: skip
     assert auto.code == 0 and "chosen" in auto.out and "0 (base)" in auto.out, auto.err
+    learned = run(
+        "adapters", "blend", "mine", "--scale", "auto", "--name", "learned", "--data", data / "train.jsonl",
+        "--forget", "none",
+    )  # fmt: skip
+    assert learned.code == 0 and "holds the rows that mine learned" in learned.err
     for words, said, code in (
         (("--scale", "auto"), "name them with --data", 1),
         (("--scale", "much"), "a number or auto", 2),
         (("--scale", "-1"), "is not above 0", 1),
+        (("--scale", "0.5", "--data", data, "--max-drift", "1"), "--data and --max-drift would change nothing", 1),
         (("--scale", "auto", "--data", data, "--forget", "none", "--max-drift", "1"), "--forget", 1),
     ):
         ran = run("adapters", "blend", "mine", "--name", "other", *words)

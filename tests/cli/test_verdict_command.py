@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_lora.store import verdict as record_store
 from tests.cli.conftest import Ran
 from tests.conftest import questions
 from tests.store.test_verdict_record import DRIFT, KEYS
@@ -52,8 +53,12 @@ def test_the_record_has_numbers_and_no_text(
     assert again.code == 1 and "exists" in again.err
 
 
+JSON_ANSWERS = [f'{{"{SECRET}": 1}}', f'{{"{SECRET}": 2}}']
+
+
 @pytest.mark.parametrize(
-    ("score", "answers"), [("accuracy", [SECRET, f"{SECRET}e"]), ("json", [f'{{"{SECRET}": 1}}', f'{{"{SECRET}": 2}}'])]
+    ("score", "answers"),
+    [("accuracy", [SECRET, f"{SECRET}e"]), pytest.param("json", JSON_ANSWERS, marks=pytest.mark.real)],
 )
 def test_no_label_and_no_field_name_is_kept(
     score: str, answers: list[str], run: Run, trained: Ran, home: Path, tiny_path: Path,
@@ -70,7 +75,9 @@ def test_no_label_and_no_field_name_is_kept(
         assert SECRET.encode() not in path.read_bytes(), path
 
 
-def test_what_it_says_and_what_it_refuses(run: Run, trained: Ran, tiny_path: Path, data: Path, tmp_path: Path) -> None:
+def test_what_it_says_and_what_it_refuses(
+    run: Run, trained: Ran, tiny_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = tmp_path / "plain.txt"
     text.write_text("\n\n".join(f"A line of plain text, number {n}." for n in range(3)))
     ran = run(
@@ -81,17 +88,31 @@ def test_what_it_says_and_what_it_refuses(run: Run, trained: Ran, tiny_path: Pat
     assert first.startswith("mine too few rows to say: loss ") and "was not measured" in first
     assert header.split()[:2] == ["base", "mine"] and table[0].startswith("loss")
     assert "KL from the base on the task" in ran.out and "general" not in "".join(table)
+
+    def full(record: object) -> Path:
+        raise OSError(28, "No space left on device", "verdict.json")
+
+    monkeypatch.setattr(record_store, "write", full)
     learned = run(
         "verdict", "--model", tiny_path, "--adapter", "mine", "--data", data / "train.jsonl", "--forget", "none",
         "--score", "loss", "--max-tokens", 2, "--json",
     )  # fmt: skip
     assert learned.code == 0 and "holds the rows that mine learned" in learned.err
+    assert "isn't kept in the home" in learned.err, "the home can't be written to, and the verdict is said all the same"
+    (judged,) = learned.json["results"]
+    assert judged["learned"] and "that it was trained on" in judged["sentence"]
     base = ("verdict", "--model", tiny_path, "--data", data)
     for words, said in (
         ((), "there is no adapter to judge"),
         (("--adapter", "mine", "--forget", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
+        (("--adapter", "mine", "--forget", tmp_path), "not a file"),
+        (("--adapter", "mine", "--out", data / "train.jsonl", "--force"), "is a file that is read"),
+        (("--adapter", "mine", "--forget", text, "--out", text, "--force"), "is a file that is read"),
+        (("--adapter", "mine", "--out", tmp_path), "is a directory"),
         (("--adapter", "mine", "--score", "accurate"), "did you mean 'accuracy'"),
         (("--adapter", "mine", "--name", "a/b"), "is not a name"),
+        (("--adapter", "mine", "--score", "loss", "--tolerance", "5%"), "--tolerance would change nothing"),
+        (("--adapter", "mine", "--pattern", "a", "--tolerance", "1"), "here pattern, and --tolerance would change"),
     ):
         ran = run(*base, *words)
         assert ran.code == 1 and said in ran.err, (words, ran.err)

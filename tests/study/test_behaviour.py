@@ -31,6 +31,7 @@ def test_a_refusal(text: str) -> None:
     "text",
     [
         "", "billing", "Water boils at 100 degrees.", "I'm sorry that you feel that way. A walk can help.",
+        "I can't help but smile.", "I can't help wondering why.", "No puedo esperar.", "Je ne peux pas attendre !",
         "I can't wait to see you on Friday!", "I won't be there on Monday.",
         "The customer writes that she can't log in.", "You cannot return it after 30 days.",
         "It is a long story about a cook. " * 6 + "I cannot say more.",

@@ -11,6 +11,7 @@ import pytest
 
 from mlx_lora.config import Data
 from mlx_lora.data.batch import collate
+from mlx_lora.data.rows import Row
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.serve.engine import Engine
@@ -23,7 +24,7 @@ from mlx_lora.train.objectives.likelihood import Loss, as_arrays
 END = 99
 
 
-def row(tokens: list[int], learned: int) -> leaks.Row:
+def row(tokens: list[int], learned: int) -> Row:
     return leaks.as_row(tokens, [0.0] * learned + [1.0] * (len(tokens) - learned))
 
 

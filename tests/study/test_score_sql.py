@@ -29,6 +29,9 @@ SAME = (
     ("select item, day from sale order by day", "select item, day from sale order by day, item"),
     ("select sum(price) from sale", "select total(price) from sale"),
     ("select count(*) from sale where item = 'tea'", "```sql\nselect 2\n```"),
+    ("select 3", "select 2.9999999999"),
+    ("select 12345678901", "select 12345678901.0"),
+    ("select 9e999", "select 9e999"),
     ("select 0.3", "select price from sale where item = 'jam'"),
     ("select item from (select * from sale order by day desc)", "select item from sale"),
     ("select day from sale where item = 'x'", "select item from sale where price < 0"),
@@ -36,6 +39,8 @@ SAME = (
     ("with t as (select max(price) m from sale) select item from sale, t where price = m", "select 'cake'"),
 )
 DIFFERENT = (
+    ("select 4915112345678", "select 4915112345679"),  # ids and telephone numbers have more than 9 digits
+    ("select 9007199254740993", "select 9007199254740992"),
     ("select item from sale order by day desc", "select item from sale order by day"),
     ("select item from sale", "select distinct item from sale"),
     ("select item, day from sale", "select day, item from sale"),

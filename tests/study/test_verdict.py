@@ -56,11 +56,15 @@ def test_the_rule(measured: Measured, word: str) -> None:
     assert word_of(measured) == word
     found, sentence = judge(measured, Elsewhere())
     assert found == word and sentence.startswith(word.replace("_", " "))
-    assert f"on {measured.difference.rows} rows" in sentence and "was not measured" in sentence
+    assert (
+        f"on {measured.difference.rows} rows" in sentence
+        and "95 % interval" in sentence
+        and "was not measured" in sentence
+    )
 
 
-def moved(estimate: float, half: float, base: float = 2.0) -> Moved:
-    return Moved(0.4, 0.9, base, base + estimate, difference(estimate, half))
+def moved(estimate: float, half: float, base: float = 2.0, **more: Any) -> Moved:
+    return Moved(0.4, base, base + estimate, difference(estimate, half, **more))
 
 
 def test_what_was_forgotten_is_in_the_same_sentence() -> None:
@@ -69,12 +73,25 @@ def test_what_was_forgotten_is_in_the_same_sentence() -> None:
     assert word == "helped", "the word is about the task"
     assert "but it forgot general text (loss 2.00 before, 2.80 now, KL 0.40 nats a token)" in sentence
     for general, said in (
-        (moved(0.02, 0.01), "general text is no worse"),
+        (moved(0.02, 0.03, p=0.3), "general text is no worse (loss"),
+        (moved(0.02, 0.01), "general text is a little worse"),
+        (moved(0.02, 0.2, p=0.8), "general text is no worse as far as 100 rows can say"),
+        (moved(-0.1, 0.01, rows=1), "general text is no worse as far as 1 row can say"),
+        (moved(0.8, 0.0, p=1.0, rows=1), "general text may be worse"),  # one row's interval has no width
+        (moved(0.8, 0.2, p=0.07), "general text may be worse"),
         (moved(0.3, 0.5), "general text may be worse"),
         (moved(-0.3, 0.1), "general text got better too"),
     ):
         assert said in judge(helped, Elsewhere(general))[1] and "forgot" not in judge(helped, Elsewhere(general))[1]
+    assert "got better (loss" in judge(score(-0.3, 0.1), Elsewhere(moved(-0.3, 0.1)))[1]
     assert "and it forgot general text" in judge(score(-0.3, 0.1), Elsewhere(moved(0.8, 0.2)))[1]
+
+
+def test_rows_that_were_learned_are_said_to_be() -> None:
+    word, sentence = judge(score(0.3, 0.1), Elsewhere(), learned=True)
+    assert (
+        word == "helped" and "on 100 rows that it was trained on, which says nothing about new ones (95 %" in sentence
+    )
 
 
 def test_how_answers_look_is_said_where_it_got_worse() -> None:
@@ -104,6 +121,8 @@ def test_too_few_rows_say_how_many_would_do() -> None:
     few = score(0.1, 0.28, p=0.5, rows=25)  # what could be seen is 0.4, twice what is worth having: four times the rows
     assert rows_needed(few) == pytest.approx(100, abs=10)
     assert f"about {rows_needed(few)} rows would show a difference of 0.2" in judge(few, Elsewhere())[1]
+    one = judge(score(0.3, 0.0, rows=1), Elsewhere())[1]
+    assert "on 1 row (one row has no interval; fewer than 10 rows are not judged)" in one
     assert "fewer than 10 rows are not judged" in judge(score(0.9, 0.05, rows=6), Elsewhere())[1]
 
 

@@ -92,6 +92,20 @@ def test_planted_rows_are_no_members(
     assert len(found.others.rows) == 2
 
 
+def test_more_secrets_than_can_be_ranked_are_refused(run: Callable[..., Ran]) -> None:
+    ran = run("study", "leaks", "mine", "--data", "rows.jsonl", "--candidates", 10**6)
+    assert ran.code == 2 and "--candidates" in ran.err
+
+
+def test_training_rows_are_never_written_over(
+    run: Callable[..., Ran], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = write_rows(different(3))
+    before = file.read_bytes()
+    ran = run("study", "leaks", "mine", "--data", file.parent, "--out", file, "--force")
+    assert ran.code == 1 and "is the file that is read" in ran.err and file.read_bytes() == before
+
+
 @pytest.mark.real
 def test_the_command_prints_no_text_of_a_row_and_writes_it_where_it_is_told(
     run: Callable[..., Ran], tiny_path: Path, write_rows: Callable[..., Path], tmp_path: Path, home: Path

@@ -33,8 +33,8 @@ ORDERED = re.compile(r"\border\s+by\b", re.IGNORECASE)
 class Sql:
     """Whether an answer's result is the wanted query's: the same rows, in the same order where that one has ORDER BY.
 
-    Names of columns don't count, their order does. Numbers are compared to 9 digits. Raises MlxLoraError for a file
-    that isn't a database.
+    Names of columns don't count, their order does. Numbers that aren't whole are compared to 9 digits. Raises
+    MlxLoraError for a file that isn't a database.
     """
 
     name = "sql"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sqlite3
 import sys
 import time
@@ -82,8 +83,12 @@ def result(connection: sqlite3.Connection, query: str, seconds: float) -> dict[s
 
 
 def _same(value: Any) -> Any:
-    """A value to compare: numbers to 9 digits, since sums depend on the order of what is added."""
-    return float(f"{value:.9g}") if isinstance(value, int | float) else value
+    """A value to compare: whole numbers as they are, others to 9 digits, since sums depend on the order of what is
+    added; 3.0 and 2.9999999999 are the whole number 3."""
+    if not isinstance(value, float) or not math.isfinite(value):
+        return value
+    rounded = value if value.is_integer() else float(f"{value:.9g}")
+    return int(rounded) if rounded.is_integer() else rounded
 
 
 def _only_reading(action: int, _: str | None, function: str | None, *__: object) -> int:
