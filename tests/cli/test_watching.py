@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from mlx_lora.data.read import sha256
 from mlx_lora.serve.engine import Engine
+from mlx_lora.store import verdict as verdicts
 from mlx_lora.tasks import samples
 from tests.cli.conftest import Ran
 from tests.conftest import questions
@@ -21,7 +23,9 @@ TEXT = ("twice", "say 2")
 
 @pytest.fixture
 def words(tiny_path: Path, data: Path) -> list[Any]:
-    return ["train", "--model", tiny_path, "--data", data, "--name", "mine", "train.iters=2", "adapter.rank=4"]
+    """At a low rate, so that five validation rows can't tell what was learned."""
+    few = ["train.iters=2", "train.learning_rate=2e-4", "adapter.rank=4"]
+    return ["train", "--model", tiny_path, "--data", data, "--name", "mine", *few]
 
 
 def test_a_run_ends_with_a_sentence_and_answers_beside_the_wanted_ones(run: Run, words: list[Any], home: Path) -> None:
@@ -116,35 +120,41 @@ def test_a_report_says_where_rows_have_changed(run: Run, trained: Ran, data: Pat
     file = data / "train.jsonl"
     file.write_text(file.read_text() + json.dumps({"prompt": "another", "completion": "row"}) + "\n")
     ran = run("report", "mine", "--out", tmp_path / "r.html")
-    assert ran.code == 0 and "no rows and answers: train.jsonl has changed since the run" in ran.err
+    assert ran.code == 0 and "without rows and answers: train.jsonl has changed since the run" in ran.err
     assert "train.jsonl has changed since the run" in (tmp_path / "r.html").read_text()
 
 
 def test_a_report_on_a_verdict_shows_its_rows(run: Run, trained: Ran, home: Path, data: Path, tmp_path: Path) -> None:
-    from mlx_lora.data.read import sha256
-
-    record = {
-        "data": {"file": "test.jsonl", "sha256": sha256(data / "test.jsonl")},
-        "results": [
-            {"adapter": "mine", "verdict": "helped", "metric": "accuracy", "base": 0.0, "tuned": 0.4, "difference": 0.4,
-             "interval": [0.1, 0.7], "rows": 5, "fixed": [1], "broken": [3], "drift": {"kl_task": 0.5}}
-        ],
-    }  # fmt: skip
+    judged = verdicts.Judged(
+        adapter="mine", verdict="helped", sentence="it helped", metric="accuracy", base=0.0, tuned=0.4, difference=0.4,
+        interval=(0.1, 0.7), p_value=0.01, test="McNemar", detectable=0.3, rows=5, fixed=1, broken=1, fixed_rows=[1],
+        broken_rows=[3], drift=verdicts.Drift(kl_task=0.5),
+    )  # fmt: skip
+    rows_of = verdicts.Rows(file="test.jsonl", sha256=sha256(data / "test.jsonl"), rows=5)
     for name in ("mine", "judged"):
-        (home / "verdicts" / name).mkdir(parents=True)
-        (home / "verdicts" / name / "verdict.json").write_text(json.dumps(record))
+        verdicts.write(verdicts.Verdict(created="", name=name, model="tiny", data=rows_of, results=[judged]))
     out = tmp_path / "r.html"
     assert run("report", "mine", "--out", out).code == 0
     rows = questions(5, start=200)
     page = out.read_text()
     assert all(f"row {number}</h3>" in page and rows[number]["prompt"] in page for number in (1, 3))
-    assert "mine: it helped." in page and "0.1 to 0.7" in page
+    assert "mine: it helped" in page and "0.1 to 0.7" in page
     alone = run("report", "judged", "--out", out)
     assert "--data names them" in alone.err and "row 1</h3>" not in out.read_text()
     assert run("report", "judged", "--data", data / "test.jsonl", "--out", out).code == 0
     assert "row 1</h3>" in out.read_text()
     other = run("report", "judged", "--data", data / "train.jsonl", "--out", out)
     assert "is the one that the verdict was given on" in other.err
+    moved = data.rename(tmp_path / "moved")
+    assert run("report", "mine", "--data", moved, "--out", out).code == 0
+    page = out.read_text()
+    assert "row 1</h3>" in page and "say 2 twice" in page, "--data names the run's rows and the verdict's"
+    assert run("report", "mine", "--data", moved / "test.jsonl", "--out", out).code == 0
+    page = out.read_text()
+    assert "row 1</h3>" in page and "say 2 twice" not in page and str(tmp_path) not in page
+    (home / "verdicts" / "judged" / "verdict.json").write_text('{"results": [1]}')
+    damaged = run("report", "judged", "--out", out)
+    assert damaged.code == 1 and "verdict.json" in damaged.err and "make the verdict again" in damaged.err
 
 
 def test_two_runs_are_compared(run: Run, trained: Ran, words: list[Any]) -> None:
@@ -153,7 +163,7 @@ def test_two_runs_are_compared(run: Run, trained: Ran, words: list[Any]) -> None
     assert "adapter.rank" not in shown and "train.iters" in shown and "best valid loss" in shown and "┤" in shown
     found = run("runs", "compare", "mine", "other", "--json").json
     assert found["runs"] == ["mine", "other"] and found["settings"]["train.iters"] == [4, 2]
-    assert found["settings"]["train.eval_every"] == [None, 1] and "name" not in found["settings"]
+    assert found["settings"]["train.eval_every"] == [4, 1] and "name" not in found["settings"]
     mine, other = found["results"]
     assert mine["best_valid_loss"] == trained.json["best_valid_loss"] and mine["rows"] == 24 and other["steps"] == 2
     assert [step for step, _ in found["losses"][1]] == [0, 1, 2]
