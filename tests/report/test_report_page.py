@@ -124,6 +124,17 @@ def test_whatever_data_says_is_text() -> None:
     assert text.count(page.text(HOSTILE)) >= 10
 
 
+def test_an_answer_that_was_cut_is_not_called_wrong_for_what_it_lacks() -> None:
+    long = Sample("q", "one two three", {None: "one two…", "mine": "one too…", "none": "…", "full": "one two three"})
+    text = long.html()
+    assert "base: as wanted until it was cut" in text and "mine: different" in text and "none: different" in text
+    assert [line.split(None, 1)[1] for line in long.lines()[2:]] == [
+        "the same, until it was cut", "one too…", "…", "the same",
+    ]  # fmt: skip
+    whole = Sample("q", "one…", {None: "one…"})
+    assert "base: as wanted<" in whole.html()
+
+
 def test_paths_of_this_machine_stay_here() -> None:
     text = html(report())
     assert "somewhere" not in text and "<td>base</td>" in text and "<td>rows</td>" in text
