@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from mlx_lora import paths
+from mlx_lora import paths, ui
 from mlx_lora.recipe import load_recipe
 from mlx_lora.study.trials import Trial
 from mlx_lora.tasks import tune as task
 from mlx_lora.tasks.trial import Bench
+from mlx_lora.train.events import Step
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -69,6 +71,27 @@ def test_people_get_the_recipe_with_its_reasons(run: Run, data: Path, tiny_path:
     assert " nats a token" in rank and rank.partition("#")[2].split()[0] in ("8:", "32:")
     assert "learning_rate: 0.01  # as you asked" in ran.out
     assert "best: rate 0.01" in ran.err and "5 validation rows say little" in ran.err
+
+
+def test_a_training_that_has_failed_leaves_no_bar_to_the_next(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[str] = []
+
+    @contextmanager
+    def bar(label: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+        bars.append(label)
+        yield lambda count, text: None
+        bars.remove(label)
+
+    def failing(*_: Any, listener: Callable[[], Any], stage: Callable[[str], None], **__: Any) -> Any:
+        for _ in range(2):
+            stage("the next one")
+            listener().event(Step(1, 2, 1.0, 1e-3, 1.0, 1, 1.0, 1, False))
+            assert bars == ["training"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ui, "bar", bar)
+    monkeypatch.setattr(task, "tune", failing)
+    assert run("tune", "--model", "x", "--data", "y").code == 130 and not bars
 
 
 @pytest.mark.real
