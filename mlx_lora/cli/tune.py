@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,7 +39,7 @@ def tune(
     from mlx_lora.recipe import load_recipe
     from mlx_lora.tasks.tuned import check_out, write
 
-    given = {"model": model, "data.path": data, "name": name or Path(data).stem}
+    given = {"model": model, "data.path": data, "name": name or Path(os.path.abspath(data)).stem}
     recipe = load_recipe(None, settings or [], settings=given)
     if out is not None:
         check_out(out, force=force)

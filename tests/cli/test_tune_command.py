@@ -94,6 +94,13 @@ def test_a_training_that_has_failed_leaves_no_bar_to_the_next(run: Run, monkeypa
     assert run("tune", "--model", "x", "--data", "y").code == 130 and not bars
 
 
+def test_the_name_is_that_of_the_folder_one_stands_in(
+    run: Run, data: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data)
+    assert "no directory 'x'" in run("tune", "--model", "x", "--data", ".").err
+
+
 @pytest.mark.real
 def test_the_same_command_goes_on_after_ctrl_c(
     run: Run, data: Path, tiny_path: Path, tried: list[Trial], monkeypatch: pytest.MonkeyPatch
@@ -135,6 +142,10 @@ def test_the_record_holds_numbers_and_is_the_users_alone(run: Run, data: Path, t
     [
         (("--data", "VALIDLESS", "data.valid_fraction=0"), "there are none"),
         (("--data", "DATA", *RANK, "adapter.rank=4"), "every setting that tuning could change is given"),
+        (
+            ("--data", "DATA", *RANK[:3], "train={learning_rate: 0.01, iters: 2}", "adapter.rank=4"),
+            "every setting that",
+        ),
         (("--data", "DATA", "--out", "DATA"), "exists"),
         (("--data", "DATA", "adapter.ranks=4"), "adapter.ranks"),
         (("--data", "DATA", "adapter.targets=[no_such]", *RATES[:2]), "no module is called 'no_such'"),
@@ -158,5 +169,5 @@ def test_too_little_time_is_said_with_the_time_that_is_enough(
 
     monkeypatch.setattr(Bench, "run", slow)
     ran = run("tune", "--model", tiny_path, "--data", data, "--minutes", 1, *RATES)
-    assert ran.code == 1 and "1 minutes are too few to compare two trainings" in ran.err
+    assert ran.code == 1 and "1 minute is too short to compare two trainings" in ran.err
     assert "hint: --minutes 4" in ran.err
