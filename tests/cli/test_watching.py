@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlx_lora.cli.live import listener
+from mlx_lora.cli.train import StopSignal
 from mlx_lora.data.read import sha256
 from mlx_lora.serve.engine import Engine
 from mlx_lora.store import verdict as verdicts
 from mlx_lora.tasks import samples
+from mlx_lora.train.events import Evaluated, Finished
 from tests.cli.conftest import Ran
 from tests.conftest import questions
 
@@ -168,3 +173,13 @@ def test_two_runs_are_compared(run: Run, trained: Ran, words: list[Any]) -> None
     assert mine["best_valid_loss"] == trained.json["best_valid_loss"] and mine["rows"] == 24 and other["steps"] == 2
     assert [step for step, _ in found["losses"][1]] == [0, 1, 2]
     assert run("runs", "compare", "mine", "none").code == 1
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_worse_adapter_is_said_once(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """`train` ends with a sentence; of several trainings each has a warning in its place."""
+    with ExitStack() as stack:
+        heard = listener(stack, StopSignal(stack), quiet=quiet)
+        heard.event(Evaluated(0, 1.0, False))
+        heard.event(Finished(**dict.fromkeys((one.name for one in fields(Finished)), 2)))
+    assert ("worse on the validation rows" in capsys.readouterr().err) is quiet

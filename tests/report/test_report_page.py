@@ -13,7 +13,7 @@ from mlx_lora.config import Recipe
 from mlx_lora.report import page
 from mlx_lora.report.run import Report, html
 from mlx_lora.report.sample import Sample
-from mlx_lora.report.svg import Curve, Figures, log_ticks, thinned, ticks_of
+from mlx_lora.report.svg import Curve, Figures, Interval, log_ticks, thinned, ticks_of
 from mlx_lora.store.manifest import Manifest
 from mlx_lora.store.run import Evaluation, FinishedLine, RunRecord, Started, StepLine
 from mlx_lora.store.verdict import Judged
@@ -199,6 +199,13 @@ def test_thinning_keeps_means() -> None:
     points = [(float(x), float(x % 7)) for x in range(1001)]
     thin = thinned(points, 100)
     assert len(thin) <= 100 and thin[0] == (5.0, sum(x % 7 for x in range(11)) / 11) and thinned([]) == []
+
+
+def test_a_long_name_fits_its_figure_and_is_whole_in_words() -> None:
+    name = "support-questions-of-last-year-8-epochs"
+    drawn = Figures().intervals([Interval(name, 0.1, 0.2, 0.3)], title="t", across="x")
+    (shown,) = re.findall('class="name">([^<]*)<', drawn)
+    assert shown == "support-qu…-8-epochs" and name in drawn
 
 
 def test_a_figure_of_nothing_is_nothing() -> None:
