@@ -13,18 +13,15 @@ from dataclasses import dataclass
 from itertools import count
 
 from mlx_lora.report.page import text
+from mlx_lora.report.text import WIDE, Points
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 84, 16, 16, 40
 ROW, NAMES = 44, 150
 # Characters of a name that fit into NAMES; the description and the table have the whole.
 MOST_NAME = 20
-# From this ratio of the highest to the lowest value on, the vertical axis is logarithmic.
-WIDE = 20.0
 # More points than this can't be told apart at this width.
 MOST_POINTS = 600
-
-Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
