@@ -68,15 +68,19 @@ def test_plain_text_has_no_answers(run: Run, write_rows: Callable[..., Path], ti
     assert ran.code == 0 and "asked" not in ran.err
 
 
-def test_ctrl_c_while_answering_loses_nothing(
-    run: Run, words: list[Any], home: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [(KeyboardInterrupt, 130, "no answers then"), (RuntimeError("out of memory"), 0, "no answers: out of memory")],
+)
+def test_what_ends_the_answers_loses_nothing(
+    run: Run, words: list[Any], home: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, code: int, says: str
 ) -> None:
-    def interrupted(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise fault
 
-    monkeypatch.setattr(Engine, "stream", interrupted)
+    monkeypatch.setattr(Engine, "stream", stopped)
     ran = run(*words)
-    assert ran.code == 130 and ran.out.splitlines()[-1] == str(home / "adapters" / "mine")
+    assert ran.code == code and says in ran.err and ran.out.splitlines()[-1] == str(home / "adapters" / "mine")
     assert "the adapter is stored" in ran.err and run("runs", "show", "mine").out.startswith("mine is finished")
 
 
