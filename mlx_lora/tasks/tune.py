@@ -20,7 +20,7 @@ from mlx_lora.data.batch import steps_per_epoch
 from mlx_lora.data.prepare import Prepared, prepare
 from mlx_lora.data.rows import trained
 from mlx_lora.data.virtual import virtual_of
-from mlx_lora.errors import RecipeError, TrainingError
+from mlx_lora.errors import MlxLoraError, RecipeError, TrainingError
 from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.settings import translated
 from mlx_lora.store.lock import locked
@@ -148,8 +148,11 @@ def _asked(recipe: Recipe, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _recorded(record: Record, of: dict[str, Any]) -> list[Line]:
-    """The lines that are still valid, in the order in which they were made."""
-    return [Line.read(fields) for fields in map(lambda name: record.fields(name, of), record.runs) if fields]
+    """The lines that are still valid, in the order in which they were made. Raises MlxLoraError for a damaged one."""
+    try:
+        return [Line.read(fields) for fields in map(lambda name: record.fields(name, of), record.runs) if fields]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise MlxLoraError(f"{record.file} isn't a tuning's record", hint="remove it to begin again") from None
 
 
 def _said(line: Line, space: Space) -> str:

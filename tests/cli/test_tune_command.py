@@ -125,6 +125,19 @@ def test_the_same_command_goes_on_after_ctrl_c(
     assert run(*words).code == 0 and len(tried) > len(found["trials"])
 
 
+@pytest.mark.parametrize("damage", [{"trial": {"rate": 1.0}}, {"losses": 3}, [1]])
+def test_a_damaged_record_says_what_to_do(
+    run: Run, data: Path, tiny_path: Path, damage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = paths.room("tunings", "mine") / "tuning.json"
+    monkeypatch.setattr(task, "made_of", lambda recipe: {})
+    file.parent.mkdir(parents=True)
+    entry = {"made_of": {"asked": sorted(word.partition("=")[0] for word in RANK)}, "line": damage}
+    file.write_text(json.dumps({"runs": {"one": entry}}))
+    ran = run("tune", "--model", tiny_path, "--data", data, "--name", "mine", *RANK)
+    assert ran.code == 1 and "isn't a tuning's record" in ran.err and "remove it to begin again" in ran.err
+
+
 @pytest.mark.real
 def test_the_record_holds_numbers_and_is_the_users_alone(run: Run, data: Path, tiny_path: Path) -> None:
     ran = run("tune", "--model", tiny_path, "--data", data, "--name", "mine", "--json", *RANK)
