@@ -33,7 +33,7 @@ Lines = Callable[[int, int], Sequence[str]]
 
 def possible() -> bool:
     """Whether stderr is a terminal whose cursor moves and that shows more than ASCII."""
-    return ui.err.is_terminal and not ui.err.is_dumb_terminal and ui.err.encoding.lower().startswith("utf")
+    return ui.moves() and ui.err.encoding.lower().startswith("utf")
 
 
 @contextmanager

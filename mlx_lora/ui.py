@@ -195,10 +195,15 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
+def moves() -> bool:
+    """Whether stderr is a terminal whose cursor moves, so that a line can be painted again."""
+    return err.is_terminal and not err.is_dumb_terminal
+
+
 @contextmanager
 def working(label: str) -> Iterator[None]:
-    """Say what is going on while the block runs: a spinner on a terminal, a line elsewhere."""
-    if not err.is_terminal:
+    """Say what is going on while the block runs: a spinner on a terminal whose cursor moves, a line elsewhere."""
+    if not moves():
         note(label)
         yield
         return
@@ -209,7 +214,7 @@ def working(label: str) -> Iterator[None]:
 @contextmanager
 def bar(label: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
     """A progress bar on stderr; yields `advance(count, text)`. Plain lines where no terminal shows it."""
-    if not err.is_terminal or err.is_dumb_terminal:
+    if not moves():
         yield _plain(label, total)
         return
     columns = (
@@ -241,7 +246,7 @@ def slow_bar(label: str) -> Iterator[Callable[[int, int], None]]:
             if done >= total:
                 return stack.close()
             if advance is None and time.monotonic() - start >= SLOW:
-                if not err.is_terminal:
+                if not moves():
                     note(f"{label} {done}/{total}")
                 advance = stack.enter_context(bar(label, total))
             if advance is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 from wcwidth import wcswidth
 
 from mlx_lora import ui
@@ -144,3 +146,16 @@ def test_slow_work_shows_its_progress_and_quick_work_nothing(
             update(2, 9)
             update(9, 9)
         assert capsys.readouterr().err.strip() == said
+
+
+def test_a_dumb_terminal_gets_the_lines_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spinner or a bar would show nothing there until its end."""
+    shown = io.StringIO()
+    dumb = Console(file=shown, force_terminal=True, soft_wrap=True, _environ={"TERM": "dumb"})
+    monkeypatch.setattr(ui, "err", dumb)
+    monkeypatch.setattr(ui, "SLOW", 0.0)
+    with ui.working("waiting"):
+        pass
+    with ui.slow_bar("answering") as update:
+        update(1, 4)
+    assert [line.strip() for line in shown.getvalue().splitlines()] == ["waiting", "answering 1/4"]

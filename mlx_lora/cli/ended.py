@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mlx_lora import paths, ui
-from mlx_lora.errors import TrainingError
+from mlx_lora.errors import MlxLoraError, TrainingError
 
 if TYPE_CHECKING:
     from mlx_lora.cli.train import StopSignal
@@ -61,6 +61,9 @@ def _show_samples(run: TrainedRun) -> bool:
     except KeyboardInterrupt:
         ui.note("no answers then; the adapter is stored")
         return False
+    except (MlxLoraError, OSError, RuntimeError) as fault:  # RuntimeError: MLX's, where memory is short
+        ui.note(f"no answers: {fault}; the adapter is stored")
+        return True
     for sample in samples:
         for line in sample.lines():
             ui.err.print(ui.one_line(line))

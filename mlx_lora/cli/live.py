@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def listener(stack: ExitStack, stop: StopSignal, *, quiet: bool = False, live: bool = False) -> Listener:
     """A screen for one training run. `live` is a view with curves where the terminal can show it; else there is a bar.
 
-    Where stderr is no terminal, a plain line now and then takes the bar's place. `quiet` leaves out what comes before.
+    Where stderr is no terminal, a plain line now and then takes the bar's place. `quiet` is for one of
+    several trainings, whose ending isn't shown: what comes before it is left out, and a warning says if it made worse.
     """
     from mlx_lora.tasks.train import Listener
     from mlx_lora.train.events import Evaluated, Finished, Note, Step
@@ -44,7 +45,7 @@ def listener(stack: ExitStack, stop: StopSignal, *, quiet: bool = False, live: b
             ui.note(event.text)
         elif isinstance(event, Finished):
             bars.close()
-            if untrained is not None and (event.best_valid_loss or 0) > untrained:
+            if quiet and untrained is not None and (event.best_valid_loss or 0) > untrained:  # else its ending says so
                 ui.warning("the adapter is worse on the validation rows than the base without it")
 
     def started() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,6 @@ from mlx_lora.cli.options import Force, Json, Overrides
 
 if TYPE_CHECKING:
     from mlx_lora.config import Recipe
-    from mlx_lora.tasks.train import Listener
     from mlx_lora.tasks.tuned import Tuned
 
 
@@ -39,7 +39,7 @@ def tune(
     from mlx_lora.recipe import load_recipe
     from mlx_lora.tasks.tuned import check_out, write
 
-    given = {"model": model, "data.path": data, "name": name or Path(data).stem}
+    given = {"model": model, "data.path": data, "name": name or Path(os.path.abspath(data)).stem}
     recipe = load_recipe(None, settings or [], settings=given)
     if out is not None:
         check_out(out, force=force)
@@ -64,12 +64,16 @@ def _search(recipe: Recipe, settings: list[str], minutes: float) -> Tuned:
     from mlx_lora.tasks.tune import tune as run
 
     with ExitStack() as stack:
+        stop = StopSignal(stack)
 
-        def screen() -> Listener:
-            return listener(stack, StopSignal(stack), quiet=True)
+        def stage(text: str) -> None:
+            stack.close()  # the training before is over, also one that has failed with its bar on the screen
+            ui.note(text)
 
         try:
-            return run(recipe, settings, minutes=minutes, listener=screen, stage=ui.note)
+            return run(
+                recipe, settings, minutes=minutes, listener=lambda: listener(stack, stop, quiet=True), stage=stage
+            )
         except KeyboardInterrupt:
             stack.close()
             ui.note("the same command goes on; what is done is kept")

@@ -15,6 +15,7 @@ from mlx_lora.report.sample import Sample
 from mlx_lora.report.svg import Bar, Curve, Figures
 from mlx_lora.store.manifest import Manifest
 from mlx_lora.store.run import RunRecord, flat
+from mlx_lora.store.verdict import Judged
 from mlx_lora.study.ending import ending
 
 
@@ -28,7 +29,7 @@ class Report:
     name: str
     record: RunRecord | None = None
     manifest: Manifest | None = None
-    results: Sequence[verdict.Judged] = ()
+    results: Sequence[Judged] = ()
     samples: Sequence[Sample] = ()
     changed: Sequence[Sample] = ()
     note: str = ""

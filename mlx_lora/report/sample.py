@@ -27,21 +27,28 @@ class Sample:
     def right(self, name: str | None) -> bool:
         return self.answers[name].strip() == self.wanted.strip()
 
+    def right_so_far(self, name: str | None) -> bool:
+        """Whether an answer is the beginning of the wanted one, and was cut there: how it goes on isn't known."""
+        answer = self.answers[name].removesuffix(CUT).rstrip("\ufffd").strip()  # half a character at the end
+        return bool(answer) and self.answers[name].endswith(CUT) and self.wanted.strip().startswith(answer)
+
     def lines(self) -> list[str]:
         """A line for each text; an answer that is the wanted one isn't said twice."""
         texts = [("asked", _short(self.prompt, end=True)), ("wanted", _short(self.wanted))]
         for name, answer in self.answers.items():
             label = "answer" if len(self.answers) == 1 else name or "base"
-            texts.append((label, "the same" if self.right(name) else _short(answer)))
+            same = "the same" if self.right(name) else "the same, until it was cut" if self.right_so_far(name) else ""
+            texts.append((label, same or _short(answer)))
         return [f"  {label:7} {text}" for label, text in texts]
 
     def html(self) -> str:
         """Base and adapters beneath each other, right or not: said in words, and by colour."""
         parts = [("asked", self.prompt, ""), ("wanted", self.wanted, "")]
         for name, answer in self.answers.items():
-            right = self.right(name)
-            said = "as wanted" if right else "different"
-            parts.append((f"{name or 'base'}: {said}", answer, "good" if right else "bad"))
+            said, kind = ("as wanted", "good") if self.right(name) else ("different", "bad")
+            if kind == "bad" and self.right_so_far(name):
+                said, kind = "as wanted until it was cut", ""
+            parts.append((f"{name or 'base'}: {said}", answer, kind))
         return page.sample(parts, f"row {self.row}" if self.row is not None else "")
 
 

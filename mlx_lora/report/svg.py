@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from itertools import count
 
 from mlx_lora.report.page import text
+from mlx_lora.report.text import WIDE, Points
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 84, 16, 16, 40
 ROW, NAMES = 44, 150
-# From this ratio of the highest to the lowest value on, the vertical axis is logarithmic.
-WIDE = 20.0
+# Characters of a name that fit into NAMES; the description and the table have the whole.
+MOST_NAME = 20
 # More points than this can't be told apart at this width.
 MOST_POINTS = 600
-
-Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Figures:
             top, length = index * ROW + 8, max(bar.value / most * room, 2)
             kind = "outline" if bar.limit else "c1"
             parts.append(
-                f'<text x="{NAMES - 12}" y="{top + 19}" class="name">{text(bar.name)}</text>'
+                f'<text x="{NAMES - 12}" y="{top + 19}" class="name">{text(_fitted(bar.name))}</text>'
                 f'<rect x="{NAMES}" y="{top}" width="{length:.1f}" height="28" rx="3" class="bar {kind}"/>'
                 f'<text x="{NAMES + length + 10:.1f}" y="{top + 19}">{text(bar.shown)}</text>'
             )
@@ -121,7 +120,7 @@ class Figures:
         for index, each in enumerate(intervals):
             y = index * ROW + ROW / 2
             parts.append(
-                f'<text x="{NAMES - 12}" y="{y + 5}" class="name">{text(each.name)}</text>'
+                f'<text x="{NAMES - 12}" y="{y + 5}" class="name">{text(_fitted(each.name))}</text>'
                 f'<line x1="{place(each.low):.1f}" x2="{place(each.high):.1f}" y1="{y}" y2="{y}" class="interval"/>'
                 f'<circle cx="{place(each.value):.1f}" cy="{y}" r="6" class="c1 mark"/>'
             )
@@ -222,6 +221,11 @@ def log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(powers) <= 3 else (1,)
     return [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+
+
+def _fitted(name: str) -> str:
+    """A name for the left of a figure: its beginning and its end, which tell long names apart."""
+    return name if len(name) <= MOST_NAME else f"{name[: MOST_NAME // 2]}…{name[1 - MOST_NAME // 2 :]}"
 
 
 def _number(value: float) -> str:

@@ -14,7 +14,7 @@ BRAILLE = 0x2800
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 MARK = "●"
 LABEL = 8
-# From this ratio of the highest to the lowest value on, the vertical axis is logarithmic.
+# From this ratio of the highest to the lowest value on, a vertical axis is logarithmic, here and in `svg`.
 WIDE = 20.0
 
 Points = Sequence[tuple[float, float]]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_lora import files, paths
-from mlx_lora.config import Data
+from mlx_lora import paths
+from mlx_lora.config import Data, Recipe
 from mlx_lora.data.encode import Encoder
 from mlx_lora.data.fit import encode_file
 from mlx_lora.data.prepare import prepare
@@ -25,17 +26,16 @@ from mlx_lora.models.load import LoadedModel
 from mlx_lora.report.page import MARK
 from mlx_lora.report.run import Report, html
 from mlx_lora.report.sample import Sample
-from mlx_lora.report.verdict import Judged, judged
 from mlx_lora.serve.conversation import trained
 from mlx_lora.store import registry
 from mlx_lora.store import run as runs
+from mlx_lora.store import verdict as verdicts
 from mlx_lora.store.adapter import StoredAdapter, read
 from mlx_lora.store.base import base_for
 from mlx_lora.tasks.samples import COMPARED, answered, question
 
 SAMPLES, CHANGED, MOST_SECONDS = 5, 4, 120.0
 NO_TEXTS = "Rows and answers are left out: a report has them only in a file that is named with --out."
-VERDICTS, VERDICT = "verdicts", "verdict.json"
 
 OnToken = Callable[[int, int], None]
 
@@ -46,31 +46,22 @@ class Record:
 
     name: str
     run: runs.RunRecord | None
-    verdict: dict[str, Any] | None
+    verdict: verdicts.Verdict | None
 
     @property
-    def results(self) -> list[Judged]:
-        return judged(self.verdict or {})
+    def results(self) -> list[verdicts.Judged]:
+        return self.verdict.results if self.verdict else []
 
 
 def find(name: str) -> Record:
-    """The run and the verdict called `name`. Raises MlxLoraError where there is neither."""
-    paths.check_name(name)
-    folder, known = paths.home() / VERDICTS, runs.names()
-    verdicts = [path.parent.name for path in folder.glob(f"*/{VERDICT}")]
-    run = runs.read(name) if name in known else None
-    record = _record(folder / name / VERDICT) if name in verdicts else None
-    if run is None and record is None:
-        close = nearest(name, [*known, *verdicts]) if known or verdicts else "; there are none yet"
+    """The run and the verdict called `name`. Raises MlxLoraError where there is neither, or one is damaged."""
+    name = paths.check_name(name)
+    known, judged = runs.names(), verdicts.names()
+    if name not in (*known, *judged):
+        close = nearest(name, [*known, *judged]) if known or judged else "; there are none yet"
         raise MlxLoraError(f"no run and no verdict {name!r}{close}", hint="mlx-lora runs list")
-    return Record(name, run, record)
-
-
-def _record(file: Path) -> dict[str, Any]:
-    values = files.read_json(file, MlxLoraError)
-    if not isinstance(values, dict):
-        raise MlxLoraError(f"{file}: not a verdict's record")
-    return values
+    run = runs.read(name) if name in known else None
+    return Record(name, run, verdicts.read(name) if name in judged else None)
 
 
 def check(out: Path) -> None:
@@ -110,12 +101,32 @@ def report(
     plain = Report(record.name, record.run, adapter.manifest if adapter else None, record.results, note=NO_TEXTS)
     if not texts:
         return html(plain)
-    try:
-        samples, changed = _texts(record, adapter, model, data, stage, on_token)
-    except MlxLoraError as fault:
-        stage(f"no rows and answers: {fault.message}")
-        return html(replace(plain, note=f"There are no rows and answers here: {fault.message}"))
-    return html(replace(plain, samples=samples, changed=changed, note=""))
+    gone = _Missing(stage)
+    found: tuple[list[Sample], list[Sample]] = ([], [])
+    with gone.noted():
+        found = _texts(record, adapter, model, data, gone, on_token)
+    return html(replace(plain, samples=found[0], changed=found[1], note=gone.note))
+
+
+class Unread(MlxLoraError):
+    """Rows that can't be had. The message goes into the report too: it calls files by their names, without folders."""
+
+
+class _Missing:
+    """What of the rows and answers isn't there, for `stage` and for the page, which may be given away."""
+
+    def __init__(self, stage: Callable[[str], None]):
+        self.stage, self.note = stage, ""
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Go on after the block where it raises MlxLoraError, and say so."""
+        try:
+            yield
+        except MlxLoraError as fault:
+            self.stage(f"without rows and answers: {fault.message}")
+            why = fault.message if isinstance(fault, Unread) else "mlx-lora report has said why"
+            self.note += f"Rows and answers are missing here: {why}. "
 
 
 def _adapter(record: Record) -> StoredAdapter | None:
@@ -131,26 +142,28 @@ def _adapter(record: Record) -> StoredAdapter | None:
 
 def _texts(
     record: Record, adapter: StoredAdapter | None, model: str | None, data: str | None,
-    stage: Callable[[str], None], on_token: OnToken,
+    gone: _Missing, on_token: OnToken,
 ) -> tuple[list[Sample], list[Sample]]:  # fmt: skip
     """Answers to validation rows of the run, and to rows that a verdict calls fixed or broken."""
     if adapter is None:
-        raise MlxLoraError(f"the adapter of {record.name} is not in the home any more")
+        raise Unread(f"the adapter of {record.name} is not in the home any more")
     recipe = record.run.recipe if record.run else None
-    place = data or (recipe.data.path if recipe else None)
-    if place is None:
-        raise MlxLoraError("a verdict's record doesn't say where its rows lie: --data names them")
-    stage(f"reading {place}")
+    places = [place for place in (data, recipe.data.path if recipe else None) if place]
+    if not places:
+        raise Unread("a verdict's record doesn't say where its rows lie: --data names them")
+    gone.stage(f"reading {' and '.join(places)}")
     opened = base_for(model or (recipe.model if recipe else None), [adapter])
     wanted: dict[int, Row] = {}
-    if record.verdict:
-        wanted = _changed_rows(record, adapter, place, opened.tokenizer)
     rows: Sequence[Row] = []
+    if record.verdict:
+        with gone.noted():
+            wanted = _changed_rows(record.verdict, adapter, places, opened.tokenizer)
     if recipe:
-        prepared = prepare(str(recipe.data.path), recipe.data, opened.tokenizer, seed=recipe.seed)
-        _check_same(prepared.files, adapter)
-        rows = [] if prepared.format == "text" else prepared.valid[:COMPARED]
-    stage(f"loading {registry.base_name(opened.path)}")
+        with gone.noted():
+            rows = _validation_rows(recipe, adapter, places, opened.tokenizer)
+    if not wanted and not rows:
+        return [], []
+    gone.stage(f"loading {registry.base_name(opened.path)}")
     loaded = registry.open_base(opened, [adapter])
     return _answer(loaded, adapter, rows, wanted, on_token)
 
@@ -167,30 +180,37 @@ def _answer(
     return found[: len(chosen)], changed
 
 
-def _changed_rows(record: Record, adapter: StoredAdapter, place: str, tokenizer: Any) -> dict[int, Row]:
+def _changed_rows(
+    verdict: verdicts.Verdict, adapter: StoredAdapter, places: Sequence[str], tokenizer: Any
+) -> dict[int, Row]:
     """A few of the rows that a verdict calls fixed or broken, by their numbers in its file."""
-    numbers = [n for result in record.results for n in (*result.fixed[:CHANGED], *result.broken[:CHANGED])]
+    numbers = [n for result in verdict.results for n in (*result.fixed_rows[:CHANGED], *result.broken_rows[:CHANGED])]
     if not numbers:
         return {}
-    file = _file_of(record.verdict or {}, place)
+    file = _file_of(verdict, places)
     settings = Data.model_validate((adapter.manifest.recipe or {}).get("data", {}) | {"path": None})
     encoded = encode_file(file, Encoder(tokenizer, settings, trained(adapter).format(tokenizer)), lambda: None)
     last = {int(group): place for place, group in enumerate(encoded.rows.groups)}
     return {number: encoded.rows[last[number]] for number in dict.fromkeys(numbers) if number in last}
 
 
-def _file_of(verdict: dict[str, Any], place: str) -> Path:
-    """The file that a verdict was given on, by its hash, among those of a data path."""
-    wanted = (verdict.get("data") or {}).get("sha256")
-    found = [file for file in find_splits(place).values() if sha256(file) == wanted]
-    if not found:
-        raise MlxLoraError(f"no file of {place} is the one that the verdict was given on: --data names it")
-    return found[0]
+def _file_of(verdict: verdicts.Verdict, places: Sequence[str]) -> Path:
+    """The file that a verdict was given on, by its hash, among those of some data paths."""
+    for place in places:
+        for file in find_splits(place).values():
+            if sha256(file) == verdict.data.sha256:
+                return file
+    names = " and ".join(Path(place).name for place in places)
+    raise Unread(f"no file of {names} is the one that the verdict was given on: --data names it")
 
 
-def _check_same(read_now: Sequence[dict[str, Any]], adapter: StoredAdapter) -> None:
-    """Raise MlxLoraError where the files aren't those that the adapter was trained with."""
-    before = {str(entry.get("sha256")) for entry in adapter.manifest.data}
-    for entry in read_now:
-        if entry["sha256"] not in before:
-            raise MlxLoraError(f"{entry['file']} has changed since the run")
+def _validation_rows(recipe: Recipe, adapter: StoredAdapter, places: Sequence[str], tokenizer: Any) -> Sequence[Row]:
+    """The run's validation rows, from the first of some data paths that has the files it was trained with."""
+    before, changed = {str(entry.get("sha256")) for entry in adapter.manifest.data}, list[str]()
+    for place in places:
+        read_then = [file for split, file in find_splits(place).items() if split != "test"]
+        changed = [file.name for file in read_then if sha256(file) not in before]
+        if not changed:
+            prepared = prepare(place, recipe.data, tokenizer, seed=recipe.seed)
+            return [] if prepared.format == "text" else prepared.valid[:COMPARED]
+    raise Unread(f"{changed[0]} has changed since the run")

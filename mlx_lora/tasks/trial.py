@@ -85,7 +85,6 @@ class Bench:
         resume = self.checkpoints.pop(shape, None)
         if resume is not None and resume.step >= watch.trial.steps:
             resume = None
-        watch.at = resume.step if resume else 0
         try:
             plan = plan_rows(recipe, self.opened, self.prepared)
         except ModelError:  # an architecture whose memory isn't known
@@ -121,7 +120,7 @@ class Watch:
         self.error: str | None = None
         self._looks = {-(-trial.steps * number // looks) for number in range(1, looks + 1)}
         self._best: np.ndarray | None = None
-        self._best_step, self.at = 0, 0
+        self._best_step = 0
         self._mark = time.monotonic()
         self._steps, self._seen = list[float](), list[float]()
 

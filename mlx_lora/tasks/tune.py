@@ -20,7 +20,7 @@ from mlx_lora.data.batch import steps_per_epoch
 from mlx_lora.data.prepare import Prepared, prepare
 from mlx_lora.data.rows import trained
 from mlx_lora.data.virtual import virtual_of
-from mlx_lora.errors import RecipeError, TrainingError
+from mlx_lora.errors import MlxLoraError, RecipeError, TrainingError
 from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.settings import translated
 from mlx_lora.store.lock import locked
@@ -59,7 +59,8 @@ def tune(
         prepared = _rows(recipe, opened, listener(), stage)
         recipe, chosen = resolved(recipe, opened, rows=len(prepared.train), valid=len(prepared.valid))
         for sentence in chosen.sentences:
-            stage(sentence)
+            if sentence.startswith(("train.epochs ", "train.learning_rate ")):  # trials are evaluated in their own way
+                stage(sentence)
         space, per_epoch = _space(recipe, asked, prepared)
         bench = Bench(recipe, opened, prepared, space.default, listener, stage)
         record = Record(paths.room("tunings", name) / FILE)
@@ -137,15 +138,21 @@ def _asked(recipe: Recipe, words: Sequence[str]) -> dict[str, Any]:
     values, asked = recipe.model_dump(mode="json"), dict[str, Any]()
     for word in words:
         section, _, key = translated(word).partition("=")[0].partition(".")
-        key = key.partition(".")[0]
-        asked |= {f"{section}.{key}": values[section][key]} if section in SECTIONS else {section: values[section]}
+        if section not in SECTIONS:
+            asked[section] = values[section]
+            continue
+        keys = [key.partition(".")[0]] if key else sorted(getattr(recipe, section).model_fields_set)  # section={…}
+        asked |= {f"{section}.{key}": values[section][key] for key in keys}
     left_out = {"model", "name", "data.path"} | {f"train.{key}" for key in KEYS if asked.get(f"train.{key}") == "auto"}
     return {key: value for key, value in asked.items() if key not in left_out}
 
 
 def _recorded(record: Record, of: dict[str, Any]) -> list[Line]:
-    """The lines that are still valid, in the order in which they were made."""
-    return [Line.read(fields) for fields in map(lambda name: record.fields(name, of), record.runs) if fields]
+    """The lines that are still valid, in the order in which they were made. Raises MlxLoraError for a damaged one."""
+    try:
+        return [Line.read(fields) for fields in map(lambda name: record.fields(name, of), record.runs) if fields]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise MlxLoraError(f"{record.file} isn't a tuning's record", hint="remove it to begin again") from None
 
 
 def _said(line: Line, space: Space) -> str:
@@ -159,10 +166,14 @@ def _nothing(found: Found | None, lines: Sequence[Line], space: Space, minutes: 
     if lines and found is None:
         return TrainingError(f"every training failed: {lines[0].error}", hint="try it alone with `mlx-lora train`")
     if not lines:
-        return TrainingError(f"{minutes:g} minutes are over before the first training", hint="--minutes allows more")
+        return TrainingError(f"{_minutes(minutes)} over before the first training", hint="--minutes allows more")
     plan = Plan(space, lines, seconds=minutes * 60, used=0)
     enough = math.ceil(max(plan.enough() / 60, minutes + 1))
     return TrainingError(
-        f"{minutes:g} minutes are too few to compare two trainings",
+        f"{_minutes(minutes)} too short to compare two trainings",
         hint=f"--minutes {enough} compares short ones, and goes on from what is done",
     )
+
+
+def _minutes(count: float) -> str:
+    return "1 minute is" if count == 1 else f"{count:g} minutes are"

@@ -12,9 +12,9 @@ from mlx_lora import paths, ui
 from mlx_lora.config import Recipe
 from mlx_lora.errors import NameTaken
 from mlx_lora.recipe import parse_recipe
+from mlx_lora.study.compare import CLOSE
+from mlx_lora.study.statistics import LEAST_ROWS
 from mlx_lora.study.trials import Difference, Found, Line, Space, difference
-
-FEW = 20  # validation rows that say little
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Tuned:
             f"best: {best.trial.name}, validation loss {_nats(best, sum(self.space.tokens))}",
             self.against_default(),
         ]
-        if rows < FEW:
+        if rows < LEAST_ROWS:
             said.append(f"{rows} validation rows say little: choices between close ones may be chance")
         said += [f"left out: {trial.name} ({ui.duration(seconds)})" for trial, seconds in self.found.left_out]
         return said
@@ -80,7 +80,8 @@ class Tuned:
         if found.lost is None or found.default is None:
             return "what the default would have lost isn't known: it has failed, or there was no time for it"
         if found.default == found.best:
-            return f"nothing that was tried is better than the default (rate {default.rate:g}) by more than chance"
+            least = f"by more than chance and {CLOSE:g} nats a token"
+            return f"nothing that was tried is better than the default (rate {default.rate:g}) {least}"
         steps = found.default.trial.steps
         over = "" if steps == default.steps else f", seen in runs of {steps} of {default.steps} steps"
         verb = "lost" if found.lost.nats >= 0 else "gained"

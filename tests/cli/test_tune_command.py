@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from mlx_lora import paths
+from mlx_lora import paths, ui
 from mlx_lora.recipe import load_recipe
 from mlx_lora.study.trials import Trial
 from mlx_lora.tasks import tune as task
 from mlx_lora.tasks.trial import Bench
+from mlx_lora.train.events import Step
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -71,6 +73,34 @@ def test_people_get_the_recipe_with_its_reasons(run: Run, data: Path, tiny_path:
     assert "best: rate 0.01" in ran.err and "5 validation rows say little" in ran.err
 
 
+def test_a_training_that_has_failed_leaves_no_bar_to_the_next(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[str] = []
+
+    @contextmanager
+    def bar(label: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+        bars.append(label)
+        yield lambda count, text: None
+        bars.remove(label)
+
+    def failing(*_: Any, listener: Callable[[], Any], stage: Callable[[str], None], **__: Any) -> Any:
+        for _ in range(2):
+            stage("the next one")
+            listener().event(Step(1, 2, 1.0, 1e-3, 1.0, 1, 1.0, 1, False))
+            assert bars == ["training"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ui, "bar", bar)
+    monkeypatch.setattr(task, "tune", failing)
+    assert run("tune", "--model", "x", "--data", "y").code == 130 and not bars
+
+
+def test_the_name_is_that_of_the_folder_one_stands_in(
+    run: Run, data: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data)
+    assert "no directory 'x'" in run("tune", "--model", "x", "--data", ".").err
+
+
 @pytest.mark.real
 def test_the_same_command_goes_on_after_ctrl_c(
     run: Run, data: Path, tiny_path: Path, tried: list[Trial], monkeypatch: pytest.MonkeyPatch
@@ -95,6 +125,19 @@ def test_the_same_command_goes_on_after_ctrl_c(
     assert run(*words).code == 0 and len(tried) > len(found["trials"])
 
 
+@pytest.mark.parametrize("damage", [{"trial": {"rate": 1.0}}, {"losses": 3}, [1]])
+def test_a_damaged_record_says_what_to_do(
+    run: Run, data: Path, tiny_path: Path, damage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = paths.room("tunings", "mine") / "tuning.json"
+    monkeypatch.setattr(task, "made_of", lambda recipe: {})
+    file.parent.mkdir(parents=True)
+    entry = {"made_of": {"asked": sorted(word.partition("=")[0] for word in RANK)}, "line": damage}
+    file.write_text(json.dumps({"runs": {"one": entry}}))
+    ran = run("tune", "--model", tiny_path, "--data", data, "--name", "mine", *RANK)
+    assert ran.code == 1 and "isn't a tuning's record" in ran.err and "remove it to begin again" in ran.err
+
+
 @pytest.mark.real
 def test_the_record_holds_numbers_and_is_the_users_alone(run: Run, data: Path, tiny_path: Path) -> None:
     ran = run("tune", "--model", tiny_path, "--data", data, "--name", "mine", "--json", *RANK)
@@ -112,6 +155,10 @@ def test_the_record_holds_numbers_and_is_the_users_alone(run: Run, data: Path, t
     [
         (("--data", "VALIDLESS", "data.valid_fraction=0"), "there are none"),
         (("--data", "DATA", *RANK, "adapter.rank=4"), "every setting that tuning could change is given"),
+        (
+            ("--data", "DATA", *RANK[:3], "train={learning_rate: 0.01, iters: 2}", "adapter.rank=4"),
+            "every setting that",
+        ),
         (("--data", "DATA", "--out", "DATA"), "exists"),
         (("--data", "DATA", "adapter.ranks=4"), "adapter.ranks"),
         (("--data", "DATA", "adapter.targets=[no_such]", *RATES[:2]), "no module is called 'no_such'"),
@@ -135,5 +182,5 @@ def test_too_little_time_is_said_with_the_time_that_is_enough(
 
     monkeypatch.setattr(Bench, "run", slow)
     ran = run("tune", "--model", tiny_path, "--data", data, "--minutes", 1, *RATES)
-    assert ran.code == 1 and "1 minutes are too few to compare two trainings" in ran.err
+    assert ran.code == 1 and "1 minute is too short to compare two trainings" in ran.err
     assert "hint: --minutes 4" in ran.err

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlx_lora.cli.live import listener
+from mlx_lora.cli.train import StopSignal
+from mlx_lora.data.read import sha256
 from mlx_lora.serve.engine import Engine
+from mlx_lora.store import verdict as verdicts
 from mlx_lora.tasks import samples
+from mlx_lora.train.events import Evaluated, Finished
 from tests.cli.conftest import Ran
 from tests.conftest import questions
 
@@ -21,8 +28,9 @@ TEXT = ("twice", "say 2")
 
 @pytest.fixture
 def words(tiny_path: Path, data: Path) -> list[Any]:
-    return ["train", "--model", tiny_path, "--data", data, "--name", "mine", "train.iters=2", "adapter.rank=4",
-            "train.learning_rate=2e-4", "train.eval_every=null"]  # fmt: skip
+    """At a low rate, so that five validation rows can't tell what was learned."""
+    few = ["train.iters=2", "train.learning_rate=2e-4", "train.eval_every=null", "adapter.rank=4"]
+    return ["train", "--model", tiny_path, "--data", data, "--name", "mine", *few]
 
 
 def test_a_run_ends_with_a_sentence_and_answers_beside_the_wanted_ones(run: Run, words: list[Any], home: Path) -> None:
@@ -60,15 +68,22 @@ def test_plain_text_has_no_answers(run: Run, write_rows: Callable[..., Path], ti
     assert ran.code == 0 and "asked" not in ran.err
 
 
-def test_ctrl_c_while_answering_loses_nothing(
-    run: Run, words: list[Any], home: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [
+        (KeyboardInterrupt, 130, "no answers then"),
+        pytest.param(RuntimeError("out of memory"), 0, "no answers: out of memory", marks=pytest.mark.real),
+    ],
+)
+def test_what_ends_the_answers_loses_nothing(
+    run: Run, words: list[Any], home: Path, monkeypatch: pytest.MonkeyPatch, fault: Any, code: int, says: str
 ) -> None:
-    def interrupted(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise fault
 
-    monkeypatch.setattr(Engine, "stream", interrupted)
+    monkeypatch.setattr(Engine, "stream", stopped)
     ran = run(*words, "--samples")
-    assert ran.code == 130 and ran.out.splitlines()[-1] == str(home / "adapters" / "mine")
+    assert ran.code == code and says in ran.err and ran.out.splitlines()[-1] == str(home / "adapters" / "mine")
     assert "the adapter is stored" in ran.err and run("runs", "show", "mine").out.startswith("mine is finished")
 
 
@@ -117,35 +132,41 @@ def test_a_report_says_where_rows_have_changed(run: Run, trained: Ran, data: Pat
     file = data / "train.jsonl"
     file.write_text(file.read_text() + json.dumps({"prompt": "another", "completion": "row"}) + "\n")
     ran = run("report", "mine", "--out", tmp_path / "r.html")
-    assert ran.code == 0 and "no rows and answers: train.jsonl has changed since the run" in ran.err
+    assert ran.code == 0 and "without rows and answers: train.jsonl has changed since the run" in ran.err
     assert "train.jsonl has changed since the run" in (tmp_path / "r.html").read_text()
 
 
 def test_a_report_on_a_verdict_shows_its_rows(run: Run, trained: Ran, home: Path, data: Path, tmp_path: Path) -> None:
-    from mlx_lora.data.read import sha256
-
-    record = {
-        "data": {"file": "test.jsonl", "sha256": sha256(data / "test.jsonl")},
-        "results": [
-            {"adapter": "mine", "verdict": "helped", "metric": "accuracy", "base": 0.0, "tuned": 0.4, "difference": 0.4,
-             "interval": [0.1, 0.7], "rows": 5, "fixed": [1], "broken": [3], "drift": {"kl_task": 0.5}}
-        ],
-    }  # fmt: skip
+    judged = verdicts.Judged(
+        adapter="mine", verdict="helped", sentence="it helped", metric="accuracy", base=0.0, tuned=0.4, difference=0.4,
+        interval=(0.1, 0.7), p_value=0.01, test="McNemar", detectable=0.3, rows=5, fixed=1, broken=1, fixed_rows=[1],
+        broken_rows=[3], drift=verdicts.Drift(kl_task=0.5),
+    )  # fmt: skip
+    rows_of = verdicts.Rows(file="test.jsonl", sha256=sha256(data / "test.jsonl"), rows=5)
     for name in ("mine", "judged"):
-        (home / "verdicts" / name).mkdir(parents=True)
-        (home / "verdicts" / name / "verdict.json").write_text(json.dumps(record))
+        verdicts.write(verdicts.Verdict(created="", name=name, model="tiny", data=rows_of, results=[judged]))
     out = tmp_path / "r.html"
     assert run("report", "mine", "--out", out).code == 0
     rows = questions(5, start=200)
     page = out.read_text()
     assert all(f"row {number}</h3>" in page and rows[number]["prompt"] in page for number in (1, 3))
-    assert "mine: it helped." in page and "0.1 to 0.7" in page
+    assert "mine: it helped" in page and "0.1 to 0.7" in page
     alone = run("report", "judged", "--out", out)
     assert "--data names them" in alone.err and "row 1</h3>" not in out.read_text()
     assert run("report", "judged", "--data", data / "test.jsonl", "--out", out).code == 0
     assert "row 1</h3>" in out.read_text()
     other = run("report", "judged", "--data", data / "train.jsonl", "--out", out)
     assert "is the one that the verdict was given on" in other.err
+    moved = data.rename(tmp_path / "moved")
+    assert run("report", "mine", "--data", moved, "--out", out).code == 0
+    page = out.read_text()
+    assert "row 1</h3>" in page and "say 2 twice" in page, "--data names the run's rows and the verdict's"
+    assert run("report", "mine", "--data", moved / "test.jsonl", "--out", out).code == 0
+    page = out.read_text()
+    assert "row 1</h3>" in page and "say 2 twice" not in page and str(tmp_path) not in page
+    (home / "verdicts" / "judged" / "verdict.json").write_text('{"results": [1]}')
+    damaged = run("report", "judged", "--out", out)
+    assert damaged.code == 1 and "verdict.json" in damaged.err and "make the verdict again" in damaged.err
 
 
 def test_two_runs_are_compared(run: Run, trained: Ran, words: list[Any]) -> None:
@@ -159,3 +180,13 @@ def test_two_runs_are_compared(run: Run, trained: Ran, words: list[Any]) -> None
     assert mine["best_valid_loss"] == trained.json["best_valid_loss"] and mine["rows"] == 24 and other["steps"] == 2
     assert [step for step, _ in found["losses"][1]] == [0, 1, 2]
     assert run("runs", "compare", "mine", "none").code == 1
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_worse_adapter_is_said_once(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """`train` ends with a sentence; of several trainings each has a warning in its place."""
+    with ExitStack() as stack:
+        heard = listener(stack, StopSignal(stack), quiet=quiet)
+        heard.event(Evaluated(0, 1.0, False))
+        heard.event(Finished(**dict.fromkeys((one.name for one in fields(Finished)), 2)))
+    assert ("worse on the validation rows" in capsys.readouterr().err) is quiet

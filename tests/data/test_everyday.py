@@ -48,6 +48,19 @@ def test_no_test_row_asks_what_a_training_row_asks(task: str) -> None:
     assert len(test) >= 30 and not train & test
 
 
+@pytest.mark.parametrize("task", SETS)
+def test_an_answer_comes_again_only_in_the_database_as_its_readme_says(task: str) -> None:
+    train, test = (
+        [
+            example.messages[-1]["content"]
+            for file in (TASKS / task).glob(f"{split}.*")
+            for example in read(file, Data()).examples
+        ]
+        for split in ("train", "test")
+    )
+    assert sum(answer in set(train) for answer in test) == (6 if task == "database" else 0)
+
+
 def test_files_are_what_their_script_makes(tmp_path: Path) -> None:
     make_everyday(tmp_path, 7)
     for task in SETS:

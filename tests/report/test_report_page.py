@@ -13,15 +13,16 @@ from mlx_lora.config import Recipe
 from mlx_lora.report import page
 from mlx_lora.report.run import Report, html
 from mlx_lora.report.sample import Sample
-from mlx_lora.report.svg import Curve, Figures, log_ticks, thinned, ticks_of
-from mlx_lora.report.verdict import judged
+from mlx_lora.report.svg import Curve, Figures, Interval, log_ticks, thinned, ticks_of
 from mlx_lora.store.manifest import Manifest
 from mlx_lora.store.run import Evaluation, FinishedLine, RunRecord, Started, StepLine
+from mlx_lora.store.verdict import Judged
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=y>&amp;\x1b[2J\x00\u202e"
 RESULT = {
-    "adapter": "mine", "verdict": "helped", "metric": "accuracy", "base": 0.1, "tuned": 0.8, "difference": 0.7,
-    "interval": [0.6, 0.8], "rows": 40, "fixed": 2, "broken": 1, "fixed_rows": [0, 3], "broken_rows": [5],
+    "adapter": "mine", "verdict": "helped", "sentence": "it helped", "metric": "accuracy", "base": 0.1, "tuned": 0.8,
+    "difference": 0.7, "interval": [0.6, 0.8], "p_value": 0.01, "test": "McNemar", "detectable": 0.1, "rows": 40,
+    "fixed": 2, "broken": 1, "fixed_rows": [0, 3], "broken_rows": [5],
     "loss": {"base": 2.0, "tuned": 1.0, "difference": -1.0, "interval": [-1.2, -0.8]},
     "behaviour": {"general": {"base": {"refuses": 0.0, "loops": 0.1}, "tuned": {"refuses": 0.5, "loops": 0.1}}},
     "drift": {"kl_task": 1.5, "kl_general": 0.1, "loss_general_base": 2.0, "loss_general_tuned": 2.1},
@@ -49,8 +50,8 @@ def report(name: str = "mine", **changes: Any) -> Report:
         method="lora", adapter={}, modules=["m"], scales={"m": 1.0},
         data=[{"file": "train.jsonl", "rows": 80, "tokens": 900, "trained_tokens": 300, "sha256": "a" * 64}],
     )  # fmt: skip
-    whole = {
-        "name": name, "record": record, "manifest": manifest, "results": judged({"results": [RESULT]}),
+    whole: dict[str, Any] = {
+        "name": name, "record": record, "manifest": manifest, "results": [Judged.model_validate(RESULT)],
         "samples": [Sample("asked this", "right", {None: "wrong", "mine": "right"})],
         "changed": [Sample("row asked", "yes", {None: "no", "mine": "yes"}, row=3)],
     }  # fmt: skip
@@ -109,7 +110,7 @@ def test_figures_have_words_and_tables_have_headers(name: str) -> None:
 
 def test_whatever_data_says_is_text() -> None:
     hostile = Sample(HOSTILE, HOSTILE, {None: HOSTILE, HOSTILE: HOSTILE}, row=0)
-    results = judged({"results": [RESULT | {"adapter": HOSTILE, "metric": HOSTILE, "sentence": HOSTILE}]})
+    results = [Judged.model_validate(RESULT | dict.fromkeys(("adapter", "metric", "sentence"), HOSTILE))]
     made = report(HOSTILE, samples=[hostile], changed=[hostile], results=results, note=HOSTILE)
     assert made.record is not None and made.manifest is not None
     record = made.record.model_copy(update={"notes": [HOSTILE], "name": HOSTILE, "started": HOSTILE})
@@ -123,21 +124,29 @@ def test_whatever_data_says_is_text() -> None:
     assert text.count(page.text(HOSTILE)) >= 10
 
 
+def test_an_answer_that_was_cut_is_not_called_wrong_for_what_it_lacks() -> None:
+    long = Sample("q", "one two three", {None: "one two…", "mine": "one too…", "none": "…", "full": "one two three"})
+    text = long.html()
+    assert "base: as wanted until it was cut" in text and "mine: different" in text and "none: different" in text
+    assert [line.split(None, 1)[1] for line in long.lines()[2:]] == [
+        "the same, until it was cut", "one too…", "…", "the same",
+    ]  # fmt: skip
+    whole = Sample("q", "one…", {None: "one…"})
+    assert "base: as wanted<" in whole.html()
+
+
 def test_paths_of_this_machine_stay_here() -> None:
     text = html(report())
     assert "somewhere" not in text and "<td>base</td>" in text and "<td>rows</td>" in text
 
 
-def test_a_record_is_read_leniently() -> None:
-    (whole,) = judged({"results": [RESULT]})
-    assert whole.interval == (0.6, 0.8) and whole.fixed == (0, 3) and whole.drift["kl_general"] == 0.1
-    (older,) = judged({"results": [{"adapter": "x", "fixed": [1, 2], "broken": [4]}]})
-    assert older.fixed == (1, 2) and older.broken == (4,)
+def test_a_verdict_shows_what_its_record_has() -> None:
     text = html(report())
     assert "mine, general prompts: refuses" in text and "-1.2 to -0.8" in text and "Fixed by mine: 2 rows" in text
-    (poor,) = judged({"results": [{"adapter": "x", "drift": None, "interval": None, "fixed": None, "base": None}]})
-    assert poor.interval is None and poor.fixed == () and poor.base is None
-    assert judged({}) == []
+    poor = RESULT | {"loss": None, "behaviour": {}, "drift": {"kl_task": 0.5}, "interval": [float("nan")] * 2}
+    text = html(report(results=[Judged.model_validate(poor)]))
+    assert "KL from the base on the task" in text and "general text" not in text and "nan," not in text
+    assert parsed(text) is not None
 
 
 def contrast(one: str, other: str) -> float:
@@ -190,6 +199,13 @@ def test_thinning_keeps_means() -> None:
     points = [(float(x), float(x % 7)) for x in range(1001)]
     thin = thinned(points, 100)
     assert len(thin) <= 100 and thin[0] == (5.0, sum(x % 7 for x in range(11)) / 11) and thinned([]) == []
+
+
+def test_a_long_name_fits_its_figure_and_is_whole_in_words() -> None:
+    name = "support-questions-of-last-year-8-epochs"
+    drawn = Figures().intervals([Interval(name, 0.1, 0.2, 0.3)], title="t", across="x")
+    (shown,) = re.findall('class="name">([^<]*)<', drawn)
+    assert shown == "support-qu…-8-epochs" and name in drawn
 
 
 def test_a_figure_of_nothing_is_nothing() -> None:

@@ -1,8 +1,8 @@
 """Makes the small task sets for real models: summaries, replies, fields, database and terms. `support` is hand-written.
 
-Train and test rows differ in what they are about, not only in names: topics, questions, sentence patterns and values of
-a test row are in no training row. What they share is what an adapter is to learn: the form of the answers, the tables
-of the database, the terms of the house.
+Train and test rows differ in what they are about, not only in names: topics and questions of a test row are in no
+training row, and most sentence patterns. What they share is what an adapter is to learn (the form of the answers, the
+tables of the database, the terms of the house) and some values: days, a kind of product, a city, a month.
 """
 
 import csv
