@@ -150,3 +150,11 @@ def _bounds(constraints: Iterable[Any]) -> str:
                 bound = getattr(each, attribute)
                 found.append(f" {sign} {'2^64' if bound == 2**64 else bound}")
     return ",".join(found)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

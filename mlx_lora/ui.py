@@ -217,14 +217,9 @@ def bar(label: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
     if not moves():
         yield _plain(label, total)
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}" if total else "", markup=False),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[text]}", markup=False),
-    )
+    count = TextColumn("{task.completed:.0f}/{task.total:.0f}" if total else "", markup=False)
+    columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), count]
+    columns += [TimeRemainingColumn(compact=True), TextColumn("{task.fields[text]}", markup=False)]
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(one_line(label), total=total, text="")
 
@@ -271,11 +266,6 @@ def _plain(label: str, total: int | None) -> Callable[[int, str], None]:
         note(f"{label} {done}{f'/{total}' if total else ''}{f'  {text}' if text else ''}{left}")
 
     return advance
-
-
-def watched() -> bool:
-    """Whether standard error is a terminal: what is shown there isn't kept in a file."""
-    return err.is_terminal
 
 
 def asks() -> bool:

@@ -64,7 +64,7 @@ def train(
         raise
     if group.rank:
         samples = False
-    show(run, json=json, samples=ui.watched() and not json if samples is None else samples)
+    show(run, json=json, samples=ui.moves() and not json if samples is None else samples)
     check_end(run, stop)
 
 

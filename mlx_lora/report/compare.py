@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_lora.report.text import LABEL, Points, plot
-from mlx_lora.store.run import RunRecord, flat
+from mlx_lora.settings import flat
+from mlx_lora.store.run import RunRecord
 from mlx_lora.study.ending import ending
 
 HEIGHT, GAP, LEAST = 8, 3, 30

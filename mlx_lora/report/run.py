@@ -13,8 +13,9 @@ from mlx_lora.config import Recipe
 from mlx_lora.report import page, verdict
 from mlx_lora.report.sample import Sample
 from mlx_lora.report.svg import Bar, Curve, Figures
+from mlx_lora.settings import flat
 from mlx_lora.store.manifest import Manifest
-from mlx_lora.store.run import RunRecord, flat
+from mlx_lora.store.run import RunRecord
 from mlx_lora.store.verdict import Judged
 from mlx_lora.study.ending import ending
 

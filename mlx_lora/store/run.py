@@ -283,14 +283,6 @@ def _recipe(file: Path) -> Recipe | None:
         return None
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
-
-
 def remove(name: str) -> int:
     """Delete the run called `name`, not its adapter; return the bytes freed.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_lora.config import Recipe
-from mlx_lora.store.run import RunRecord, flat
+from mlx_lora.settings import flat
+from mlx_lora.store.run import RunRecord
 
 REASONS = {
     "epochs": "all its epochs are done",

@@ -26,8 +26,8 @@ from mlx_lora.models.open import OpenModel, open_model
 from mlx_lora.models.trunk.layers import layers_of
 from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.models.trunk.verify import take_apart
+from mlx_lora.settings import flat
 from mlx_lora.store import registry
-from mlx_lora.store import run as runs
 from mlx_lora.store.lock import locked
 from mlx_lora.tasks.automatic import as_before, resolved
 from mlx_lora.tasks.begin import begin
@@ -159,7 +159,7 @@ def _prepare(
     template = ChatFormat.of(loaded.tokenizer, recipe.data).template
     folder = RunFolder(
         recipe, name, manifest, wrappers, layers,
-        made_of=runs.flat(made_of), writes=writes, chat_template=template, known=_known(prepared, plan),
+        made_of=flat(made_of), writes=writes, chat_template=template, known=_known(prepared, plan),
     )  # fmt: skip
     return Setup(loaded, prepared, plan, folder)
 

@@ -24,7 +24,7 @@ RESULT = {
     "difference": 0.7, "interval": [0.6, 0.8], "p_value": 0.01, "test": "McNemar", "detectable": 0.1, "rows": 40,
     "fixed": 2, "broken": 1, "fixed_rows": [0, 3], "broken_rows": [5],
     "loss": {"base": 2.0, "tuned": 1.0, "difference": -1.0, "interval": [-1.2, -0.8]},
-    "behaviour": {"general": {"base": {"refuses": 0.0, "loops": 0.1}, "tuned": {"refuses": 0.5, "loops": 0.1}}},
+    "behaviour": {"general": {"base": {"refused": 0.0, "loops": 0.1}, "tuned": {"refused": 0.5, "loops": 0.1}}},
     "drift": {"kl_task": 1.5, "kl_general": 0.1, "loss_general_base": 2.0, "loss_general_tuned": 2.1},
 }  # fmt: skip
 
@@ -110,7 +110,7 @@ def test_figures_have_words_and_tables_have_headers(name: str) -> None:
 
 def test_whatever_data_says_is_text() -> None:
     hostile = Sample(HOSTILE, HOSTILE, {None: HOSTILE, HOSTILE: HOSTILE}, row=0)
-    results = [Judged.model_validate(RESULT | dict.fromkeys(("adapter", "metric", "sentence"), HOSTILE))]
+    results = [Judged.model_validate(RESULT | dict.fromkeys(("adapter", "sentence"), HOSTILE))]
     made = report(HOSTILE, samples=[hostile], changed=[hostile], results=results, note=HOSTILE)
     assert made.record is not None and made.manifest is not None
     record = made.record.model_copy(update={"notes": [HOSTILE], "name": HOSTILE, "started": HOSTILE})
@@ -142,7 +142,7 @@ def test_paths_of_this_machine_stay_here() -> None:
 
 def test_a_verdict_shows_what_its_record_has() -> None:
     text = html(report())
-    assert "mine, general prompts: refuses" in text and "-1.2 to -0.8" in text and "Fixed by mine: 2 rows" in text
+    assert "mine, general prompts: refused" in text and "-1.2 to -0.8" in text and "Fixed by mine: 2 rows" in text
     poor = RESULT | {"loss": None, "behaviour": {}, "drift": {"kl_task": 0.5}, "interval": [float("nan")] * 2}
     text = html(report(results=[Judged.model_validate(poor)]))
     assert "KL from the base on the task" in text and "general text" not in text and "nan," not in text
