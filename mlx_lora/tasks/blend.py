@@ -29,6 +29,7 @@ from mlx_lora.store.fitting import rank_axis
 from mlx_lora.store.lock import locked
 from mlx_lora.study.drift import Drift, Moved, spaced
 from mlx_lora.study.evaluate import VALID_FIRST
+from mlx_lora.study.verdict import surely
 from mlx_lora.tasks.evaluate import OnRows, open_on_rows
 from mlx_lora.tasks.opened import Settings
 from mlx_lora.tasks.verdict import asks, general_file, general_settings
@@ -145,7 +146,7 @@ def blend_auto(
     source = store.read(registry.find(word))
     scaled(source, 1.0)  # refused before anything is loaded
     opened = open_on_rows(model, [word], data, settings, prefer=VALID_FIRST, stage=stage, warn=warn)
-    tried, base = search(_looking(opened, source, file, progress), max_drift)
+    tried, base = search(_looking(opened, source, file, progress), max_drift, warn)
     best = choose(tried, max_drift)
     with locked(name):
         path = _write(name, source, scaled(source, best.scale), best.scale, force=force)
@@ -176,11 +177,14 @@ def _looking(
 
 
 def search(
-    look: Callable[[float], tuple[Moved, Moved | None]], max_drift: float | None
+    look: Callable[[float], tuple[Moved, Moved | None]],
+    max_drift: float | None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Tried], tuple[float, float | None]]:
     """Look at the scales, then at one between the chosen and its neighbour; return all by scale and the base's losses.
 
-    Raises AdapterError where the whole adapter isn't better than the base on these rows.
+    `warn` is told where chance may have made the adapter better. Raises AdapterError where the whole adapter isn't
+    better than the base on these rows.
     """
     found = {scale: look(scale) for scale in reversed(SCALES)}
     whole, general = found[1.0]
@@ -190,6 +194,11 @@ def search(
             f"the adapter gains nothing on these rows: loss {whole.loss_base:.3f} without it, {whole.loss_tuned:.3f} "
             "with it",
             hint="mlx-lora verdict says more",
+        )
+    if not surely(whole.difference):
+        count = whole.difference.rows
+        warn(
+            f"chance may have made the gain of {gain:.3g} nats on so few rows ({count}), and so the scale that keeps it"
         )
 
     def tried() -> list[Tried]:

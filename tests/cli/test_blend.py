@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,15 @@ def test_an_adapter_that_gains_nothing_is_not_blended() -> None:
     none = looked(1.0)[0].difference
     with pytest.raises(AdapterError, match="gains nothing"):
         search(lambda scale: (Moved(0.1, 2.0, 2.5, none), None), None)
+
+
+def test_a_gain_that_may_be_chance_is_said() -> None:
+    said: list[str] = []
+    search(looked, None, said.append)
+    assert len(said) == 1 and "gain of 1.55 nats on so few rows (10)" in said[0]
+    sure = Difference(-1.55, (-1.8, -1.3), 0.001, "permutation", 0.3, 60)
+    search(lambda scale: (replace(looked(scale)[0], difference=sure), None), None, said.append)
+    assert len(said) == 1
 
 
 def test_the_command(run: Run, trained: Ran, home: Path, tiny: LoadedModel, tiny_path: Path, data: Path) -> None:
