@@ -45,4 +45,3 @@ def run(model: str, data: str, settings: list[str], exact: bool) -> dict[str, An
         "parameters": finished.trainable_parameters,
         "all_seconds": finished.seconds,
     }
-
