@@ -69,8 +69,7 @@ def result(text: str = "") -> None:
 
 def piece(text: str) -> None:
     """A piece of streamed text, to stdout, without a line's end; its own newlines and tabs stay."""
-    sys.stdout.write(visible(text))
-    sys.stdout.flush()
+    print(visible(text), end="", flush=True)
 
 
 def paint(codes: str) -> None:
@@ -81,10 +80,8 @@ def paint(codes: str) -> None:
 
 def as_json(value: Any) -> None:
     """One JSON value as the last line of stdout; what a terminal would obey is escaped as JSON does it."""
-    if out.quiet:
-        return
-    sys.stdout.write(escaped_json(value) + "\n")
-    sys.stdout.flush()
+    if not out.quiet:
+        print(escaped_json(value), flush=True)
 
 
 def escaped_json(value: Any) -> str:
@@ -174,10 +171,8 @@ def _cell(value: object) -> Text:
 def runs_of_text(runs: Sequence[tuple[str, bool]]) -> None:
     """A sample whose parts with loss are marked: green and underlined on a terminal, between ⟦ and ⟧ elsewhere."""
     for text, learned in runs:
-        text = visible(text)
-        if learned and not out.is_terminal:
-            text = f"⟦{text}⟧"
-        out.print(text, style="underline bold green" if learned else None, end="")
+        shown = visible(text) if out.is_terminal or not learned else f"⟦{visible(text)}⟧"
+        out.print(shown, style="underline bold green" if learned else None, end="")
     out.print("\n")
 
 

@@ -5,8 +5,7 @@
     checkpoint-<step>/    what `train --resume` goes on from
     last/                 the last adapter
 
-Training text is never part of it. Folders of older versions, which have fewer kinds of lines, read as well. Nothing
-here imports MLX: listing runs is quick.
+Training text is never part of it. Folders of older versions read as well. Nothing here imports MLX: listing is quick.
 """
 
 from __future__ import annotations
@@ -39,9 +38,7 @@ class Line(BaseModel):
 
 class Started(Line):
     """The first line of a run: when, by which version, and whether an adapter of its name is there to be replaced.
-
-    Rows that it trains and validates on, predicted bytes and their limit are None where that wasn't known or recorded.
-    """
+    Rows that it trains and validates on, predicted bytes and their limit are None where that wasn't known."""
 
     event: Literal["started"] = "started"
     time: str
@@ -153,8 +150,7 @@ class RunRecord(BaseModel):
 
     @property
     def kept(self) -> Evaluation | None:
-        """The validation whose adapter is kept. None where that is the last step's: no validation was within max_drift,
-        or there was none."""
+        """The validation whose adapter is kept; None where that is the last step's, since none was within max_drift."""
         return next((line for line in reversed(self.evaluations) if line.best and line.loss is not None), None)
 
     @property
@@ -194,10 +190,8 @@ def find(name: str) -> Path:
     """The folder of the run called `name`. Raises MlxLoraError naming the closest one there is."""
     path = paths.room("runs", name)
     if not path.is_dir():
-        known = names()
-        raise MlxLoraError(
-            f"no run {name!r}{nearest(name, known) if known else '; there are none yet'}", hint="mlx-lora runs list"
-        )
+        closest = nearest(name, known) if (known := names()) else "; there are none yet"
+        raise MlxLoraError(f"no run {name!r}{closest}", hint="mlx-lora runs list")
     return path
 
 
@@ -220,8 +214,8 @@ def read_folder_or_damaged(folder: Path) -> RunRecord:
     try:
         return read_folder(folder)
     except MlxLoraError as error:
-        checkpoints = _steps(folder)
-        return RunRecord(name=folder.name, path=folder, state="damaged", checkpoints=checkpoints, fault=error.message)
+        left = _steps(folder)
+        return RunRecord(name=folder.name, path=folder, state="damaged", checkpoints=left, fault=error.message)
 
 
 def _steps(folder: Path) -> list[int]:
