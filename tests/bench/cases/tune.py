@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from tests.bench.inputs import Inputs
@@ -18,23 +17,19 @@ from tests.bench.process import ROOT, Failed, side
 
 GRID = [2.5e-4 * 2**power for power in range(8)]
 # Of `tune`, by task; fifteen would be its default.
-MINUTES = {"notes": 5, "support": 12}
+MINUTES = {"notes": 5, "sql": 5}
 FIXED = ["adapter.rank=8", "adapter.targets=attention", "train.save_every=null"]
 
 
 def measure(inputs: Inputs, quick: bool) -> dict[str, Any]:
     """What the command found on each task, and the losses of the grid."""
-    notes = [*FIXED, "train.iters=300", "train.eval_every=60"]
-    support = [*FIXED, "train.iters=60", "train.eval_every=12"]
-    if quick:
-        notes = [*FIXED, "train.iters=24", "train.eval_every=24"]
-    found = {
-        "embedded, notes": _task(inputs, "notes", str(ROOT / "data/base"), str(ROOT / "data/tasks/notes"), notes, quick)
+    steps, every = (24, 24) if quick else (300, 60)
+    settings = [*FIXED, f"train.iters={steps}", f"train.eval_every={every}"]
+    base, tasks = str(ROOT / "data" / "base"), ROOT / "data" / "tasks"
+    return {
+        f"embedded, {name}": _task(inputs, name, base, str(tasks / name), settings, quick)
+        for name in (("notes",) if quick else MINUTES)
     }
-    if not quick:
-        data = _support(inputs.folder)
-        found["SmolLM2, support"] = _task(inputs, "support", inputs.float32, data, support, quick)
-    return found
 
 
 def _task(inputs: Inputs, name: str, model: str, data: str, settings: list[str], quick: bool) -> dict[str, Any]:
@@ -60,21 +55,6 @@ def _task(inputs: Inputs, name: str, model: str, data: str, settings: list[str],
         "losses": mine, "grid": grid, "behind": {of: mine[of] - best[of] for of in best},
         "grid_seconds": full["all_seconds"],
     }  # fmt: skip
-
-
-def _support(folder: Path) -> str:
-    """The labelled questions, every other held-out one to validate on: eight would be set aside otherwise."""
-    source, out = ROOT / "data" / "tasks" / "support", folder / "tuned-support"
-    out.mkdir()
-    held = (source / "test.jsonl").read_text().splitlines(keepends=True)
-    rows = {
-        "train": (source / "train.jsonl").read_text().splitlines(keepends=True),
-        "valid": held[::2],
-        "test": held[1::2],
-    }
-    for name, lines in rows.items():
-        (out / f"{name}.jsonl").write_text("".join(lines))
-    return str(out)
 
 
 def tables(figures: dict[str, Any]) -> list[tuple[str, list[str], list[list[Any]]]]:
