@@ -60,7 +60,7 @@ class Draft:
             "#",
             f"# Needs:    the model {self.model}, the data {self.data}; about {memory} of memory",
             f"# Run:      mlx-lora train {self.name}.yaml",
-            f"# Look:     mlx-lora eval --adapter {self.name} --data {self.data}",
+            f"# Look:     mlx-lora verdict --adapter {self.name} --data {self.data}",
             f"# Change:   mlx-lora train {self.name}.yaml adapter.rank=16 --name {self.name}-wide",
             _line("model", self.model),
         ]
