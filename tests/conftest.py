@@ -32,7 +32,7 @@ from mlx_lora.models.load import LoadedModel, load  # noqa: E402
 
 AS_GPU = Path(__file__).with_name("as_gpu")
 # Files that take minutes. With `--dist loadfile` one process takes a whole file: last, it would leave the others idle.
-LONGEST = ("test_wikisql.py", "test_gguf_export.py", "test_distributed.py")
+LONGEST = ("test_wikisql.py", "test_everyday_recipes.py", "test_gguf_export.py", "test_distributed.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
