@@ -51,8 +51,8 @@ def test_generate_with_an_adapter_without_or_away_from_its_model(
     assert run("generate", "--adapter", "mine", "--model", base.parent / "moved", "--prompt", "x").code == 0
 
 
-def test_without_model_and_adapter_the_model_is_asked_for(run: Run) -> None:
-    for words in (["generate", "--prompt", "x"], ["chat"], ["eval", "--data", "rows.jsonl"]):
+def test_without_model_and_adapter_the_model_is_asked_for(run: Run, data: Path) -> None:
+    for words in (["generate", "--prompt", "x"], ["chat"], ["eval", "--data", data]):
         asked = run(*words)
         assert asked.code in (1, 2) and "--model" in asked.err
 
