@@ -32,7 +32,7 @@ def planted(shell: Shell) -> Path:
 def audit(shell: Shell, planted: Path) -> Callable[[str], Any]:
     base = paths.bundled("data/base")
     shell.json("train", "--model", base, "--data", planted, "--name", "learned", "train.learning_rate=5e-3",
-               "train.batch_size=8", "train.epochs=6")  # fmt: skip
+               "train.batch_size=8", "train.epochs=6", "train.eval_every=null", "train.patience=null")  # fmt: skip
     return lambda name: shell.json(
         "study", "leaks", name, "--data", planted, "--model", base, "--candidates", 63, "--rows", 40
     )
