@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mlx_lora import paths
+from mlx_lora.machine import offline
 from tests.conftest import questions, write_model
 
 pytestmark = pytest.mark.real
@@ -26,7 +27,7 @@ ALONE = {"OPENBLAS_NUM_THREADS": "1"}
 
 def launcher(processes: int) -> tuple[str, ...]:
     """The command line that starts `processes`, on ports that nobody uses at this moment."""
-    with socket.socket() as free:
+    with offline.may_listen("127.0.0.1", 0), socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = min(free.getsockname()[1], 65000)
     tool = str(Path(sys.executable).with_name("mlx.launch"))
