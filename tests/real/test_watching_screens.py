@@ -21,7 +21,7 @@ pytestmark = pytest.mark.real
 
 TMUX = shutil.which("tmux")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-TITLE = re.compile(r"step \d+/4000 [█░]{24}")
+TITLE = re.compile(r"step \d+/90000 [█░]{24}")
 PROMPT = "READY>"
 # A page's background; a dark system prints on white paper.
 PAPER = {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 27)", "print": "rgb(255, 255, 255)"}
@@ -67,7 +67,7 @@ def terminal(shell: Shell) -> Iterator[Callable[[int], Terminal]]:
     def start(width: int) -> Terminal:
         started.append(Terminal(width, shell.home))
         train = f"{sys.executable} -m mlx_lora train recipes/sql.yaml --name live{width} --force train.eval_every=10"
-        started[-1].type(f"clear; {train} train.iters=4000", "Enter")
+        started[-1].type(f"clear; {train} train.iters=90000", "Enter")
         return started[-1]
 
     yield start
@@ -112,7 +112,7 @@ def test_the_view_follows_a_terminal_that_changes_its_size(terminal: Callable[[i
         # tmux wraps first and tells of the size later: a painting in between leaves an old title above
         screen.wait(lambda text: text.count("memory now") == 1 and text.count("└") == 1 and titles(text))
     screen("resize-window", "-t", "t", "-x", "40", "-y", "32")
-    text = screen.wait(lambda text: re.search(r"^\d+/4000  loss", text, re.M))
+    text = screen.wait(lambda text: re.search(r"^\d+/90000  loss", text, re.M))
     assert "┤" not in text and "memory now" not in text, text
     screen.type("C-c")
     screen.wait(lambda text: "goes on" in text)
