@@ -12,14 +12,15 @@ from mlx_lora import methods
 from mlx_lora.adapters import lora_conv
 from mlx_lora.adapters.base import REQUIRED, AdapterLayer
 from mlx_lora.adapters.lora import LoRA, LoRALinear
+from mlx_lora.adapters.mixed import MixedLayer
 
 ABSTRACT = {"LoRA", "DoRA", "QALoRA", "VeRA", "AdaLoRA"}
 
 
 def classes(of: type = AdapterLayer) -> Iterator[type]:
-    """Every class of every method that is for use."""
+    """Every class of every method; wrappers that hold several adapters are of none."""
     for cls in of.__subclasses__():
-        if cls.__module__.startswith("mlx_lora."):
+        if cls.__module__.startswith("mlx_lora.") and cls is not MixedLayer:
             yield cls
             yield from classes(cls)
 

@@ -60,9 +60,9 @@ def test_a_stopped_run_goes_on_by_its_name_alone(
 
 
 def stops(stop: Any, home: Path) -> bool:
-    """Ask to stop after the second step, as SIGINT would."""
+    """Ask to stop once two steps are written, as SIGINT would; on a GPU two can be written at once."""
     metrics = home / "runs" / "mine" / "metrics.jsonl"
-    if metrics.is_file() and metrics.read_text().count('"event": "step"') == 2:
+    if metrics.is_file() and metrics.read_text().count('"event": "step"') >= 2:
         stop.code = 130
     return stop.code != 0
 
