@@ -9,13 +9,14 @@ program that is interrupted, the last lines stay and the cursor is below them.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import ControlType, Segment
 from rich.text import Text
 
@@ -81,7 +82,7 @@ class _Panel(RenderHook):
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         """What rich is about to print, with the panel taken away above it and painted again below it."""
-        size = self.console.size
+        size = _size(self.console)
         rows = sum(max(1, -(-width // size.width)) for width in self.widths)
         up = f"\x1b[{rows}A" if rows else ""
         texts = [Text(ui.one_line(line)) for line in self.lines(size.width, size.height)[: max(size.height - 2, 1)]]
@@ -91,6 +92,15 @@ class _Panel(RenderHook):
         printing = any(not isinstance(each, _Codes) for each in renderables)
         erase = ERASE_BELOW if printing else ""
         return [_Codes(f"{BEGIN}\r{up}{erase}"), *renderables, _Painted(texts)]
+
+
+def _size(console: Console) -> ConsoleDimensions:
+    """The terminal's size now: COLUMNS and LINES of the environment, which rich prefers, stay when a window changes."""
+    try:
+        columns, lines = os.get_terminal_size(console.file.fileno())
+    except (OSError, ValueError):  # no terminal, or a file of Python's own
+        columns = lines = 0
+    return ConsoleDimensions(columns, lines) if columns and lines else console.size
 
 
 class _Codes(ConsoleRenderable):

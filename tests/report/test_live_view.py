@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -114,9 +115,13 @@ except KeyboardInterrupt:
 
 
 def test_a_panel_keeps_what_is_printed_and_never_clears_the_screen() -> None:
-    """As a terminal gets it, also when it is interrupted: every note is there, above the last state of the panel."""
+    """As a terminal gets it, also when it is interrupted: every note is there, above the last state of the panel.
+
+    The terminal's own size counts, not an exported COLUMNS, which no window changes.
+    """
     terminal, end = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "60", "LINES": "20", "PYTHONIOENCODING": "utf-8"}
+    termios.tcsetwinsize(end, (20, 60))
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "90", "LINES": "20", "PYTHONIOENCODING": "utf-8"}
     process = subprocess.Popen([sys.executable, "-c", PAINT], stdin=end, stdout=end, stderr=end, env=environment)
     os.close(end)
     received = bytearray()
