@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,10 @@ def train(
         bool | None,
         typer.Option("--samples/--no-samples", help="Show answers at the end; by default in a terminal."),
     ] = None,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option("--tensorboard", metavar="DIR", help="Write the run's numbers there for TensorBoard, too."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Train an adapter from a recipe, from options, or from both. Ctrl-C saves what there is; --resume goes on."""
@@ -53,9 +58,10 @@ def train(
                 if resume and file is None and name is not None and model is None and data is None:
                     file = find(name) / RECIPE  # the run knows its own
                 recipe = load_recipe(file, words, settings=given)
-            run = train_adapter(
-                recipe, force=force, resume=resume, listener=listener(stack, stop, live=not json), group=group
-            )
+            heard = listener(stack, stop, live=not json)
+            if tensorboard and not group.rank:
+                heard = heard.also(_tensorboard(stack, tensorboard))
+            run = train_adapter(recipe, force=force, resume=resume, listener=heard, group=group)
     except MlxLoraError as error:
         if group.size > 1:  # the launcher terminates all processes once one has ended: each keeps its own exit code
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -66,6 +72,12 @@ def train(
         samples = False
     show(run, json=json, samples=ui.moves() and not json if samples is None else samples)
     check_end(run, stop)
+
+
+def _tensorboard(stack: ExitStack, folder: Path) -> Callable[[Any], None]:
+    from mlx_lora.report.tensorboard import tensorboard
+
+    return stack.enter_context(tensorboard(folder))
 
 
 class StopSignal:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,15 @@ class Listener:
     started: Callable[[], None] = lambda: None
     progress: OnFile = silent
     should_stop: Callable[[], bool] = lambda: False
+
+    def also(self, event: Callable[[Event], None]) -> Listener:
+        """This listener, and another one of the events after it."""
+
+        def both(happened: Event) -> None:
+            self.event(happened)
+            event(happened)
+
+        return replace(self, event=both)
 
 
 @dataclass

@@ -190,3 +190,18 @@ def test_a_worse_adapter_is_said_once(quiet: bool, capsys: pytest.CaptureFixture
         heard.event(Evaluated(0, 1.0, False))
         heard.event(Finished(**dict.fromkeys((one.name for one in fields(Finished)), 2)))
     assert ("worse on the validation rows" in capsys.readouterr().err) is quiet
+
+
+@pytest.mark.real
+def test_tensorboard_itself_reads_what_the_run_recorded(run: Run, words: list[Any], home: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard: pip install -e '.[real]'"
+    )
+    assert run(*words, "--tensorboard", tmp_path / "events").code == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    lines = [json.loads(line) for line in (home / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()]
+    for name, event, key in (("train/loss", "step", "loss"), ("validation/loss", "evaluated", "loss")):
+        recorded = {line["step"]: line[key] for line in lines if line["event"] == event}
+        shown = {each.step: each.value for each in events.Scalars(name)}
+        assert shown == pytest.approx(recorded, rel=1e-6) and recorded
