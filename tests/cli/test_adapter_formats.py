@@ -22,6 +22,7 @@ def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf, "transformers_here", lambda: False)
 
 
+@pytest.mark.real
 def test_mlx_lm_runs_what_was_written_and_the_record_says_so(
     run: Run, trained: Ran, tiny_path: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,9 @@ from tests.cli.conftest import Ran
 WORDS = ("bench", "--rows", 1, "--length", 8, "--by-length", 8)
 
 
-@pytest.mark.parametrize("options", [(), ("--quantize", 4)], ids=["as it is", "4-bit"])
+@pytest.mark.parametrize(
+    "options", [pytest.param((), id="as it is"), pytest.param(("--quantize", 4), id="4-bit", marks=pytest.mark.real)]
+)
 def test_results_have_a_name_a_value_and_a_unit(run: Callable[..., Ran], tiny_path: Path, options: tuple) -> None:  # type: ignore[type-arg]
     ran = run(*WORDS, "--model", tiny_path, *options, "--json")
     assert ran.code == 0 and ran.json["results"]

@@ -166,6 +166,7 @@ def test_doctor(run: Run) -> None:
     assert run("doctor").code == 0
 
 
+@pytest.mark.real
 def test_an_adapter_over_a_base_quantized_on_the_way_in(run: Run, data: Path, tiny_path: Path, tmp_path: Path) -> None:
     """It belongs to the quantized base: a plain directory is quantized on loading, a quantized one is used as it is."""
     words = ["train", "--model", tiny_path, "--data", data, "--name", "q", "train.iters=2", "quantize.bits=4"]
@@ -181,6 +182,7 @@ def test_an_adapter_over_a_base_quantized_on_the_way_in(run: Run, data: Path, ti
     assert refused.code == 1 and "another base" in refused.err
 
 
+@pytest.mark.real
 def test_each_adapter_is_evaluated_with_the_settings_it_was_trained_with(run: Run, data: Path, tiny_path: Path) -> None:
     for name, template in (("chatty", "chat"), ("plain", "none")):
         words = ["train", "--model", tiny_path, "--data", data, "--name", name, "train.iters=1"]

@@ -66,6 +66,7 @@ def test_json_has_a_line_for_the_base_and_for_every_recipe(run: Run, recipes: Pa
     assert all(file.stat().st_mode & 0o077 == 0 for file in Path(ran.json["file"]).parent.iterdir())
 
 
+@pytest.mark.real
 def test_people_get_a_table_and_what_won(run: Run, recipes: Path, tmp_path: Path) -> None:
     ran = run("study", "compare", recipes, "--rows", 3, "--out", tmp_path / "out", "--learning-rate", 0.01,
               "--learning-rate", 1e-6, "--name", "rates")  # fmt: skip
@@ -93,7 +94,9 @@ def test_what_is_done_is_kept_and_what_has_changed_is_done_again(
     assert run(*words).code == 0 and trained[3:] == ["both-r1", "both-r4"]
 
 
-@pytest.mark.parametrize(("during", "again"), [("training", ["both-r4"]), ("measuring", [])])
+@pytest.mark.parametrize(
+    ("during", "again"), [("training", ["both-r4"]), pytest.param("measuring", [], marks=pytest.mark.real)]
+)
 def test_ctrl_c_loses_only_the_run_it_stops(
     run: Run, recipes: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch, during: str, again: list[str]
 ) -> None:
@@ -122,6 +125,7 @@ def test_ctrl_c_loses_only_the_run_it_stops(
     assert run(*words).code == 0 and trained == ["both-r1", "both-r4", *again]
 
 
+@pytest.mark.real
 def test_a_recipe_that_fails_leaves_the_others_alone(run: Run, recipes: Path, trained: list[str]) -> None:
     file = recipes / "r1.yaml"
     file.write_text(file.read_text().replace("rank: 1", "targets: [no_such]"))

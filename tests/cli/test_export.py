@@ -37,6 +37,7 @@ def test_what_was_exported_and_how_it_was_checked_lies_beside_it(run: Run, adapt
     assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "model").exists()
 
 
+@pytest.mark.real
 def test_an_artefact_that_lost_the_adapter_is_not_written_unless_forced(
     run: Run, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

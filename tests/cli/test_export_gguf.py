@@ -101,7 +101,7 @@ def test_a_merged_model_is_compared_with_base_and_adapter(
     assert ("the number format alone" in ran.out) == (form == "q8_0")
 
 
-@pytest.mark.parametrize("words", [(), ("--fused",)])
+@pytest.mark.parametrize("words", [(), pytest.param(("--fused",), marks=pytest.mark.real)])
 def test_a_file_that_lost_the_adapter_is_not_written_unless_forced(
     export: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:

@@ -95,6 +95,7 @@ def test_a_link_inside_the_home_goes_without_what_it_leads_to(run: Run, trained:
     assert run("adapters", "verify", "mine").code == 0
 
 
+@pytest.mark.real
 def test_force_over_a_link_takes_the_place_of_the_link_only(
     run: Run, trained: Ran, tiny_path: Path, outside: Path, tmp_path: Path
 ) -> None:

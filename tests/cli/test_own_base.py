@@ -30,6 +30,7 @@ def mine(base: Path, data: Path, run: Run, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path / "away")
 
 
+@pytest.mark.real
 @pytest.mark.usefixtures("mine")
 def test_generate_with_an_adapter_without_or_away_from_its_model(
     run: Run, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

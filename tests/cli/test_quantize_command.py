@@ -31,6 +31,7 @@ def from_4_bits(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "packed", tmp_path / "plain"
 
 
+@pytest.mark.real
 def test_quantize_of_a_model_that_came_from_4_bits_keeps_its_packing(
     run: Run, from_4_bits: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
     return trials
 
 
+@pytest.mark.real
 def test_a_recipe_comes_out_that_training_takes(run: Run, data: Path, tiny_path: Path, tmp_path: Path) -> None:
     (data / "test.jsonl").write_text("not JSON, and never read")
     out = tmp_path / "tuned.yaml"

@@ -136,6 +136,7 @@ def test_a_report_says_where_rows_have_changed(run: Run, trained: Ran, data: Pat
     assert "train.jsonl has changed since the run" in (tmp_path / "r.html").read_text()
 
 
+@pytest.mark.real
 def test_a_report_on_a_verdict_shows_its_rows(run: Run, trained: Ran, home: Path, data: Path, tmp_path: Path) -> None:
     judged = verdicts.Judged(
         adapter="mine", verdict="helped", sentence="it helped", metric="accuracy", base=0.0, tuned=0.4, difference=0.4,

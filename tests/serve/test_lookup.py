@@ -219,6 +219,7 @@ def opened(family: str, **config: Any) -> LoadedModel:
     return LoadedModel(model, tokenizer, {"model_type": family}, Path(), mx.float32)
 
 
+@pytest.mark.real
 def test_drafts_end_before_a_window_is_full(costs: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """A full window has overwritten what would have to be there again after a draft that was wrong."""
     monkeypatch.setattr(lookup, "GAIN", 1.0)  # drafts, however little they promise

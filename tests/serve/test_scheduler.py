@@ -91,6 +91,7 @@ def test_no_temperature_draws_a_token_that_is_excluded(temperature: float) -> No
     assert drawn == ({1} if temperature < 1 else {1, 2})
 
 
+@pytest.mark.real
 def test_methods_that_don_t_join_have_batches_of_their_own_and_say_so(scheduler: Make, tiny: LoadedModel) -> None:
     running = scheduler()
     names = ["dora", "a", "prefix", None, "dora", "b", "prefix"]

@@ -265,6 +265,7 @@ def test_the_range_is_found_where_singular_values_hardly_fall() -> None:
     assert error <= 1.0001 * np.square(matrix - dense_best(matrix, 5)).sum()
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("method", MERGES)
 def test_no_update_is_ever_held_whole(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """1500 × 1500 entries in float32 are 9 MB; merging two adapters of rank 2 stays under half of that."""

@@ -92,6 +92,7 @@ def test_epochs_after_the_first() -> None:
     assert bench.Steps(seconds=[1.0, 2.0, 3.0, 4.0, 5.0]).epochs(2) == [5.0, 9.0]
 
 
+@pytest.mark.real
 def test_everything_has_a_name_a_value_and_a_unit_and_the_model_is_bare_again(tiny: LoadedModel) -> None:
     before = dict(tiny.model.parameters())
     results = bench.bench(tiny, WORK, lengths=[8, 16], steps=1)

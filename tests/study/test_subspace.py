@@ -176,6 +176,7 @@ def test_what_can_not_be_compared_is_refused() -> None:
         subspaces(one, dora, model=nn.Linear(2, 2))
 
 
+@pytest.mark.real
 def test_a_picture_is_drawn_of_any_ranks_layers_and_names(tmp_path: Path) -> None:
     """Warnings are errors here: a name that no font can draw would show."""
     from matplotlib.image import imread

@@ -95,6 +95,7 @@ def test_a_limit_that_was_overruled_stops_no_run_and_what_it_measures_corrects_t
     assert any("train.on_memory is warn" in line for line in said)
 
 
+@pytest.mark.real
 def test_what_an_overruled_run_measures_corrects_the_next_plan(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_lora.tasks.plan.ENOUGH_BYTES", 0)  # of so small a model
     small = changed(recipe, "train.memory_limit_gb=0.001", "train.on_memory=warn", "train.iters=3")
@@ -107,6 +108,7 @@ def test_what_an_overruled_run_measures_corrects_the_next_plan(recipe: Recipe, m
     assert after.correction == pytest.approx(expected) and after.correction != 1.0
 
 
+@pytest.mark.real
 def test_a_resumed_run_keeps_its_way_and_teaches_by_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was planned anew, and what one way had taken corrected the plans of the other."""
     taught: list[Any] = []

@@ -385,6 +385,7 @@ def test_resume_of_a_name_that_is_not_there_names_the_nearest(recipe: Recipe) ->
         train_adapter(recipe.model_copy(update={"name": "mien"}), resume=True)
 
 
+@pytest.mark.real
 def test_a_finished_run_with_a_constant_rate_trains_on_to_the_bytes_of_a_longer_one(recipe: Recipe) -> None:
     constant = changed(recipe, schedule="constant", warmup=0.0, save_every=None)
     longer = changed(constant, iters=7)

@@ -55,6 +55,7 @@ def test_every_part_passes_here(part: str, subject: Subject) -> None:
     assert report.lines and failed(report) == [], report.lines
 
 
+@pytest.mark.real
 def test_the_record_can_be_made_again(subject: Subject) -> None:
     """`python -m tests.selftest` writes it."""
     made = record()

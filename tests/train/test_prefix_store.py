@@ -75,6 +75,7 @@ def test_closing_gives_everything_back(in_memory: bool, tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.real
 def test_the_file_has_no_name_and_dies_with_the_process(tmp_path: Path) -> None:
     code = f"""if True:
         import os, pathlib, signal

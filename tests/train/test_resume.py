@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pissa": {"adapter": {"init": "pissa"}},
 }
 
-BY_DEFAULT = ("adam", "accumulation", "checkpointing", "prefix, packing", "adalora")
+BY_DEFAULT = ("adam", "accumulation", "prefix, packing", "adalora")
 
 
 def events_of(loaded: LoadedModel, *, resume: Checkpoint | None = None, **case: Any) -> Iterator[Event]:

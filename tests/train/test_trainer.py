@@ -155,6 +155,7 @@ def test_three_steps_not_finite_in_a_row_end_the_run_with_what_was_learned(tiny:
     assert all(mx.all(mx.isfinite(array)).item() for array in arrays_of(events).values())
 
 
+@pytest.mark.real
 def test_accumulating_costs_no_activations(tiny: LoadedModel) -> None:
     """All micro-batches in one graph would keep the activations of all of them."""
     row = Row(np.arange(200, dtype=np.int32) % 60, np.array([0.0] * 190 + [1.0] * 10, np.float32))

@@ -163,6 +163,7 @@ def test_a_model_that_shares_keys_through_its_cache_is_trained_as_it_is_served()
     assert not np.allclose(model(tokens), served, atol=0.1)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("name", ["dbrx", "gemma3n"])
 def test_what_cant_be_compiled_runs_uncompiled_with_a_note(name: str) -> None:
     """dbrx chooses its experts on the host. Gemma 3n exchanges arrays of its own on the way, which are put back.
