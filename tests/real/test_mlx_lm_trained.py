@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from mlx_lora.adapters.attach import put
 from mlx_lora.models.load import load
 from mlx_lora.store import adapter as store
-from tests.real.conftest import Shell
+from tests.real.conftest import Shell, run_mlx_lm
 from tests.real.test_wikisql import PROMPTS, assert_same_text, mlx_lm_says
 
 pytestmark = pytest.mark.real
@@ -23,12 +21,8 @@ def test_we_read_an_adapter_that_mlx_lm_trained(shell: Shell, smollm2: Path, wik
     for name in ("train", "valid"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     adapter = tmp_path / "theirs"
-    command = [
-        sys.executable, "-m", "mlx_lm", "lora", "--model", str(smollm2), "--train", "--data", str(tmp_path),
-        "--iters", "6", "--batch-size", "2", "--num-layers", "4", "--learning-rate", "1e-3", "--val-batches", "1",
-        "--adapter-path", str(adapter),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+    run_mlx_lm("lora", "--model", smollm2, "--train", "--data", tmp_path, "--iters", 6, "--batch-size", 2,
+               "--num-layers", 4, "--learning-rate", "1e-3", "--val-batches", 1, "--adapter-path", adapter)  # fmt: skip
     loaded = load(smollm2)
     put(loaded.model, store.wrappers_for(loaded.model, store.read(adapter)))
     for prompt in PROMPTS:

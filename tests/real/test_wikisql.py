@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from mlx_lora.models.load import LoadedModel, load
 from mlx_lora.models.trunk.verify import take_apart
 from mlx_lora.store import adapter as store
 from mlx_lora.train.objectives.likelihood import Loss, as_arrays
-from tests.real.conftest import Shell
+from tests.real.conftest import Shell, run_mlx_lm
 
 pytestmark = pytest.mark.real
 
@@ -71,12 +69,8 @@ def _numpy_loss(model: Any, row: Row) -> float:
 
 def mlx_lm_says(model: Path, adapter: Path, prompt: str) -> str:
     """Unmodified `mlx_lm.generate --adapter-path`, greedy."""
-    command = [
-        sys.executable, "-m", "mlx_lm", "generate", "--model", str(model), "--adapter-path", str(adapter),
-        "--prompt", prompt, "--max-tokens", "24", "--temp", "0", "--verbose", "False",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    words = ("generate", "--model", model, "--adapter-path", adapter, "--prompt", prompt)
+    return run_mlx_lm(*words, "--max-tokens", 24, "--temp", 0, "--verbose", False).strip()
 
 
 def assert_same_text(loaded: LoadedModel, prompt: str, ours: str, theirs: str) -> None:

@@ -51,7 +51,7 @@ class Constrained:
     """
 
     def __init__(self, matcher: Any, length: int, gate: Gate, ends: Collection[int] = ()):
-        self._first, self._length, self._gate, self._ends = matcher, length, gate, ends
+        self._first, self._length, self._gate, self._ends = matcher, length, gate, frozenset(ends)
         self._matcher, self._read = matcher.deep_copy(), list[int]()
         self._answer = AnswerTokens(length)
 
@@ -59,8 +59,8 @@ class Constrained:
         mx.async_eval(logits)  # the device computes them while the mask is made
         answer = self._answer(tokens)
         begin = self._gate.begin(answer)
-        if begin is None or (answer and answer[-1] in self._ends):  # a pass is on its way when a row's end is noticed
-            return logits
+        if begin is None or not self._ends.isdisjoint(answer[begin:]):
+            return logits  # tokens behind an end aren't looked at: of a pass that was on its way, or of a draft
         self._follow(answer[begin:])
         allowed = self._allowed(logits.shape[-1])
         if (opening := self._gate.may_think(answer)) is not None:

@@ -48,6 +48,7 @@ def test_only_what_the_schema_allows_may_follow(tooled: Service) -> None:
     row += tokens(tooled, '12,"b":"x"}')
     assert allowed(one, row) == [END]
     assert len(allowed(one, [*row, END])) == VOCABULARY  # the row has ended; its last pass isn't looked at
+    assert len(allowed(one, [*row, END, *tokens(tooled, "and")])) == VOCABULARY  # nor what a draft goes on with
 
 
 def test_the_mask_follows_from_the_tokens_alone(tooled: Service) -> None:
