@@ -16,7 +16,6 @@ import numpy as np
 
 from mlx_lora.data.example import split_reasoning
 from mlx_lora.serve.engine import Engine
-from mlx_lora.study.drift import spaced
 from mlx_lora.study.evaluate import Questions, generated
 from mlx_lora.study.statistics import mcnemar, sign_flip
 
@@ -101,32 +100,42 @@ def loops(tokens: list[int]) -> bool:
     return False
 
 
-def some(asked: Questions, most: int) -> Questions:
-    """At most `most` of the prompts, evenly spaced, with all rows."""
-    places = spaced(range(len(asked.prompts)), most)
+def answers(
+    engine: Engine,
+    asked: Mapping[str | None, Questions],
+    places: Sequence[int],
+    *,
+    most: int,
+    said: Mapping[tuple[str | None, int], list[int]],
+    on_answer: Callable[[], None] = lambda: None,
+) -> dict[str | None, list[Answer]]:
+    """Greedy answers of the base (None) and of adapters to some of their prompts, at most `most` tokens each.
+
+    Those in `said`, by who answered and the prompt's number, are looked at as they are; others are generated, in common
+    batches. Each side's answers are in the order of `places`.
+    """
+    tokenizer, tokens = engine.loaded.tokenizer, dict(said)
+    special = specials(tokenizer)
+    missing = {name: [place for place in places if (name, place) not in said] for name in asked}
+    left = {name: _some(own, missing[name]) for name, own in asked.items() if missing[name]}
+    for name, number, answer in generated(engine, left, max_tokens=most):
+        tokens[name, missing[name][number]] = answer
+        on_answer()
+
+    def seen(answer: list[int]) -> Answer:
+        return look(answer, tokenizer.decode(answer), most=most, special=special)
+
+    return {name: [seen(tokens[name, place]) for place in places] for name in asked}
+
+
+def _some(asked: Questions, places: Sequence[int]) -> Questions:
+    """The prompts at some places, with all rows."""
     return replace(
         asked,
         prompts=[asked.prompts[place] for place in places],
         answers=[asked.answers[place] for place in places],
         last_rows=[asked.last_rows[place] for place in places],
     )
-
-
-def answers(
-    engine: Engine,
-    asked: Mapping[str | None, Questions],
-    *,
-    most: int,
-    on_answer: Callable[[], None] = lambda: None,
-) -> dict[str | None, list[Answer]]:
-    """Greedy answers of the base (None) and of adapters to their prompts, in common batches, of `most` tokens each."""
-    tokenizer = engine.loaded.tokenizer
-    special = specials(tokenizer)
-    found: dict[str | None, dict[int, Answer]] = {name: {} for name in asked}
-    for name, number, tokens in generated(engine, asked, max_tokens=most):
-        found[name][number] = look(tokens, tokenizer.decode(tokens), most=most, special=special)
-        on_answer()
-    return {name: [own[number] for number in sorted(own)] for name, own in found.items()}
 
 
 def specials(tokenizer: Any) -> list[str]:

@@ -34,6 +34,9 @@ from mlx_lora.study.scores.labels import Accuracy, answered, applied
 TEST_FIRST = ("test", "valid", "train")
 VALID_FIRST = ("valid", "test", "train")
 
+# Hears who answered (None: the base), the number of the prompt, and the answer's tokens.
+Heard = Callable[[str | None, int, list[int]], None]
+
 
 @dataclass(frozen=True)
 class RowResult:
@@ -190,8 +193,11 @@ def evaluate_each(
     exact: bool | None = None,
     max_tokens: int = 256,
     on_row: Callable[[], None] = lambda: None,
+    heard: Heard = lambda name, number, tokens: None,
 ) -> list[Result]:
     """Evaluate adapters of an engine, and its base for None, each on its own rows; `on_row` as for `evaluate`.
+
+    `heard` is told the tokens of each generated answer.
 
     Questions that have prompts are answered: by the likeliest label for accuracy, by generation for everything else.
     `more` scores are computed beside `score`, in `details["more"]`. Exact matches are counted where `exact` is true, or
@@ -206,7 +212,7 @@ def evaluate_each(
         places = first_answers(own) if engine.virtual and own.prompts else None
         likely[name] = likeliest(engine, own, labels, places, on_row) if labels and own.prompts else None
     generated = answered(scores, bool(exact)) > bool(labels) or None in likely.values()
-    said = answers(engine, asked, max_tokens=max_tokens, on_row=on_row) if generated else {}
+    said = answers(engine, asked, max_tokens=max_tokens, on_row=on_row, heard=heard) if generated else {}
     results = []
     for name, own in asked.items():
         result = _losses(name, own, *losses[name])
@@ -223,6 +229,7 @@ def answers(
     *,
     max_tokens: int = 256,
     on_row: Callable[[], None] = lambda: None,
+    heard: Heard = lambda name, number, tokens: None,
 ) -> dict[str | None, list[str]]:
     """What each adapter, and the base for None, says to each of its prompts: greedy, without reasoning, stripped.
 
@@ -230,6 +237,7 @@ def answers(
     """
     said = {name: [""] * len(own.prompts) for name, own in asked.items()}
     for name, number, tokens in generated(engine, asked, max_tokens=max_tokens):
+        heard(name, number, tokens)
         said[name][number] = split_reasoning(engine.loaded.tokenizer.decode(tokens))[1].strip()
         on_row()
     return said

@@ -191,6 +191,7 @@ class _Group:
             general = chosen.with_settings(general_settings(chosen.settings))
             self.general = general.questions(forget, tokenizer, asks(forget, general.settings), progress)
         self.score: Any = None
+        self.said: dict[tuple[str | None, int], list[int]] = {}  # answers to the task's prompts, once they are scored
 
     def choose(self, stage: Callable[[str], None]) -> str:
         """Choose the score, and say which it is and why."""
@@ -213,9 +214,9 @@ class _Group:
         task, general = self._drift("comparing on the task's rows", self.task), {}
         if self.general is not None:
             general = self._drift("comparing on general text", self.general)
-        looked = {"task": self._looked(self.task, TASK_PROMPTS, self.judging.max_tokens)}
+        looked = {"task": self._looked(self.task, TASK_PROMPTS, self.judging.max_tokens, self.said)}
         if self.general is not None:
-            looked["general"] = self._looked(self.general, GENERAL_PROMPTS, GENERAL_TOKENS)
+            looked["general"] = self._looked(self.general, GENERAL_PROMPTS, GENERAL_TOKENS, {})
         found = {}
         for name in self.adapters:
             compared = compare(results[None], results[name], seed=self.judging.seed)
@@ -235,6 +236,7 @@ class _Group:
         results = evaluate_each(
             self.engine, dict.fromkeys(sides, asked), score=self.score, exact=False,
             max_tokens=self.judging.max_tokens, on_row=advance,
+            heard=lambda name, number, tokens: self.said.update({(name, number): tokens}),
         )  # fmt: skip
         return dict(zip(sides, results, strict=True))
 
@@ -244,13 +246,19 @@ class _Group:
         drift = Drift(self.engine, rows, advance)
         return {name: drift.of(name, seed=self.judging.seed) for name in self.adapters}
 
-    def _looked(self, asked: Questions, most: int, tokens: int) -> dict[str, Looked]:
+    def _looked(
+        self, asked: Questions, most: int, tokens: int, said: dict[tuple[str | None, int], list[int]]
+    ) -> dict[str, Looked]:
+        """How both sides answer some of the prompts; what was `said` isn't asked again."""
         if not asked.prompts:
             return {}
-        chosen = behaviour.some(asked, most)
+        places = spaced(range(len(asked.prompts)), most)
         sides: list[str | None] = [None, *self.adapters]
-        advance = self.progress("looking at answers", len(sides) * len(chosen.prompts))
-        found = behaviour.answers(self.engine, dict.fromkeys(sides, chosen), most=tokens, on_answer=advance)
+        left = sum((side, place) not in said for side in sides for place in places)
+        advance = self.progress("looking at answers", left) if left else lambda: None
+        found = behaviour.answers(
+            self.engine, dict.fromkeys(sides, asked), places, most=tokens, said=said, on_answer=advance
+        )
         return {name: Looked(found[None], found[name]) for name in self.adapters}
 
 

@@ -10,8 +10,9 @@ import pytest
 from mlx_lora.config import Data
 from mlx_lora.models.load import LoadedModel
 from mlx_lora.serve.engine import Engine
-from mlx_lora.study.behaviour import Answer, answers, changes, look, loops, refuses, shares, some, specials
-from mlx_lora.study.evaluate import questions
+from mlx_lora.study.behaviour import Answer, answers, changes, look, loops, refuses, shares, specials
+from mlx_lora.study.evaluate import evaluate_each, questions
+from mlx_lora.study.scores.match import Exact
 
 
 @pytest.mark.parametrize(
@@ -72,17 +73,25 @@ def test_changes_are_counted_row_by_row() -> None:
     assert shares(given(1, 10))["answers"] == 20
 
 
-def test_both_sides_get_the_same_prompts(tiny: LoadedModel, write_rows: Callable[..., Path]) -> None:
+def test_answers_are_generated_once_and_looked_at_in_order(tiny: LoadedModel, write_rows: Callable[..., Path]) -> None:
     rows = [{"prompt": f"say {number}", "completion": "x"} for number in range(9)]
     asked = questions(str(write_rows(rows)), Data(), tiny.tokenizer, exact=True)
-    chosen = some(asked, 4)
-    assert [
-        tiny.tokenizer.decode(prompt).count(f"say {n}") for prompt, n in zip(chosen.prompts, (0, 3, 5, 8), strict=True)
-    ] == [1] * 4
-    engine, seen = Engine(tiny), []
-    found = answers(engine, {None: chosen}, most=5, on_answer=lambda: seen.append(1))
-    assert len(found[None]) == len(seen) == 4
-    for prompt, answer in zip(chosen.prompts, found[None], strict=True):
-        alone = list(engine.stream(prompt, max_tokens=5))
-        assert answer.tokens == len(alone) and answer.unfinished == (len(alone) == 5)
+    engine, places, made = Engine(tiny), [0, 3, 5, 8], list[int]()
+    alone = {place: list(engine.stream(asked.prompts[place], max_tokens=5)) for place in places}
+
+    def found(said: dict[tuple[str | None, int], list[int]]) -> list[Answer]:
+        made.clear()
+        return answers(engine, {None: asked}, places, most=5, said=said, on_answer=lambda: made.append(1))[None]
+
+    generated = found({})
+    assert len(made) == 4
+    assert [one.tokens for one in generated] == [len(alone[place]) for place in places]
+    assert [one.unfinished for one in generated] == [len(alone[place]) == 5 for place in places]
+    heard: dict[tuple[str | None, int], list[int]] = {}
+    evaluate_each(engine, {None: asked}, score=Exact(), max_tokens=5, heard=lambda *of: heard.update({of[:2]: of[2]}))
+    assert found(heard) == generated and not made
+    heard[None, 3] = [7] * 3
+    assert [one.tokens for one in found(heard)] == [generated[0].tokens, 3, generated[2].tokens, generated[3].tokens]
+    del heard[None, 5]
+    assert found(heard)[2] == generated[2] and len(made) == 1
     assert "<|end|>" in specials(tiny.tokenizer) and "<pad>" in specials(tiny.tokenizer)
