@@ -95,7 +95,7 @@ def open_on_rows(
     file = chosen_file(data, prefer)
     stage(f"evaluating on {file}")
     learned = _learned(file, stored)
-    nothing = "the score says nothing about new ones; keep rows aside in a test.jsonl, or name another file"
+    nothing = "the score says nothing about new ones; `mlx-lora data split` keeps rows aside before training"
     if learned:
         warn(f"{file} holds the rows that {', '.join(dict.fromkeys(learned))} learned: {nothing}")
     elif file != paths.existing(data) and file.stem == "train":
