@@ -85,3 +85,8 @@ def _show(one: Judgement, found: Judgements, examples: int) -> None:
             for line in examples_of(one, found, rows[:examples]):
                 ui.result(f"  {line}")
     ui.result()
+    if one.word == "helped" and one.forgot:
+        ui.note(
+            f"to lose less elsewhere: `adapters blend {one.adapter} --scale auto` finds how much of the adapter is"
+            " enough, and train.max_drift keeps a new one closer to its base"
+        )

@@ -79,6 +79,11 @@ class Judgement:
     general: Moved | None
     looked: dict[str, Looked]
 
+    @property
+    def forgot(self) -> bool:
+        """Whether general text is surely worse, as the sentence then says."""
+        return Elsewhere(self.general).forgot
+
 
 @dataclass(frozen=True)
 class Judgements:

@@ -81,3 +81,5 @@ def test_helped_and_forgot_general_text(run: Run, tmp_path: Path) -> None:
     drift = found["drift"]
     assert drift["loss_general_tuned"] > drift["loss_general_base"] + 0.1 and drift["loss_general_interval"][0] > 0
     assert "but it forgot general text" in found["sentence"] and drift["kl_general"] > 0.5
+    words = ("verdict", "--model", BASE, "--adapter", "mine", "--data", tmp_path / "rows.jsonl", "--max-tokens", 8)
+    assert "adapters blend mine --scale auto" in run(*words).err
