@@ -16,7 +16,7 @@ class Sample:
     """A prompt without what all prompts share, the wanted answer, and what each adapter (None: the base) answered.
 
     An answer that was cut, by its number of tokens or by time, ends with an ellipsis. `row` is its number in the file,
-    from 0, where that is known.
+    from 0, where that is known; a page counts from 1, as `verdict` does on the screen.
     """
 
     prompt: str
@@ -49,7 +49,7 @@ class Sample:
             if kind == "bad" and self.right_so_far(name):
                 said, kind = "as wanted until it was cut", ""
             parts.append((f"{name or 'base'}: {said}", answer, kind))
-        return page.sample(parts, f"row {self.row}" if self.row is not None else "")
+        return page.sample(parts, f"row {self.row + 1}" if self.row is not None else "")
 
 
 def _short(text: str, *, end: bool = False) -> str:

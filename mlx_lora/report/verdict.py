@@ -99,6 +99,6 @@ def _examples(results: Sequence[Judged], samples: Sequence[Sample]) -> list[str]
             shown = [sample.html() for sample in samples if sample.row in numbers and result.adapter in sample.answers]
             parts.append(f"<h3>{page.text(f'{name} by {result.adapter}: {_count(len(numbers))}')}</h3>")
             parts += shown
-            listed = page.paragraph(", ".join(map(str, numbers)))
-            parts.append(page.folded("numbers of these rows in the file, from 0", listed))
+            listed = page.paragraph(", ".join(str(number + 1) for number in numbers))
+            parts.append(page.folded("numbers of these rows in the file, from 1", listed))
     return parts

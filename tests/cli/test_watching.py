@@ -150,21 +150,21 @@ def test_a_report_on_a_verdict_shows_its_rows(run: Run, trained: Ran, home: Path
     assert run("report", "mine", "--out", out).code == 0
     rows = questions(5, start=200)
     page = out.read_text()
-    assert all(f"row {number}</h3>" in page and rows[number]["prompt"] in page for number in (1, 3))
+    assert all(f"row {number + 1}</h3>" in page and rows[number]["prompt"] in page for number in (1, 3))
     assert "mine: it helped" in page and "0.1 to 0.7" in page
     alone = run("report", "judged", "--out", out)
-    assert "--data names them" in alone.err and "row 1</h3>" not in out.read_text()
+    assert "--data names them" in alone.err and "row 2</h3>" not in out.read_text()
     assert run("report", "judged", "--data", data / "test.jsonl", "--out", out).code == 0
-    assert "row 1</h3>" in out.read_text()
+    assert "row 2</h3>" in out.read_text()
     other = run("report", "judged", "--data", data / "train.jsonl", "--out", out)
     assert "is the one that the verdict was given on" in other.err
     moved = data.rename(tmp_path / "moved")
     assert run("report", "mine", "--data", moved, "--out", out).code == 0
     page = out.read_text()
-    assert "row 1</h3>" in page and "say 2 twice" in page, "--data names the run's rows and the verdict's"
+    assert "row 2</h3>" in page and "say 2 twice" in page, "--data names the run's rows and the verdict's"
     assert run("report", "mine", "--data", moved / "test.jsonl", "--out", out).code == 0
     page = out.read_text()
-    assert "row 1</h3>" in page and "say 2 twice" not in page and str(tmp_path) not in page
+    assert "row 2</h3>" in page and "say 2 twice" not in page and str(tmp_path) not in page
     (home / "verdicts" / "judged" / "verdict.json").write_text('{"results": [1]}')
     damaged = run("report", "judged", "--out", out)
     assert damaged.code == 1 and "verdict.json" in damaged.err and "make the verdict again" in damaged.err
