@@ -16,13 +16,14 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which to run, all by default: {', '.join(known)}")
     parser.add_argument("--quick", action="store_true", help="fewer steps and runs; not written to results")
     parser.add_argument("--write", action="store_true", help="write the results of a quick run too")
-    parser.add_argument("--only", metavar="BASE", help="of `plan`: measure this further base, keep the other figures")
+    parser.add_argument("--only", metavar="PART", help="of one benchmark: only this further part, keep the rest")
     parser.add_argument("--tables", action="store_true", help="only draw the README's table and the plots")
     asked = parser.parse_args()
     if unknown := set(asked.names) - set(known):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    if asked.only and (asked.names != ["plan"] or asked.only not in results.case("plan").FURTHER):
-        parser.error(f"--only goes with plan and one of: {', '.join(results.case('plan').FURTHER)}")
+    further = [part for name in asked.names for part in getattr(results.case(name), "FURTHER", ())]
+    if asked.only and (len(asked.names) != 1 or asked.only not in further):
+        parser.error(f"--only goes with one benchmark that has further parts; it has: {', '.join(further) or 'none'}")
     if asked.tables:
         tables.write()
         return

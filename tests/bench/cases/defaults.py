@@ -9,30 +9,36 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.bench import results
 from tests.bench.inputs import Inputs
 from tests.bench.process import ROOT, side
 
 BEFORE = ["train.learning_rate=2e-4", "train.epochs=1", "train.eval_every=null", "train.patience=null"]
 FEW = 50
+# As long as all the others together: measured by itself, with `--only`.
+FURTHER = ("SmolLM2, WikiSQL",)
 
 
-def measure(inputs: Inputs, quick: bool) -> dict[str, Any]:
-    """Figures by task, `before` and `now`."""
+def measure(inputs: Inputs, quick: bool, only: str | None = None) -> dict[str, Any]:
+    """Figures by task, `before` and `now`. `only` measures one of FURTHER, the others are those on record."""
+    if only is not None:
+        return results.read()["defaults"]["figures"] | {only: _task(only, inputs.float32, inputs.wikisql, exact=False)}
     tasks = [(f"embedded, {name}", str(ROOT / "data" / "base"), str(ROOT / "data" / "tasks" / name), True)
              for name in ("mail", "notes", "sql")]  # fmt: skip
     if not quick:
         tasks += [
             ("SmolLM2, 80 support questions", inputs.float32, str(ROOT / "data" / "tasks" / "support"), True),
             (f"SmolLM2, {FEW} rows of WikiSQL", inputs.float32, _few(inputs), False),
-            ("SmolLM2, WikiSQL", inputs.float32, inputs.wikisql, False),
         ]
-    found: dict[str, Any] = {}
-    for name, model, data, exact in tasks:
-        found[name] = {
-            label: side("defaults", model=model, data=data, settings=settings, exact=exact)
-            for label, settings in (("before", BEFORE), ("now", []))
-        }
-        print(f"  {name}: {found[name]}", flush=True)
+    return {name: _task(name, model, data, exact=exact) for name, model, data, exact in tasks}
+
+
+def _task(name: str, model: str, data: str, *, exact: bool) -> dict[str, Any]:
+    found = {
+        label: side("defaults", model=model, data=data, settings=settings, exact=exact)
+        for label, settings in (("before", BEFORE), ("now", []))
+    }
+    print(f"  {name}: {found}", flush=True)
     return found
 
 
