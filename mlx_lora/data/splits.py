@@ -10,6 +10,11 @@ from mlx_lora.errors import DataError, Problem
 
 SPLITS = ("train", "valid", "test")
 
+# Which file of a folder is read, in order of preference. Adapters are evaluated on test rows, since validation rows may
+# have chosen between them. Quantizing and fusing measure a model on validation rows, so that test rows stay unused.
+TEST_FIRST = ("test", "valid", "train")
+VALID_FIRST = ("valid", "test", "train")
+
 
 def find_splits(path: str | Path) -> dict[str, Path]:
     """The files of a data path by split name; a folder of documents stands for one file.
@@ -30,6 +35,12 @@ def find_splits(path: str | Path) -> dict[str, Path]:
         if named:
             splits[split] = named[0]
     return splits or {"train": _documents(root)}
+
+
+def chosen_file(path: str, prefer: tuple[str, ...] = TEST_FIRST) -> Path:
+    """The file of a data path to evaluate on, the first split of `prefer` that is there. Raises DataError for none."""
+    splits = find_splits(path)
+    return next(splits[split] for split in prefer if split in splits)
 
 
 def _one_file(file: Path) -> Path:

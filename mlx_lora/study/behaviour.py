@@ -71,6 +71,21 @@ class Change:
         return self.p_value < CHANCE and self.tuned - self.base >= SHARE
 
 
+@dataclass(frozen=True)
+class Looked:
+    """Answers to the same prompts by both sides."""
+
+    base: list[Answer]
+    tuned: list[Answer]
+
+    @property
+    def changes(self) -> list[Change]:
+        return changes(self.base, self.tuned) if self.base else []
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        return {"base": shares(self.base), "tuned": shares(self.tuned)}
+
+
 def look(tokens: list[int], text: str, *, most: int, special: Sequence[str]) -> Answer:
     """An answer of at most `most` `tokens`, without its end token, and its `text`, in which `special` aren't hidden."""
     said = split_reasoning(text)[1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ from mlx_lora.data.encode import Encoded, Encoder
 from mlx_lora.data.example import Example, split_reasoning
 from mlx_lora.data.fit import encode_file
 from mlx_lora.data.prepare import OnFile, silent
-from mlx_lora.data.read import HINT, find_splits
+from mlx_lora.data.read import HINT
 from mlx_lora.data.rows import Row, common, trained
+from mlx_lora.data.splits import TEST_FIRST, chosen_file
 from mlx_lora.errors import DataError, Problem
 from mlx_lora.models.chat_format import ChatFormat
 from mlx_lora.serve.engine import Engine
@@ -28,11 +28,6 @@ from mlx_lora.study.labels import likeliest
 from mlx_lora.study.losses import row_losses
 from mlx_lora.study.scores.base import Score
 from mlx_lora.study.scores.labels import Accuracy, answered, applied
-
-# Which file of a folder is read, in order of preference. Adapters are evaluated on test rows, since validation rows may
-# have chosen between them. Quantizing and fusing measure a model on validation rows, so that test rows stay unused.
-TEST_FIRST = ("test", "valid", "train")
-VALID_FIRST = ("valid", "test", "train")
 
 # Hears who answered (None: the base), the number of the prompt, and the answer's tokens.
 Heard = Callable[[str | None, int, list[int]], None]
@@ -163,12 +158,6 @@ class _Found:
         if self.exact and one.example.text is None:
             self.prompts.append(self.encoder.prompt_tokens(one.example, thinking=self.thinking))
             self.answers.append(_answer(one.example))
-
-
-def chosen_file(path: str, prefer: tuple[str, ...] = TEST_FIRST) -> Path:
-    """The file of a data path that `questions` reads. Raises DataError where there is none."""
-    splits = find_splits(path)
-    return next(splits[split] for split in prefer if split in splits)
 
 
 def evaluate(

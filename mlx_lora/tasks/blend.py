@@ -20,6 +20,7 @@ import mlx.core as mx
 from mlx_lora import files, paths
 from mlx_lora.config import Adapter
 from mlx_lora.data.prepare import OnFile, silent
+from mlx_lora.data.splits import VALID_FIRST
 from mlx_lora.errors import AdapterError, NameTaken
 from mlx_lora.methods import parts
 from mlx_lora.store import adapter as store
@@ -28,7 +29,6 @@ from mlx_lora.store.adapter import StoredAdapter, wrappers_for
 from mlx_lora.store.fitting import rank_axis
 from mlx_lora.store.lock import locked
 from mlx_lora.study.drift import Drift, Moved, spaced
-from mlx_lora.study.evaluate import VALID_FIRST
 from mlx_lora.study.verdict import surely
 from mlx_lora.tasks.evaluate import OnRows, open_on_rows
 from mlx_lora.tasks.opened import Settings

@@ -13,9 +13,10 @@ from typing import Any
 from mlx_lora import paths
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.read import sha256
+from mlx_lora.data.splits import TEST_FIRST, chosen_file
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read
-from mlx_lora.study.evaluate import TEST_FIRST, Result, chosen_file, evaluate_each
+from mlx_lora.study.evaluate import Result, evaluate_each
 from mlx_lora.study.scores.base import Score
 from mlx_lora.study.scores.choose import Given, check, choose
 from mlx_lora.study.scores.labels import answered

@@ -14,6 +14,7 @@ from mlx_lora.adapters.attach import put
 from mlx_lora.config import Data
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.rows import Row
+from mlx_lora.data.splits import VALID_FIRST
 from mlx_lora.interop.fuse import Fused, fuse
 from mlx_lora.measure import Agreement, Predictions, compare, predictions, rows_of_tokens
 from mlx_lora.models import chat_templates
@@ -23,7 +24,7 @@ from mlx_lora.serve.engine import Engine, Sampling
 from mlx_lora.store import registry
 from mlx_lora.store.adapter import StoredAdapter, read, wrappers_for
 from mlx_lora.store.base import base_for
-from mlx_lora.study.evaluate import VALID_FIRST, questions
+from mlx_lora.study.evaluate import questions
 
 GENERATED_ROWS, GENERATED_TOKENS = 8, 64
 MOST_ROWS = 32

@@ -17,6 +17,7 @@ from mlx_lora import paths
 from mlx_lora.config import Data, Quantize
 from mlx_lora.data.prepare import OnFile, silent
 from mlx_lora.data.rows import Row
+from mlx_lora.data.splits import VALID_FIRST
 from mlx_lora.measure import Agreement, as_dict, compare, predictions, predictions_by_layer
 from mlx_lora.models.layers import dequantize_model, half
 from mlx_lora.models.load import LoadedModel, load, load_stored, ready
@@ -29,7 +30,7 @@ from mlx_lora.models.trunk.trunk import Trunk
 from mlx_lora.quant.coverage import Unpacked, check_coverage, layer_sizes, unpacked
 from mlx_lora.quant.grid import grid_of
 from mlx_lora.quant.quantize import Packing, Quantized, layer_settings, pack_lazily
-from mlx_lora.study.evaluate import VALID_FIRST, questions
+from mlx_lora.study.evaluate import questions
 
 # Measured on this text unless rows are named, and not at all with `--verify none`.
 TEXT, NO_ROWS = ("data", "measure", "text.jsonl"), "none"

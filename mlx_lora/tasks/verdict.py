@@ -20,7 +20,7 @@ from mlx_lora.serve.engine import Engine
 from mlx_lora.store import registry
 from mlx_lora.store import verdict as store
 from mlx_lora.study import behaviour
-from mlx_lora.study.behaviour import Answer, Change
+from mlx_lora.study.behaviour import Looked
 from mlx_lora.study.drift import Drift, Moved, spaced
 from mlx_lora.study.evaluate import Questions, Result, evaluate_each
 from mlx_lora.study.scores.choose import OPTIONS, Given, check, choose
@@ -49,21 +49,6 @@ class Judging:
     forget: str | None = None
     max_tokens: int = 256
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Looked:
-    """Answers to the same prompts by both sides."""
-
-    base: list[Answer]
-    tuned: list[Answer]
-
-    @property
-    def changes(self) -> list[Change]:
-        return behaviour.changes(self.base, self.tuned) if self.base else []
-
-    def as_dict(self) -> dict[str, dict[str, float]]:
-        return {"base": behaviour.shares(self.base), "tuned": behaviour.shares(self.tuned)}
 
 
 @dataclass(frozen=True)
